@@ -1,0 +1,63 @@
+"""How many keys a query may attend to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from .validation import require
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Coverage budget ``k_eff(N) = min(N, max(minimum, ceil(coverage * N)))`` (paper, section 3).
+
+    Args:
+        coverage: share of the visible keys, in [0, 1].
+        minimum: smallest number of keys kept, at least 1; ``Budget(0, k)`` is a fixed budget of
+            ``k`` that shrinks to N where fewer keys exist.
+
+    Raises:
+        ValueError: for values outside those ranges.
+    """
+
+    coverage: float = 0.1
+    minimum: int = 64
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.coverage, (int, float)) and not isinstance(self.coverage, bool)
+        require(ok and 0 <= self.coverage <= 1, "coverage", self.coverage, "a number in [0, 1]")
+        ok = isinstance(self.minimum, int) and not isinstance(self.minimum, bool)
+        require(ok and self.minimum >= 1, "minimum", self.minimum, "an integer of at least 1")
+
+    def k_eff(self, n: int) -> int:
+        """Number of keys kept out of ``n``."""
+        require(isinstance(n, int) and n >= 1, "n", n, "an integer of at least 1")
+        return int(self.table(n)[n])
+
+    def table(self, n_max: int) -> torch.Tensor:
+        """``k_eff`` of every n from 0 to ``n_max`` as int64 ``[n_max + 1]``; ``k_eff(0)`` is 0."""
+        # ceil over the decimal the user wrote: 0.1 * 640 must be 64, not ceil(64.00000000000001).
+        share = Fraction(str(self.coverage))
+        return torch.tensor([min(n, max(self.minimum, math.ceil(share * n))) for n in range(n_max + 1)])
+
+
+def as_budget(budget: Budget | int, n: int | None = None) -> Budget:
+    """Turn the ``budget`` argument of the public functions into a :class:`Budget`.
+
+    Args:
+        budget: a :class:`Budget`, or an int for a fixed budget.
+        n: number of keys; if given, an int budget may not exceed it.
+
+    Raises:
+        ValueError: if an int budget is below 1 or larger than ``n``.
+    """
+    if isinstance(budget, Budget):
+        return budget
+    ok = isinstance(budget, int) and not isinstance(budget, bool)
+    allowed = "a qaxis.Budget or an integer of at least 1" if n is None else f"a qaxis.Budget or an integer in 1..{n}"
+    require(ok and budget >= 1 and (n is None or budget <= n), "budget", budget, allowed)
+    return Budget(coverage=0.0, minimum=int(budget))
