@@ -1,0 +1,1 @@
+"""The sealed self-check: verify the lock, run every check, write evidence."""

@@ -1,0 +1,102 @@
+"""Command line: ``python -m selfcheck [run|seal]``; nox calls it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from . import evidence, seal
+from .files import ROOT, SelfcheckError
+
+console = Console(width=None if sys.stdout.isatty() else 150)
+
+
+def _progress(items: Iterable[Any], label: str) -> Iterator[Any]:
+    yield from tqdm(list(items), desc=f"    {label}", file=sys.stdout, leave=False, mininterval=0.5 if sys.stdout.isatty() else 15)
+
+
+def _table(records: list[dict[str, Any]], published: dict[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Claims", title_justify="left")
+    for name in ("id", "statement", "published", "measured", "status", "s"):
+        table.add_column(name, overflow="fold", justify="right" if name == "s" else "left")
+    for r in records:
+        status = r["status"] if r["passed"] else "FAILED: " + r["verdict"]
+        table.add_row(
+            r["claim"], r["statement"], published[r["claim"]], r["headline"], status, f"{r['seconds']:.0f}",
+            style=None if r["passed"] else "bold red",
+        )  # fmt: skip
+    for r in seal.reported():
+        table.add_row(r["id"], r["statement"], r["published"], "-", "reported", "")
+    return table
+
+
+@click.group()
+def main() -> None:
+    """The sealed self-check of qaxis."""
+
+
+@main.command("seal")
+def seal_command() -> None:
+    """Write selfcheck/checks.lock over the files as they are now."""
+    console.print(f"sealed {seal.seal()} files in {seal.LOCK}")
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="A smaller run for a change in hand; the paper never accepts it.")
+@click.option("--only", multiple=True, metavar="CLAIM", help="Run this claim only; may be repeated.")
+@click.option("--model", metavar="NAME_OR_PATH", help="Another causal language model.")
+@click.option("--corpus", metavar="NAME_OR_PATH", help="Other texts: .bz2 dump, .txt, .json, .parquet, or a dataset name.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+def run(quick: bool, only: tuple[str, ...], model: str | None, corpus: str | None, device: str) -> None:
+    """Verify the lock, run the checks, write evidence."""
+    seal.verify()
+    claims = seal.claims()
+    ids = [claim["id"] for claim in claims]
+    for name in only:
+        if name not in ids:
+            raise SelfcheckError(f"--only={name!r}: allowed is one of {', '.join(ids)}")
+    console.print("seal intact; importing torch and transformers ...")
+    import torch
+
+    from .claim import Context
+    from .run import destination, merge, run_claim
+
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise SelfcheckError(f"--device={device!r}: allowed is cpu, or cuda where torch sees a GPU")
+    context = Context(quick=quick, device=device, model_name=model, corpus_name=corpus, progress=_progress)
+    wanted = [claim for claim in claims if not only or claim["id"] in only]
+    started, records = time.perf_counter(), []
+    for i, claim in enumerate(wanted, 1):
+        console.print(f"[{i}/{len(wanted)}] {claim['id']}: {claim['statement']} ...", markup=False)
+        record = run_claim(claim, context)
+        records.append(record)
+        mark = "ok" if record["passed"] else f"FAILED ({record['verdict']})"
+        console.print(f"    {mark}: {record['headline']}  ({record['seconds']:.0f} s)", markup=False)
+    path = destination(context, only)
+    root = evidence.write(path, merge(path, records, ids))
+    console.print(_table(records, {c["id"]: c["published"] for c in claims}))
+    cases = sum(r["cases"] for r in records)
+    console.print(f"{cases} cases in {time.perf_counter() - started:.0f} s; evidence {path.relative_to(ROOT)}, root {root}")
+    failed = [r["claim"] for r in records if not r["passed"]]
+    if failed:
+        raise SelfcheckError(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(standalone_mode=False)
+    except SelfcheckError as error:
+        sys.exit(f"selfcheck: {error}")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit("selfcheck: interrupted; the evidence is as it was before")

@@ -1,0 +1,1 @@
+"""One module a family of claims; every check is `check(context) -> Result` and measures something."""

@@ -1,0 +1,50 @@
+"""Theorem 2, descriptively: entropy against log N, and the perplexity cost of sparsity against N."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+import qaxis
+
+from ..claim import Context, Result, value
+
+
+def entropy(context: Context) -> Result:
+    """Fit H_N = alpha log N + beta, texts resampled."""
+    runs = context.runs
+    fit = qaxis.fit_entropy_scaling(runs.lengths, runs.entropy, seed=context.seed)
+    last = runs.entropy[:, -1]
+    values = {
+        "alpha": value(fit.alpha, "", n=fit.samples, low=fit.alpha_low, high=fit.alpha_high),
+        "beta": value(fit.beta, "nats", n=fit.samples),
+        "r_squared": value(fit.r_squared, "", n=len(runs.lengths)),
+        "longest": value(runs.lengths[-1], "tokens"),
+        "shortest": value(runs.lengths[0], "tokens"),
+        "entropy_longest": value(float(last.mean()), "nats", n=len(last)),
+        "support_longest": value(math.exp(float(last.mean())), "keys", n=len(last)),
+    }
+    headline = f"alpha = {fit.alpha:.3f} [{fit.alpha_low:.3f}, {fit.alpha_high:.3f}], R2 = {fit.r_squared:.3f}"
+    data = {"lengths": runs.lengths, "entropy": np.round(runs.entropy, 6).tolist()}
+    # Descriptive: the law is reported as found. What may not happen is an impossible entropy.
+    possible = bool((runs.entropy > 0).all() and (runs.entropy < np.log(runs.lengths)).all())
+    return Result(possible, "entropies lie in (0, log N)", headline, values, runs.entropy.size, data)
+
+
+def perplexity_cost(context: Context) -> Result:
+    """dPPL of the default budget on the tokens at positions (N/2, N], for every N above the minimum budget."""
+    runs = context.runs
+    lengths = [n for n in runs.lengths if n >= 128]
+    values, rows = {}, []
+    for n in lengths:
+        part = slice(n // 2 - 1, n - 1)
+        change = qaxis.paired_change([x[part] for x in runs.dense], [x[part] for x in runs.sparse], seed=context.seed)
+        values[f"change{n}"] = value(change.percent, "%", n=change.texts, low=change.low, high=change.high)
+        rows.append([n, change.percent, change.low, change.high])
+    # Up to 64 keys the budget keeps every key: there, sparse must be the dense model up to rounding.
+    whole = max(float((a[:63] - b[:63]).abs().max()) for a, b in zip(runs.dense, runs.sparse, strict=True))
+    values["whole_budget_difference"] = value(whole, "nats", n=63 * len(runs.dense))
+    changed = any(float((a - b).abs().max()) > 1e-3 for a, b in zip(runs.dense, runs.sparse, strict=True))
+    headline = ", ".join(f"N={n}: {percent:+.2f} %" for n, percent, _, _ in rows)
+    return Result(whole < 1e-2 and changed, "equal where k_eff = N", headline, values, len(rows), {"rows": rows})

@@ -1,0 +1,59 @@
+"""What a check gets and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .subjects import Subjects, load
+
+
+@dataclass
+class Result:
+    """A check's measurement. ``values`` maps a name to {value, unit, n, low, high}; data feeds figures."""
+
+    passed: bool
+    verdict: str
+    headline: str
+    values: dict[str, dict[str, Any]]
+    cases: int
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def value(x: float, unit: str = "", *, n: int | None = None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    """One measured value with its unit, sample count and 95 % interval."""
+    return {"value": x, "unit": unit, "n": n, "low": low, "high": high}
+
+
+@dataclass
+class Context:
+    """One run: profile, device, seed, and the subjects, loaded once when first needed."""
+
+    quick: bool = False
+    device: str = "cpu"
+    model_name: str | None = None
+    corpus_name: str | None = None
+    seed: int = 20260601
+    progress: Callable[..., Iterable[Any]] = lambda items, label: items
+
+    @property
+    def tokens(self) -> int:
+        """Length of the windows that are measured."""
+        return 512 if self.quick else 2048
+
+    @property
+    def text_count(self) -> int:
+        return 2 if self.quick else 8
+
+    @cached_property
+    def subjects(self) -> Subjects:
+        return load(self.model_name, self.corpus_name, self.device, self.text_count, self.tokens)
+
+    @cached_property
+    def runs(self) -> Any:
+        """The forward passes that several claims share: dense, sparse, INT8, entropies."""
+        from .runs import measure
+
+        return measure(self)
