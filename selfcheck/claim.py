@@ -10,6 +10,10 @@ from typing import Any
 from .subjects import Subjects, load
 
 
+class NotRunError(Exception):
+    """This machine cannot run the check. The claim is then not run, never passed."""
+
+
 @dataclass
 class Result:
     """A check's measurement. ``values`` maps a name to {value, unit, n, low, high}; data feeds figures."""
@@ -22,7 +26,9 @@ class Result:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def value(x: float, unit: str = "", *, n: int | None = None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+def value(
+    x: float, unit: str = "", *, n: int | None = None, low: float | None = None, high: float | None = None
+) -> dict[str, Any]:
     """One measured value with its unit, sample count and 95 % interval."""
     return {"value": x, "unit": unit, "n": n, "low": low, "high": high}
 

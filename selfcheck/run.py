@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import evidence, seal
-from .claim import Context, Result
+from .claim import Context, NotRunError, Result
 from .files import ROOT, SelfcheckError
 
 PACKAGES = ("torch", "transformers", "triton", "hypothesis", "numpy", "scipy", "tokenizers", "gguf")
@@ -51,7 +51,7 @@ def run_claim(claim: dict[str, Any], context: Context) -> dict[str, Any]:
     depends = seal.digests_of(claim)
     try:
         result = find_check(claim["check"])(context)
-    except SelfcheckError:
+    except (SelfcheckError, NotRunError):
         raise
     except Exception as error:
         result = Result(False, f"{type(error).__name__}: {error}"[:500], "did not finish", {}, 0)

@@ -52,7 +52,9 @@ def measure(context: Context) -> Runs:
         ids = texts[t]
         if step == "dense":
 
-            def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, t: int = t) -> None:
+            def observe(
+                layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, t: int = t
+            ) -> None:
                 for j, n in enumerate(lengths):
                     h = qaxis.attention_entropy(q[:, :, n - QUERIES : n], k[:, :, :n], scale=scale)
                     entropies[t, j] += float(h.mean()) / layers

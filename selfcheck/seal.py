@@ -74,7 +74,8 @@ def verify(root: Path = ROOT) -> None:
     if found:
         lines = "\n  ".join(found)
         raise SelfcheckError(
-            f"the seal is broken, nothing was run:\n  {lines}\nIf you meant the change, look at it and run `nox -s seal`."
+            f"the seal is broken, nothing was run:\n  {lines}\n"
+            "If you meant the change, look at it and run `nox -s seal`."
         )
 
 

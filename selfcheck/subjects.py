@@ -36,7 +36,9 @@ def check_file(path: Path, digest: str, fix: str) -> Path:
         raise SelfcheckError(f"{path.name}: missing, expected SHA-256 {digest}; {fix}")
     actual = sha256(path)
     if actual != digest:
-        raise SelfcheckError(f"{path.name}: corrupted\n  expected SHA-256 {digest}\n  found    SHA-256 {actual}\n  {fix}")
+        raise SelfcheckError(
+            f"{path.name}: corrupted\n  expected SHA-256 {digest}\n  found    SHA-256 {actual}\n  {fix}"
+        )
     return path
 
 
@@ -70,7 +72,9 @@ def load_model(name: str | None, device: str) -> tuple[Any, Any, str]:
     else:
         path, digest = Path(name), _digest_of(name)
         if not path.exists() and ("\\" in name or name.count("/") != 1):
-            raise SelfcheckError(f"--model={name!r}: no such file or directory; a path or a hub name OWNER/MODEL is allowed")
+            raise SelfcheckError(
+                f"--model={name!r}: no such file or directory; a path or a hub name OWNER/MODEL is allowed"
+            )
     if path.suffix == ".gguf":
         options["gguf_file"] = path.name
         source = str(path.parent)
@@ -120,7 +124,9 @@ def documents(name: str | None) -> tuple[Iterator[str], str]:
     elif name.count("/") == 1 and not name.startswith((".", "/")):
         rows = datasets.load_dataset(name, split="train")
     else:
-        raise SelfcheckError(f"--corpus={name!r}: no such file; a .bz2 dump, .txt, .json, .parquet or OWNER/DATASET is allowed")
+        raise SelfcheckError(
+            f"--corpus={name!r}: no such file; a .bz2 dump, .txt, .json, .parquet or OWNER/DATASET is allowed"
+        )
     if isinstance(rows, datasets.DatasetDict):
         rows = rows[next(iter(rows))]
     if "text" not in rows.column_names:

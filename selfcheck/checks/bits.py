@@ -10,8 +10,7 @@ import torch
 
 import qaxis
 
-from ..claim import Context, Result, value
-from ..files import SelfcheckError
+from ..claim import Context, NotRunError, Result, value
 
 #: (batch, heads, kv heads, queries, keys, head_dim)
 SHAPES = (
@@ -62,12 +61,14 @@ def _result(gap: float, differ: int, total: int, cases: int, digest: str) -> Res
     }
     headline = f"max|dO| = {gap:g}, agreement {1 - differ / total:g} in {cases} cases"
     data = {"sha256": digest}
-    return Result(gap == 0 and differ == 0, "bitwise equal" if gap == 0 else "bits differ", headline, values, cases, data)
+    return Result(
+        gap == 0 and differ == 0, "bitwise equal" if gap == 0 else "bits differ", headline, values, cases, data
+    )
 
 
 def _need_triton() -> None:
     if find_spec("triton") is None:
-        raise SelfcheckError("triton is not installed (it exists for Linux only): this claim cannot be run here")
+        raise NotRunError("triton is not installed (it exists for Linux only): this claim cannot be run here")
 
 
 def kernel_grid(context: Context) -> Result:

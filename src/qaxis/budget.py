@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 
@@ -40,9 +40,15 @@ class Budget:
 
     def table(self, n_max: int) -> torch.Tensor:
         """``k_eff`` of every n from 0 to ``n_max`` as int64 ``[n_max + 1]``; ``k_eff(0)`` is 0."""
-        # ceil over the decimal the user wrote: 0.1 * 640 must be 64, not ceil(64.00000000000001).
-        share = Fraction(str(self.coverage))
-        return torch.tensor([min(n, max(self.minimum, math.ceil(share * n))) for n in range(n_max + 1)])
+        return _table(self.coverage, self.minimum, n_max)
+
+
+@lru_cache(maxsize=64)
+def _table(coverage: float, minimum: int, n_max: int) -> torch.Tensor:
+    # The decimal the user wrote, in integers: 0.1 * 640 must be 64, not ceil(64.00000000000001).
+    share = Fraction(str(coverage))
+    over, under = share.numerator, share.denominator
+    return torch.tensor([min(n, max(minimum, -(-over * n // under))) for n in range(n_max + 1)])
 
 
 def as_budget(budget: Budget | int, n: int | None = None) -> Budget:

@@ -71,7 +71,9 @@ def fit_entropy_scaling(
         ValueError: for fewer than three lengths, mismatched shapes, or non-finite entropies.
     """
     entropy = np.atleast_2d(np.asarray(entropy, dtype=np.float64))
-    require(len(set(lengths)) >= 3 and min(lengths) >= 1, "lengths", lengths, "at least 3 different lengths of 1 or more")
+    require(
+        len(set(lengths)) >= 3 and min(lengths) >= 1, "lengths", lengths, "at least 3 different lengths of 1 or more"
+    )
     require(entropy.shape[1] == len(lengths), "entropy.shape", entropy.shape, f"[samples, {len(lengths)}]")
     require(bool(np.isfinite(entropy).all()), "entropy", "NaN or Inf", "finite values")
     x = np.log(np.asarray(lengths, dtype=np.float64))

@@ -45,7 +45,9 @@ def _check_supported(kwargs: dict[str, Any], attention_mask: torch.Tensor | None
         raise ValueError("position_bias=<tensor>: allowed is None; a bias that differs between keys breaks Theorem 1")
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{name}={kwargs[name]!r}: allowed is None; the order is kept, the sum is not built")
+            raise NotImplementedError(
+                f"{name}={kwargs[name]!r}: allowed is None; the order is kept, the sum is not built"
+            )
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask.dtype={attention_mask.dtype}: allowed is bool or None; an additive bias breaks Theorem 1"
@@ -180,7 +182,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def sparse(model: PreTrainedModel, budget: Budget | int | None = None, **options: Any) -> Iterator[PreTrainedModel]:
-    """``with qaxis.sparse(model, budget): ...``: :func:`enable` inside, what was before outside, also after an error."""
+    """``with qaxis.sparse(model, budget): ...``: :func:`enable` inside; what was before, after."""
     was_on = model.config._attn_implementation == NAME
     saved = [(m, m.__dict__.get(_ATTRIBUTE)) for m in _attention_modules(model)]
     try:

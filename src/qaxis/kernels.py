@@ -15,11 +15,11 @@ if not torch.cuda.is_available():
     # The decorator below reads this once; without a GPU the interpreter is the only way to run.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-from .budget import Budget  # noqa: E402
-from .canonical import (  # noqa: E402
+from .budget import Budget
+from .canonical import (
     CHUNK_ELEMENTS,
     EXP2_COEFFICIENTS,
     ROUND_MAGIC,
@@ -27,7 +27,7 @@ from .canonical import (  # noqa: E402
     next_power_of_two,
     sort_key,
 )
-from .ranking import check_scores  # noqa: E402
+from .ranking import check_scores
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 

@@ -94,7 +94,9 @@ def fast_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     computed, and refused if they overflow.
     """
     batch, heads, m, dim = q.shape
-    largest = float(torch.linalg.vector_norm(q.double(), dim=-1).amax() * torch.linalg.vector_norm(k.double(), dim=-1).amax())
+    largest = float(
+        torch.linalg.vector_norm(q.double(), dim=-1).amax() * torch.linalg.vector_norm(k.double(), dim=-1).amax()
+    )
     if largest > 1e38:
         out = canonical.scores(q, k)
         check_scores(out)

@@ -1,0 +1,1 @@
+"""One module a figure; each has `draw(evidence) -> Figure` and reads evidence only."""

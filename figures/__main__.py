@@ -1,0 +1,30 @@
+"""Redraw every figure from the accepted evidence."""
+
+from __future__ import annotations
+
+import sys
+
+import matplotlib.pyplot as plt
+
+from selfcheck import evidence
+from selfcheck.files import SelfcheckError
+
+from . import entropy, selector
+from .style import RC, save
+
+FIGURES = {"selector": selector, "entropy": entropy}
+
+
+def main() -> None:
+    records = evidence.accepted()
+    plt.rcParams.update(RC)
+    for name, module in FIGURES.items():
+        save(module.draw(records), name)
+        print(f"figures/{name}.pdf, figures/{name}.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SelfcheckError as error:
+        sys.exit(f"figures: {error}")

@@ -1,0 +1,36 @@
+"""Entropy and effective support against context length, with the fit of Theorem 2."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from .style import BLUE, GREY, ORANGE, WIDTH
+
+
+def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
+    record = evidence["entropy"]
+    lengths, rows = record["data"]["lengths"], record["data"]["entropy"]
+    alpha, beta = record["values"]["alpha"]["value"], record["values"]["beta"]["value"]
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    fit = [alpha * math.log(n) + beta for n in lengths]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7), layout="constrained")
+    for axis, change in ((left, lambda h: h), (right, math.exp)):
+        for i, row in enumerate(rows):
+            label = "one article" if i == 0 else None
+            axis.plot(lengths, [change(h) for h in row], color=GREY, linewidth=0.6, label=label)
+        axis.plot(lengths, [change(h) for h in mean], "o", color=BLUE, markersize=4, label="mean")
+        axis.plot(lengths, [change(h) for h in fit], color=ORANGE, linewidth=1.4, label=rf"fit, $\alpha$ = {alpha:.3f}")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.minorticks_off()
+        axis.set_xlabel("context length $N$ (tokens)")
+    left.set_ylabel("mean entropy $H_N$ (nats)")
+    right.set_yscale("log", base=2)
+    right.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    right.set_ylabel("effective support $e^{H_N}$ (keys)")
+    left.legend(loc="upper left")
+    return figure

@@ -1,0 +1,1 @@
+"""The preprint: numbers.tex from evidence, then paper.pdf."""

@@ -1,0 +1,159 @@
+"""qaxis in transformers, and the INT8 cache, on a small real Llama."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import qaxis
+
+
+def prompt(n=150, batch=1):
+    return torch.randint(0, 97, (batch, n), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+def test_off_leaves_no_trace(llama):
+    ids = prompt()
+    stock, config = logits(llama, ids), llama.config.to_dict()
+    attributes = [set(m.__dict__) for m in llama.modules()]
+    with qaxis.sparse(llama, 8):
+        on = logits(llama, ids)
+    with pytest.raises(KeyError), qaxis.sparse(llama, 8):
+        raise KeyError
+    qaxis.disable(qaxis.enable(llama, qaxis.Budget(0.2, 4)))
+    assert torch.equal(stock, logits(llama, ids)) and not torch.allclose(stock, on)
+    assert llama.config.to_dict() == config and attributes == [set(m.__dict__) for m in llama.modules()]
+
+
+def test_nested_contexts_restore_the_outer_budget(llama):
+    ids = prompt()
+    with qaxis.sparse(llama, 8):
+        outer = logits(llama, ids)
+        with qaxis.sparse(llama, 100):
+            pass
+        assert torch.equal(outer, logits(llama, ids))
+
+
+def test_selection_mode_is_close_to_bitwise_mode(llama):
+    ids = prompt()
+    with qaxis.sparse(llama, 12):
+        bitwise = logits(llama, ids)
+    with qaxis.sparse(llama, 12, exactness="selection"):
+        selection = logits(llama, ids)
+    assert torch.allclose(bitwise, selection, atol=1e-4)
+
+
+def test_left_padding_is_never_selected(llama):
+    ids = prompt(60)
+    padded = torch.cat([torch.zeros(1, 25, dtype=torch.long), ids], 1)
+    mask = (torch.arange(85) >= 25).long()[None]
+    for options in ({}, {"exactness": "selection"}):
+        with qaxis.sparse(llama, qaxis.Budget(0.2, 4), **options):
+            alone = logits(llama, ids)
+            beside = logits(llama, padded, attention_mask=mask, position_ids=(torch.arange(85) - 25).clamp(min=0)[None])
+        assert torch.allclose(alone, beside[:, 25:], atol=1e-4)
+
+
+def test_decode_equals_prefill(llama):
+    ids = prompt(70)
+    with qaxis.sparse(llama, 10), torch.inference_mode():
+        whole = llama(ids).logits
+        first = llama(ids[:, :50], use_cache=True)
+        rest = [llama(ids[:, i : i + 1], past_key_values=first.past_key_values).logits for i in range(50, 70)]
+    assert torch.allclose(whole[:, 50:], torch.cat(rest, 1), atol=1e-4)
+
+
+def test_generate_with_qaxis_and_int8(llama):
+    ids = prompt(140)
+    stock = llama.generate(ids, max_new_tokens=6, do_sample=False)
+    qaxis.enable(llama, qaxis.Budget(1.0))
+    assert torch.equal(stock, llama.generate(ids, max_new_tokens=6, do_sample=False))
+    qaxis.disable(llama)
+    out = llama.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=qaxis.Int8Cache(llama.config))
+    beams = llama.generate(
+        ids, max_new_tokens=6, num_beams=3, do_sample=False, past_key_values=qaxis.Int8Cache(llama.config)
+    )
+    assert out.shape == beams.shape == (1, 146)
+
+
+def test_loading_with_the_implementation_name(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="qaxis").eval()
+    with qaxis.sparse(llama):
+        assert torch.equal(logits(loaded, prompt()), logits(llama, prompt()))
+    qaxis.disable(loaded)
+    assert torch.equal(logits(loaded, prompt()), logits(llama, prompt()))
+
+
+def test_refusals(llama):
+    with pytest.raises(ValueError, match="requires_grad"), qaxis.sparse(llama, 8):
+        llama(prompt())
+    with pytest.raises(ValueError, match="budget"):
+        qaxis.enable(llama, 0)
+    with pytest.raises(ValueError, match="exactness"):
+        qaxis.enable(llama, 5, exactness="approximate")
+    with pytest.raises(ValueError, match="bias"), qaxis.sparse(llama, 8), torch.inference_mode():
+        llama(prompt(20), attention_mask=torch.randn(1, 1, 20, 20))
+    with pytest.raises(ValueError, match="input_ids"):
+        qaxis.perplexity(llama, prompt(1))
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def states(n, dtype=torch.float32, seed=0):
+    return tuple(torch.randn(2, 1, 2, n, 64, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cache_round_trip_and_bytes(llama, dtype):
+    cache = qaxis.Int8Cache(llama.config)
+    k, v = states(1024, dtype)
+    for layer in range(2):
+        stored = cache.update(k, v, layer)
+        again = cache.layers[layer].dequantized()
+        for original, got, other in zip((k, v), stored, again, strict=True):
+            assert got.dtype == dtype and torch.equal(got, other)
+            assert not torch.equal(got, original) and float((got - original).abs().max()) < 0.04
+            if dtype != torch.float16:
+                assert torch.equal(got, got.bfloat16().to(dtype))
+    assert cache.stored_bytes() / (2 * 2 * 2 * k.numel()) == pytest.approx(0.5 * (1 + 1 / 128 / 2 + 1 / 64 / 2))
+
+
+def test_cache_appends_what_one_update_stores(llama):
+    one, many = qaxis.Int8Cache(llama.config), qaxis.Int8Cache(llama.config)
+    k, v = states(300, torch.bfloat16)
+    a = one.update(k, v, 0)
+    for i in range(0, 300, 37):
+        b = many.update(k[:, :, i : i + 37], v[:, :, i : i + 37], 0)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and many.get_seq_length() == 300
+    many.crop(-50)
+    assert torch.equal(many.layers[0].dequantized()[1], b[1][:, :, :250])
+    assert torch.equal(many.layers[0].dequantized()[0], b[0][:, :, :250])
+    many.reset()
+    assert many.get_seq_length() == 0
+
+
+def test_cache_refuses_bad_states_unchanged(llama):
+    cache = qaxis.Int8Cache(llama.config)
+    k, v = states(10)
+    before = cache.update(k, v, 0)[0].clone()
+    for bad in ((k * torch.nan, v), (k, v * torch.inf), (k.half(), v.half())):
+        with pytest.raises(ValueError, match="key_states|value_states"):
+            cache.update(*bad, 0)
+    assert torch.equal(before, cache.layers[0].dequantized()[0])
+    with pytest.raises(ValueError, match="key_bits"):
+        qaxis.Int8Cache(llama.config, key_bits=9)
+
+
+def test_cache_extremes(llama):
+    cache = qaxis.Int8Cache(llama.config)
+    k, v = states(128)
+    k[..., 0], k[..., 1], v[:, :, 0] = 1e30, 0.0, 0.0
+    keys, values = cache.update(k, v, 0)
+    assert torch.isfinite(keys).all() and (keys[..., 1] == 0).all() and (values[:, :, 0] == 0).all()
+    assert torch.allclose(keys[..., 0], k[..., 0], rtol=0.01)
