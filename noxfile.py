@@ -55,6 +55,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Break the code on purpose, once per check, and see every fault caught (about 6 minutes)."""
+    project(session, "tests")
+    session.run("python", "-m", "tests.mutants")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style (ruff) and types (mypy)."""
     session.install("-c", "constraints.txt", "-e", ".[lint,selfcheck,figures]", "nox")

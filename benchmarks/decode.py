@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 import qaxis
 
+sdpa = torch.nn.functional.scaled_dot_product_attention
+
 
 def seconds(f: Callable[[], object], cuda: bool) -> float:
     """Wall time of one call, device work included."""
@@ -57,7 +59,7 @@ def main(device: str, repeats: int, lengths: str) -> None:
         budget = qaxis.Budget()
         out = medians(
             {
-                "dense": lambda q=q, k=k, v=v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+                "dense": lambda q=q, k=k, v=v: sdpa(q, k, v, enable_gqa=True),
                 "qaxis": lambda q=q, k=k, v=v, b=budget: qaxis.topk_attention(q, k, v, b),
                 "select": lambda q=q, k=k, b=budget: qaxis.topk_indices(q, k, b),
                 "copy": lambda big=big: big.clone(),

@@ -92,7 +92,8 @@ def run(quick: bool, only: tuple[str, ...], model: str | None, corpus: str | Non
     root = evidence.write(path, merge(path, records, ids))
     console.print(_table(records, {c["id"]: c["published"] for c in claims}))
     console.print(
-        f"{len(records)} claims in {time.perf_counter() - started:.0f} s; evidence {path.relative_to(ROOT)}\nroot {root}"
+        f"{len(records)} claims in {time.perf_counter() - started:.0f} s; "
+        f"evidence {path.relative_to(ROOT)}\nroot {root}"
     )
     failed = [r["claim"] for r in records if not r["passed"]]
     if failed:
