@@ -47,6 +47,13 @@ def paper(session: nox.Session) -> None:
 
 
 @nox.session
+def proofs(session: nox.Session) -> None:
+    """Have Coq check the proofs in paper/proofs and record it. Without coqc: says how to install it, passes nothing."""
+    project(session, "selfcheck")
+    session.run("python", "-m", "selfcheck", "run", "--only", "proofs", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Test the library and the harness: bad input, tampering, interruption, mutants."""
     project(session, "tests")

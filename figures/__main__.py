@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 from selfcheck import evidence
 from selfcheck.files import SelfcheckError
 
-from . import entropy, selector
+from . import entropy, inversions, selector
 from .style import RC, save
 
-FIGURES = {"selector": selector, "entropy": entropy}
+FIGURES = {"selector": selector, "entropy": entropy, "inversions": inversions}
 
 
 def main() -> None:

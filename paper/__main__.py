@@ -43,7 +43,7 @@ def pdflatex() -> str:
 def build() -> Path:
     """Generate numbers.tex, run pdflatex until references settle, move the PDF into place."""
     records = evidence.accepted()
-    for name in ("selector", "entropy"):
+    for name in ("selector", "entropy", "inversions"):
         if not (ROOT / f"figures/{name}.pdf").is_file():
             raise SelfcheckError(f"figures/{name}.pdf: missing; run `nox -s figures` first")
     write_atomic(numbers.TARGET, numbers.render(records).encode())

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from selfcheck import evidence, seal
 from selfcheck.files import ROOT
 
+PLATFORMS = ("NumPy", "PyTorch CPU", "PyTorch CUDA", "Triton interpreter", "Triton GPU")
 #: decimals by claim.value; None prints an integer with separators, "sci" the shortest form
 FORMATS: dict[str, int | None] = {
     "int8-bytes.ratio": 4, "int8-ppl.change": 3, "int8-ppl.dense_perplexity": 2, "int8-ppl.int8_perplexity": 2,
     "int8-ppl.canary": 0, "entropy.alpha": 3, "entropy.beta": 2, "entropy.r_squared": 3,
     "entropy.entropy_longest": 2, "entropy.support_longest": 1, "flag-off.on_difference": 1,
+    "fp-order.closest": 2, "fp-ppl.sparse": 2, "fp-ppl.unit": 4, "fp-ppl.bf16": 4,
 }  # fmt: skip
-SIGNED = ("int8-ppl.change", "int8-ppl.canary", "dppl.change")
+SIGNED = ("int8-ppl.change", "int8-ppl.canary", "dppl.change", "fp-ppl.sparse", "fp-ppl.unit", "fp-ppl.bf16")
 
 
 def show(key: str, x: float) -> str:
     """One number as TeX."""
-    digits = FORMATS.get(key, 2 if key.startswith("dppl.change") else None)
+    digits = FORMATS.get(key, 2 if key.startswith(("dppl.change", "fp-real.")) else None)
     if digits is not None:
         sign = "+" if key.startswith(SIGNED) else ""
         return f"{x:{sign}.{digits}f}".replace("-", r"\ensuremath{-}")
@@ -28,11 +31,16 @@ def show(key: str, x: float) -> str:
     return rf"\ensuremath{{{mantissa}\cdot 10^{{{int(exponent)}}}}}"
 
 
+def thousands(n: int) -> str:
+    return f"{n:,}".replace(",", r"\,")
+
+
 def escape(text: str) -> str:
     """Plain text as TeX."""
-    table = {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$"}
+    table = {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\textasciicircum{}", ">=": r"$\ge$", "|": "$|$"}
+    table |= {"<": "$<$", ">": "$>$"}
     table.update({c: "\\" + c for c in "&%$#_{}"})
-    return "".join(table.get(c, c) for c in text)
+    return "".join(table.get(c, c) for c in re.split("(>=|.)", text))
 
 
 def macros(records: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -55,11 +63,40 @@ def macros(records: dict[str, dict[str, Any]]) -> dict[str, str]:
         out[f"{kind}.name"] = escape(subject["name"])
         out[f"{kind}.requirement"] = escape(subject["requirement"])
         out[f"{kind}.sha"] = subject["sha256"][:16]
-    first = next(iter(records.values()))
-    out["versions"] = escape(", ".join(f"{k} {v}" for k, v in first["versions"].items()))
+    out.update(tables(records))
+    out["proofs.version"] = escape(records["proofs"]["data"]["coq"])
+    out["checks.total"] = f"{sum(len(set(r['checks'])) for r in records.values()):,}".replace(",", r"\,")
+    for name, claim in (("versions", "thm1"), ("gpu.versions", "golden-gpu")):
+        out[name] = escape(", ".join(f"{k} {v}" for k, v in records[claim]["versions"].items()))
     out["root"] = evidence.chain(list(records.values()))[1][:16]
     out["date"] = max(record["time"] for record in records.values())[:10]
     return out
+
+
+def tables(records: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Bodies of the tables whose rows are data: one TeX row an entry."""
+    counterexamples = [
+        f"{escape(name)} & {escape(text)}" for name, text in records["thm1-stops"]["data"]["counterexamples"]
+    ]
+    ablation = [
+        f"{escape(rule)} & {escape(between)} & {thousands(count)} of {thousands(total)}"
+        for rule, between, count, total in records["ablation"]["data"]["rows"]
+    ]
+    here, gpu = records["golden"]["data"]["rows"], records["golden-gpu"]["data"]["rows"]
+    bits = []
+    for a, b in zip(here, gpu, strict=True):
+        equal = {**b["equal"], **a["equal"]}
+        shares = " & ".join(f"{equal[p]}/{a['cases']}" for p in PLATFORMS)
+        gap, differ = max(a["gap"], b["gap"]), a["differ"] + b["differ"]
+        bits.append(
+            f"{a['dtype']} & {escape(a['shapes'])} & {shares} & {gap:g} & {differ} & \\texttt{{{a['sha256'][:12]}}}"
+        )
+    changes = []
+    for dtype, queries, *changed in records["fp-real"]["data"]["rows"]:
+        shares = " & ".join(show("fp-real.share", 100 * n / queries) for n in changed)
+        changes.append(f"{dtype} & {thousands(queries)} & {shares}")
+    bodies = {"stops": counterexamples, "ablation": ablation, "bits": bits, "changes": changes}
+    return {f"table.{name}": r"\\".join(rows) for name, rows in bodies.items()}
 
 
 def render(records: dict[str, dict[str, Any]]) -> str:

@@ -25,7 +25,8 @@ def _progress(items: Iterable[Any], label: str) -> Iterator[Any]:
     )
 
 
-def _table(records: list[dict[str, Any]], published: dict[str, str]) -> Table:
+def _table(records: list[dict[str, Any]], elsewhere: list[tuple[dict[str, Any], str]]) -> Table:
+    published = {claim["id"]: claim["published"] for claim in seal.claims()}
     table = Table(box=box.SIMPLE_HEAD, title="Claims", title_justify="left")
     for name in ("id", "statement", "published", "measured", "status", "s"):
         table.add_column(name, overflow="fold", justify="right" if name == "s" else "left")
@@ -35,9 +36,31 @@ def _table(records: list[dict[str, Any]], published: dict[str, str]) -> Table:
             r["claim"], r["statement"], published[r["claim"]], r["headline"], status, f"{r['seconds']:.0f}",
             style=None if r["passed"] else "bold red",
         )  # fmt: skip
+    for r, status in elsewhere:
+        table.add_row(r["id"], r["statement"], r["published"], r.get("headline", "-"), status, "", style="dim")
     for r in seal.reported():
         table.add_row(r["id"], r["statement"], r["published"], "-", "reported", "")
     return table
+
+
+def _elsewhere(claims: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    """Claims that were not run now: what the committed evidence says of them, if it is fresh."""
+    rows = []
+    for claim in claims:
+        record = None
+        for name in (evidence.GPU, evidence.DEFAULT):
+            try:
+                record = record or evidence.load(ROOT / name).get(claim["id"])
+            except SelfcheckError:
+                continue
+        if record is None:
+            rows.append((claim, "NOT RUN"))
+        elif record["depends"] != seal.digests_of(claim):
+            rows.append((claim, "NOT RUN; evidence stale"))
+        else:
+            status = "committed evidence" if record["passed"] else "committed evidence: FAILED"
+            rows.append(({**claim, "headline": record["headline"]}, f"{status}, {record['device']}"))
+    return rows
 
 
 @click.group()
@@ -49,6 +72,18 @@ def main() -> None:
 def seal_command() -> None:
     """Write selfcheck/checks.lock over the files as they are now."""
     console.print(f"sealed {seal.seal()} files in {seal.LOCK}")
+
+
+@main.command("golden")
+def golden_command() -> None:
+    """Compute selfcheck/golden.json with the CPU reference; only for a new version of the arithmetic."""
+    import json
+
+    from .checks.golden import GOLDEN, make_golden
+    from .files import write_atomic
+
+    write_atomic(GOLDEN, (json.dumps(make_golden(), indent=1, sort_keys=True) + "\n").encode())
+    console.print(f"wrote {GOLDEN.relative_to(ROOT)}; seal it with `nox -s seal`")
 
 
 @main.command()
@@ -71,29 +106,41 @@ def run(quick: bool, only: tuple[str, ...], model: str | None, corpus: str | Non
     import torch
 
     from .claim import Context, NotRunError
-    from .run import destination, merge, run_claim
+    from .run import destination, gpu_destination, merge, run_claim
 
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise SelfcheckError(f"--device={device!r}: allowed is cpu, or cuda where torch sees a GPU")
     context = Context(quick=quick, device=device, model_name=model, corpus_name=corpus, progress=_progress)
-    wanted = [claim for claim in claims if not only or claim["id"] in only]
-    started, records = time.perf_counter(), []
+    on_gpu = {claim["id"] for claim in claims if claim.get("where") == "gpu"}
+    wanted = [c for c in claims if c["id"] in (only or ids) and (only or device != "cpu" or c["id"] not in on_gpu)]
+    started, records, not_run = time.perf_counter(), [], []
     for i, claim in enumerate(wanted, 1):
         console.print(f"[{i}/{len(wanted)}] {claim['id']}: {claim['statement']} ...", markup=False)
         try:
             record = run_claim(claim, context)
         except NotRunError as error:
-            console.print(f"    not run: {error}; evidence from elsewhere, if there is any, stays", markup=False)
+            console.print(f"    not run: {error}", markup=False)
+            not_run.append(claim["id"])
             continue
         records.append(record)
         mark = "ok" if record["passed"] else f"FAILED ({record['verdict']})"
         console.print(f"    {mark}: {record['headline']}  ({record['seconds']:.0f} s)", markup=False)
-    path = destination(context, only)
-    root = evidence.write(path, merge(path, records, ids))
-    console.print(_table(records, {c["id"]: c["published"] for c in claims}))
+    if not records:
+        raise SelfcheckError(f"not run: {', '.join(not_run)}; the reason is above")
+    gpu_path = gpu_destination(context)
+    made_on_gpu = [r for r in records if gpu_path and r["claim"] in on_gpu]
+    others = [r for r in records if r not in made_on_gpu]
+    written = []
+    for path, made in ((destination(context, only), others), (gpu_path, made_on_gpu)):
+        if path and made:
+            root = evidence.write(path, merge(path, made, ids))
+            written.append(f"evidence {path.relative_to(ROOT)}, root {root}")
+    made_here = {r["claim"] for r in records}
+    missing = [c for c in claims if c["id"] not in made_here and (not only or c["id"] in only)]
+    console.print(_table(records, _elsewhere(missing)))
     console.print(
-        f"{len(records)} claims in {time.perf_counter() - started:.0f} s; "
-        f"evidence {path.relative_to(ROOT)}\nroot {root}"
+        f"{len(records)} claims, {sum(len(r['checks']) for r in records)} parametrised checks in "
+        f"{time.perf_counter() - started:.0f} s\n" + "\n".join(written)
     )
     failed = [r["claim"] for r in records if not r["passed"]]
     if failed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from .subjects import Subjects, load
+from .subjects import Subjects, documents, load, texts_of
 
 
 class NotRunError(Exception):
@@ -16,7 +16,11 @@ class NotRunError(Exception):
 
 @dataclass
 class Result:
-    """A check's measurement. ``values`` maps a name to {value, unit, n, low, high}; data feeds figures."""
+    """A check's measurement.
+
+    ``values`` maps a name to {value, unit, n, low, high}; ``data`` feeds figures; ``checks`` names the
+    parametrised checks inside this one, each of which tests something different.
+    """
 
     passed: bool
     verdict: str
@@ -24,6 +28,7 @@ class Result:
     values: dict[str, dict[str, Any]]
     cases: int
     data: dict[str, Any] = field(default_factory=dict)
+    checks: list[str] = field(default_factory=list)
 
 
 def value(
@@ -56,6 +61,10 @@ class Context:
     @cached_property
     def subjects(self) -> Subjects:
         return load(self.model_name, self.corpus_name, self.device, self.text_count, self.tokens)
+
+    def texts(self, count: int, tokens: int) -> list[Any]:
+        """Texts of another length than the windows that every claim shares."""
+        return texts_of(self.subjects.tokenizer, documents(self.corpus_name)[0], self.device, count, tokens)
 
     @cached_property
     def runs(self) -> Any:

@@ -14,6 +14,8 @@ from . import seal
 from .files import ROOT, SelfcheckError, write_atomic
 
 DEFAULT = "selfcheck/evidence/default.json"
+#: claims that need a GPU: measured on one, committed, stale when a file they depend on changes
+GPU = "selfcheck/evidence/gpu.json"
 
 
 def record_digest(record: dict[str, Any]) -> str:
@@ -61,14 +63,16 @@ def accepted(root: Path = ROOT) -> dict[str, dict[str, Any]]:
     Raises:
         SelfcheckError: naming each claim that failed, is missing, stale, quick, or not of the default subjects.
     """
-    records = load(root / DEFAULT)
+    here, gpu = load(root / DEFAULT), load(root / GPU)
+    records = {}
     wrong = []
     pinned = {kind: subject["sha256"] for kind, subject in seal.subjects(root).items()}
     for claim in seal.claims(root):
-        record = records.get(claim["id"])
+        record = (gpu if claim.get("where") == "gpu" else here).get(claim["id"])
         if record is None:
             wrong.append(f"{claim['id']}: missing")
             continue
+        records[claim["id"]] = record
         if record["profile"] != "full":
             wrong.append(f"{claim['id']}: made by a {record['profile']} run")
         if not record["passed"]:
@@ -81,5 +85,8 @@ def accepted(root: Path = ROOT) -> dict[str, dict[str, Any]]:
             wrong.append(f"{claim['id']}: stale, made before {', '.join(changed)} changed")
     if wrong:
         lines = "\n  ".join(wrong)
-        raise SelfcheckError(f"the evidence does not carry the paper:\n  {lines}\nRun `nox -s selfcheck`.")
+        raise SelfcheckError(
+            f"the evidence does not carry the paper:\n  {lines}\n"
+            "Run `nox -s selfcheck` (GPU claims: `-- --device cuda`)."
+        )
     return records

@@ -46,7 +46,13 @@ def find_check(name: str) -> Callable[[Context], Result]:
 
 
 def run_claim(claim: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Measure one claim; a check that raises is a failed claim, not a crash of the others."""
+    """Measure one claim; a check that raises is a failed claim, not a crash of the others.
+
+    Raises:
+        NotRunError: if this machine cannot measure it.
+    """
+    if claim.get("where") == "gpu" and context.device == "cpu":
+        raise NotRunError("this claim needs a GPU (--device cuda)")
     started = time.perf_counter()
     depends = seal.digests_of(claim)
     try:
@@ -63,6 +69,7 @@ def run_claim(claim: dict[str, Any], context: Context) -> dict[str, Any]:
         "claim": claim["id"], "statement": claim["statement"], "status": claim["status"],
         "passed": bool(result.passed), "verdict": result.verdict, "headline": result.headline,
         "values": result.values, "cases": result.cases, "data": result.data,
+        "checks": sorted(set(result.checks)) or [claim["id"]],
         "profile": "quick" if context.quick else "full", "subjects": chosen,
         "names": names, "depends": depends, "device": device_name(context.device), "versions": versions(),
         "seed": context.seed, "seconds": round(time.perf_counter() - started, 2),
@@ -79,6 +86,12 @@ def destination(context: Context, only: tuple[str, ...], root: Path = ROOT) -> P
         key = json.dumps([context.model_name, context.corpus_name, context.device])
         return root / f"selfcheck/local/run-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     return root / evidence.DEFAULT
+
+
+def gpu_destination(context: Context, root: Path = ROOT) -> Path | None:
+    """Where GPU claims go: the committed file, if this is a full run on the pinned subjects and a GPU."""
+    special = context.quick or context.model_name or context.corpus_name or context.device == "cpu"
+    return None if special else root / evidence.GPU
 
 
 def merge(path: Path, fresh: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ from .files import ROOT, SelfcheckError, sha256, write_atomic
 
 LOCK = "selfcheck/checks.lock"
 SEALED = (
-    "src/qaxis/*.py", "selfcheck/*.py", "selfcheck/checks/*.py", "selfcheck/*.toml",
-    "figures/*.py", "paper/*.py", "paper/paper.tex", "constraints.txt", "pyproject.toml", "noxfile.py",
+    "src/qaxis/*.py", "selfcheck/*.py", "selfcheck/checks/*.py", "selfcheck/*.toml", "selfcheck/golden.json",
+    "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "constraints.txt", "pyproject.toml",
+    "noxfile.py",
 )  # fmt: skip
 
 

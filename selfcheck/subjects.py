@@ -139,17 +139,21 @@ def documents(name: str | None) -> tuple[Iterator[str], str]:
     return iter(texts), _digest_of(name)
 
 
-def load(model_name: str | None, corpus_name: str | None, device: str, count: int, tokens: int) -> Subjects:
-    """Load the model and the first ``count`` texts that have ``tokens`` tokens, cut to that length."""
-    model, tokenizer, model_digest = load_model(model_name, device)
-    source, corpus_digest = documents(corpus_name)
+def texts_of(tokenizer: Any, source: Iterator[str], device: str, count: int, tokens: int) -> list[Any]:
+    """The first ``count`` texts that have ``tokens`` tokens, cut to that length, each int64 ``[1, tokens]``."""
     texts = []
     for text in source:
         ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens).input_ids
         if ids.shape[1] == tokens:
             texts.append(ids.to(device))
         if len(texts) == count:
-            break
-    if len(texts) < count:
-        raise SelfcheckError(f"--corpus: {len(texts)} texts of {tokens} tokens found, {count} are needed")
+            return texts
+    raise SelfcheckError(f"--corpus: {len(texts)} texts of {tokens} tokens found, {count} are needed")
+
+
+def load(model_name: str | None, corpus_name: str | None, device: str, count: int, tokens: int) -> Subjects:
+    """Load the model and the first ``count`` texts of ``tokens`` tokens."""
+    model, tokenizer, model_digest = load_model(model_name, device)
+    source, corpus_digest = documents(corpus_name)
+    texts = texts_of(tokenizer, source, device, count, tokens)
     return Subjects(model, tokenizer, texts, {"model": model_digest, "corpus": corpus_digest})

@@ -1,51 +1,127 @@
-"""Break the code on purpose, once per check, and see that check go red. Run by `nox -s mutants`.
+"""Break the code on purpose and see every fault caught. Run by `nox -s mutants`.
 
-Each mutant is a copy of the sealed tree with one edit, sealed again (the seal would otherwise stop the
-run) and checked with `--quick --only CLAIM`. A mutant that survives is an error of the check.
+Each mutant is a copy of the tree with one edit, sealed again (the seal would otherwise notice every one). A
+fault that a claim must notice is put through `python -m selfcheck run --quick --only CLAIM`; a fault of the
+harness or of the library's contract goes to one named test. Every check is first run on a copy without a fault
+and must pass there: otherwise it would catch anything. A mutant that survives is an error of the check. The
+table of all of them is written to tests/MUTANTS.md.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from selfcheck.files import ROOT
+from selfcheck.files import ROOT, write_atomic
 
-COPIED = ("src", "selfcheck", "figures", "paper", "constraints.txt", "pyproject.toml", "noxfile.py")
+COPIED = ("src", "selfcheck", "figures", "paper", "tests", "constraints.txt", "pyproject.toml", "noxfile.py")
+TABLE = ROOT / "tests/MUTANTS.md"
+WORKERS = 2
+CONTROL = "control"
 
 
 class Mutant(NamedTuple):
-    claim: str
+    by: str  #: claim, or file::test
     fault: str
     file: str
     old: str
     new: str
 
 
+THEOREM, FLOATING, PROOF = "selfcheck/checks/theorem.py", "selfcheck/checks/floating.py", "paper/proofs/QueryAxis.v"
+CANONICAL, RANKING, KERNELS = "src/qaxis/canonical.py", "src/qaxis/ranking.py", "src/qaxis/kernels.py"
+LIBRARY, MODEL, HARNESS = "test_library.py::", "test_model.py::", "test_harness.py::"
+
 MUTANTS = (
-    Mutant("thm1", "unit score loses its sign", "selfcheck/checks/ranking.py", "1 if axis >= 0 else -1", "1"),
-    Mutant("selection", ">= became >", "src/qaxis/ranking.py", "selected = fast >= kth", "selected = fast > kth"),
-    Mutant("kernel-grid", "fast exp2", "src/qaxis/kernels.py", "_exp2(t), 0.0)", "tl.exp2(t), 0.0)"),
-    Mutant("kernel-grid", "tie to the higher position", "src/qaxis/kernels.py", "| (n - 1 - position)", "| position"),
-    Mutant("kernel-real", "wrong kv head", "src/qaxis/kernels.py", "(h // group) * stride_kh", "(h % 3) * stride_kh"),
-    Mutant("kernel-real", "sum in another order", "src/qaxis/kernels.py", "x = even + odd", "x = even + odd * 1.0000001"),
+    # Theorem 1
+    Mutant("thm1", "coordinate loses its sign", THEOREM, "1 if axis >= 0 else -1", "1"),
+    Mutant("thm1", "cosine instead of inner product", THEOREM, "axis * axis / dot(q, q)", "axis * axis / (dot(k, k) or 1)"),
+    Mutant("thm1", "last component of the product dropped", THEOREM, "axis = dot(q, k)", "axis = dot(q[:-1], k[:-1])"),
+    Mutant("thm1-extends", "a cap that is not monotone", THEOREM, "mpmath.tanh(x / cap)", "mpmath.sin(x / cap)"),
+    Mutant("thm1-extends", "RoPE that is not a rotation", THEOREM, "a * sin + b * cos", "a * sin - b * cos"),
+    Mutant("thm1-extends", "sink subtracted from the scores of late keys", THEOREM, "[w / total for w in weights]", "[w / total / (1 + i) for i, w in enumerate(weights)]"),
+    Mutant("thm1-stops", "negative scale accepted", "src/qaxis/validation.py", "math.isfinite(scale) and scale > 0", "math.isfinite(scale)"),
+    Mutant("thm1-stops", "zero query gets an axis", RANKING, "if bool(zero.any()):", "if False:"),
+    Mutant("proofs", "zero query allowed", PROOF, "Corollary query_axis_top : forall dim q keys n k, nonzero dim q ->", "Corollary query_axis_top : forall dim q keys n k,"),
+    Mutant("proofs", "a step assumed", PROOF, "Proof. intros. apply same_order_top. now apply query_axis_order. Qed.", "Admitted."),
+    Mutant("proofs", "tie rule not strict", PROOF, "(s i = s j /\\ (i < j)%nat)", "(s i = s j /\\ (i <= j)%nat)"),
+    # Floating point
+    Mutant("fp-order", "bound forgets the depth of the tree", "src/qaxis/rounding.py", "gamma(levels + 3)", "gamma(1)"),
+    Mutant("fp-order", "products rounded to bfloat16", CANONICAL, "return tree_sum(q * k)", "return tree_sum((q * k).bfloat16().float())"),
+    Mutant("fp-order", "unit query rounded to bfloat16", RANKING, "return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True)", "return (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True)).bfloat16().float()"),
+    Mutant("fp-order", "search without near ties", FLOATING, "step = (aim * size - gap)", "step = (1000 * aim * size - gap)"),
+    Mutant("fp-real", "bfloat16 key not rounded", "selfcheck/selectors.py", 'score.bfloat16().float() if which == "bf16"', 'score if which == "bf16"'),
+    # Arithmetic
+    Mutant("golden", "fused multiply-add in the exponential", CANONICAL, "        p = p * f\n        p = p + c", "        p = (p.double() * f.double() + c).float()"),
+    Mutant("golden", "library exponential", CANONICAL, "p = torch.where(live, exp2(torch.where(live, t, 0.0)), 0.0)", "p = torch.where(live, torch.exp2(torch.where(live, t, 0.0)), 0.0)"),
+    Mutant("golden", "one coefficient wrong in its last digits", CANONICAL, "math.log(2.0) ** j / math.factorial(j)", "math.log(2.0) ** j / math.factorial(j) * (1 + (j == 3) * 1e-6)"),
+    Mutant("golden", "range reduction off by one bit", CANONICAL, "ROUND_MAGIC = 12582912.0", "ROUND_MAGIC = 6291456.0"),
+    Mutant("golden", "range of the exponential cut", CANONICAL, "torch.clamp(t, -200.0, 200.0)", "torch.clamp(t, -100.0, 200.0)"),
+    Mutant("golden", "sum by halves instead of neighbours", CANONICAL, "x = x[..., 0::2] + x[..., 1::2]", "x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]"),
+    Mutant("golden", "-0.0 left as it is", CANONICAL, "return x[..., 0] + 0.0", "return x[..., 0]"),
+    Mutant("golden", "kernel sums in another order", KERNELS, "(ROWS, N >> (level + 1), 2)))", "(ROWS, 2, N >> (level + 1))).permute(0, 2, 1))"),
+    Mutant("golden", "kernel multiplies by the reciprocal", KERNELS, "tl.div_rn(numerator, tl.broadcast_to(safe, (DIM,)))", "numerator * tl.broadcast_to(1.0 / safe, (DIM,))"),
+    Mutant("golden", "bfloat16 subnormals lost", KERNELS, "return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)", "return x.to(tl.float32)"),
+    Mutant("golden", "ranking key rounded to bfloat16", CANONICAL, "bits = (score + 0.0).view", "bits = (score.bfloat16().float() + 0.0).view"),
+    Mutant("kernel-grid", "fast exponential in the kernel", KERNELS, "_exp2(t), 0.0)", "tl.exp2(t), 0.0)"),
+    Mutant("kernel-grid", "maximum not subtracted", KERNELS, "(score - top) * factor", "score * factor"),
+    # Selection
+    Mutant("golden", ">= became >", RANKING, "selected = fast >= kth", "selected = fast > kth"),
+    Mutant("golden", "band ignored", RANKING, "band = 2 * product_error_bound(q, k)", "band = 0 * product_error_bound(q, k)"),
+    Mutant("golden", "one contested key too many", RANKING, "< wanted[row[order]]]", "<= wanted[row[order]]]"),
+    Mutant("golden", "tie to the higher position (reference)", RANKING, "order = torch.argsort(canonical.sort_key(score), descending=True, stable=True)", "order = torch.argsort(canonical.sort_key(score).flip(0), descending=True, stable=True).neg() + score.shape[0] - 1"),
+    Mutant("kernel-grid", "tie to the higher position (kernel)", KERNELS, "| (n - 1 - position)", "| position"),
+    Mutant("golden", "budget rounded down", "src/qaxis/budget.py", "-(-over * n // under)", "(over * n // under)"),
+    Mutant("golden", "minimum budget ignored", "src/qaxis/budget.py", "max(minimum, -(-over", "max(1, -(-over"),
+    Mutant("golden", "causal leak of one key", RANKING, "<= position[:, None])[None, None]", "<= position[:, None] + 1)[None, None]"),
+    Mutant("golden", "last key dropped", KERNELS, "inside = j < n_out", "inside = j < n_out - 1"),
+    Mutant("golden", "last value dropped", KERNELS, "mask=j < width, other=-1", "mask=j < width - 1, other=-1"),
+    Mutant("golden", "wrong key head (kernel)", KERNELS, "(h // group) * stride_kh", "(h % 2) * stride_kh"),
+    Mutant("golden", "wrong value head (kernel)", KERNELS, "(h // group) * stride_vh", "(h % 2) * stride_vh"),
+    Mutant("golden", "wrong head (reference)", "src/qaxis/attention.py", "k[b, h // group].float(), v[b, h // group].float()", "k[b, h % k.shape[1]].float(), v[b, h % k.shape[1]].float()"),
+    Mutant("golden", "wrong softmax scale", "src/qaxis/validation.py", "return head_dim**-0.5", "return head_dim**-0.51"),
+    Mutant("selection", "reference keeps one key too few", RANKING, "k_eff = table[part_allowed.sum(-1)]", "k_eff = (table[part_allowed.sum(-1)] - 1).clamp(min=1)"),
+    # Model and cache
+    Mutant("kernel-real", "strides of queries mixed up", KERNELS, "i * stride_qm + d * stride_qd", "i * stride_qd + d * stride_qm"),
     Mutant("flag-off", "disable leaves qaxis on", "src/qaxis/integration.py", "        else:\n            disable(model)", "        else:\n            pass"),
-    Mutant("int8-bytes", "scales are not stored small", "src/qaxis/cache.py", "exponents.squeeze(-1)]", "exponents.squeeze(-1).double()]"),
+    Mutant("int8-twin", "scale not a power of two", "src/qaxis/cache.py", "* power_of_two(exponent.to(", "* 1.1 * power_of_two(exponent.to("),
+    Mutant("int8-bytes", "scales stored eight bytes wide", "src/qaxis/cache.py", "exponents.squeeze(-1)]", "exponents.squeeze(-1).double()]"),
     Mutant("int8-ppl", "update returns what it was given", "src/qaxis/cache.py", "return self.dequantized()\n", "return key_states, value_states\n"),
     Mutant("int8-ppl", "scale doubled", "src/qaxis/cache.py", "* power_of_two(exponent.to(", "* 2 * power_of_two(exponent.to("),
     Mutant("entropy", "entropy in the wrong sign", "src/qaxis/entropy.py", "return -torch.where(", "return torch.where("),
-    Mutant("dppl", "minimum budget ignored", "src/qaxis/budget.py", "max(minimum, -(-over", "max(1, -(-over"),
     Mutant("dppl", "sparse run is dense", "selfcheck/runs.py", "qaxis.sparse(model, qaxis.Budget()", "qaxis.sparse(model, qaxis.Budget(1.0)"),
+    # Contract of the library
+    Mutant(LIBRARY + "test_bad_input_is_named", "NaN and Inf let through", "src/qaxis/validation.py", "if not bool(finite.all()):", "if False:"),
+    Mutant(LIBRARY + "test_overflowing_products_are_refused_by_both_backends", "overflowed scores ranked", RANKING, "    if not bool(finite.all()):", "    if False:"),
+    Mutant(MODEL + "test_models_that_add_a_bias_to_scores_are_refused", "ALiBi accepted", "src/qaxis/integration.py", "        bias is None,", "        True,"),
+    Mutant(MODEL + "test_left_padding_is_never_selected", "padding selected", "src/qaxis/integration.py", "allowed = attention_mask[..., :n]", "allowed = attention_mask[..., -1:, :n].expand_as(attention_mask[..., :n]) | True"),
+    Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", "src/qaxis/integration.py", "        module.__dict__.pop(_ATTRIBUTE, None)\n    previous", "        pass\n    previous"),
+    Mutant(MODEL + "test_refusals", "gradients let through", "src/qaxis/integration.py", "if torch.is_grad_enabled() and", "if False and"),
+    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", "src/qaxis/integration.py", "table[allowed[:, :, rows].sum(-1)])\n", "(table[allowed[:, :, rows].sum(-1)] + 1).clamp(max=k.shape[2]))\n"),
+    # Harness
+    Mutant(HARNESS + "test_one_changed_byte_is_named_and_nothing_runs", "stale lock entry passes", "selfcheck/seal.py", "elif (actual := sha256(path)) != digest:", "elif (actual := sha256(path)) == digest and False:"),
+    Mutant(HARNESS + "test_missing_extra_and_unreadable_sealed_files_are_named", "extra files pass", "selfcheck/seal.py", "if n not in files]", "if False]"),
+    Mutant(HARNESS + "test_a_changed_kernel_makes_its_evidence_stale", "stale evidence passes", "selfcheck/evidence.py", "        if changed:", "        if False:"),
+    Mutant(HARNESS + "test_the_paper_fails_closed", "failed claim reaches the paper", "selfcheck/evidence.py", 'if not record["passed"]:', "if False:"),
+    Mutant(HARNESS + "test_the_paper_fails_closed", "quick evidence reaches the paper", "selfcheck/evidence.py", 'if record["profile"] != "full":', "if False:"),
+    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "records not chained", "selfcheck/evidence.py", "(link + record_digest(record))", "record_digest(record)"),
+    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "chain not checked", "selfcheck/evidence.py", "if chain(records) != (links, root):", "if False:"),
+    Mutant(HARNESS + "test_gpu_evidence_is_needed_and_read_from_its_own_file", "GPU claims not needed", "selfcheck/evidence.py", "        if record is None:\n            wrong.append(", "        if record is None:\n            [].append("),
+    Mutant(HARNESS + "test_a_claim_that_cannot_run_is_never_passed", "a claim that cannot run passes", "selfcheck/__main__.py", "    if not records:\n", "    if False:\n"),
+    Mutant(HARNESS + "test_unwritable_and_full_targets_lose_nothing", "evidence written in place", "selfcheck/files.py", "            stream.write(data)\n", "            path.write_bytes(data)\n"),
+    Mutant(HARNESS + "test_no_measured_number_is_typed_into_the_paper", "a number typed by hand", "paper/paper.tex", "\\section{Limitations}", "\\section{Limitations}\nThe ratio was 0.5059."),
 )  # fmt: skip
 
 
 def run(mutant: Mutant) -> tuple[bool, str]:
-    """(caught, what the self-check said)."""
+    """(caught, what the check said)."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         for name in COPIED:
@@ -59,30 +135,55 @@ def run(mutant: Mutant) -> tuple[bool, str]:
         target = tree / mutant.file
         text = target.read_text("utf-8")
         if mutant.old not in text:
-            raise SystemExit(f"mutants: {mutant.file} has no {mutant.old!r}; update tests/mutants.py")
+            return False, f"{mutant.file} has no {mutant.old!r}; update tests/mutants.py"
         target.write_text(text.replace(mutant.old, mutant.new, 1), "utf-8")
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree)])}
+        env = {
+            **os.environ, "PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree)]), "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+        options = {"cwd": tree, "env": env, "capture_output": True, "text": True, "errors": "replace"}
         command = [sys.executable, "-m", "selfcheck"]
-        subprocess.run([*command, "seal"], cwd=tree, env=env, check=True, capture_output=True)
-        done = subprocess.run(
-            [*command, "run", "--quick", "--only", mutant.claim],
-            cwd=tree, env=env, capture_output=True, text=True, errors="replace",
-        )  # fmt: skip
-    said = [line.strip() for line in done.stdout.splitlines() if "FAILED (" in line]
-    return done.returncode != 0 and bool(said), said[0].split("FAILED", 1)[-1] if said else done.stderr[-300:]
+        subprocess.run([*command, "seal"], check=True, **options)  # type: ignore[call-overload]
+        if "::" in mutant.by:
+            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/{mutant.by}"]
+        else:
+            command += ["run", "--quick", "--only", mutant.by]
+        done = subprocess.run(command, **options)  # type: ignore[call-overload]
+    if "::" in mutant.by:
+        said = re.findall(r"^(?:E  +|FAILED )(.*)$", done.stdout, re.MULTILINE)
+        return done.returncode == 1 and bool(said), (said or [done.stdout[-300:]])[0]
+    said = re.findall(r"FAILED \((.*)", done.stdout)
+    return done.returncode != 0 and bool(said), (said or [done.stdout[-200:] + done.stderr[-300:]])[0]
 
 
 def main() -> None:
-    survived = []
-    for i, mutant in enumerate(MUTANTS, 1):
-        print(f"[{i}/{len(MUTANTS)}] {mutant.claim}: {mutant.fault} ...", flush=True)
-        caught, said = run(mutant)
-        print(f"    {'caught' if caught else 'SURVIVED'}{said[:160]}", flush=True)
-        if not caught:
-            survived.append(mutant.fault)
+    chosen = [
+        Mutant(by, CONTROL, "noxfile.py", "import nox", "import nox") for by in dict.fromkeys(m.by for m in MUTANTS)
+    ] + list(MUTANTS)
+    chosen = [m for m in chosen if not sys.argv[1:] or any(a in f"{m.by} {m.fault}" for a in sys.argv[1:])]
+    rows, survived = [], []
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for i, (mutant, (caught, said)) in enumerate(zip(chosen, pool.map(run, chosen), strict=True), 1):
+            if mutant.fault == CONTROL:
+                caught, said = not caught, "no fault found" if not caught else said
+            said = " ".join(said.split())[:110]
+            print(
+                f"[{i}/{len(chosen)}] {'ok' if caught else 'SURVIVED'}  {mutant.by}: {mutant.fault}: {said}",
+                flush=True,
+            )
+            if mutant.fault != CONTROL:
+                rows.append(
+                    f"| {len(rows) + 1} | {mutant.fault} | `{mutant.file}` | `{mutant.by}` | {'yes' if caught else 'NO'} |"
+                )
+            if not caught:
+                survived.append(mutant.fault)
+    if len(rows) == len(MUTANTS):
+        head = "# Deliberate faults, and the check that catches each\n\nWritten by `nox -s mutants`.\n\n"
+        head += "| | fault | file | caught by | caught |\n|---|---|---|---|---|\n"
+        write_atomic(TABLE, (head + "\n".join(rows) + "\n").encode())
     if survived:
         sys.exit(f"mutants: survived: {', '.join(survived)}")
-    print(f"{len(MUTANTS)} faults, every one caught")
+    print(f"{len(rows)} faults, every one caught; {len(chosen) - len(rows)} controls without a fault passed")
 
 
 if __name__ == "__main__":

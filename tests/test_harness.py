@@ -31,17 +31,25 @@ def command(tree: Path, *arguments: str, **options) -> subprocess.Popen:
 
 
 def records(tree: Path, **change) -> list[dict]:
-    """Acceptable records for every claim of a tree, changed as asked."""
+    """Acceptable records for every claim of a tree, changed as asked; where each is measured plays no part here."""
     made = []
     for claim in seal.claims(tree):
         made.append(
             {
                 "claim": claim["id"], "passed": True, "verdict": "", "profile": "full", "values": {}, "data": {},
-                "subjects": PINNED, "depends": seal.digests_of(claim, tree), "time": "2026-06-01T00:00:00+00:00",
+                "checks": [claim["id"]], "headline": "", "device": "", "subjects": PINNED,
+                "depends": seal.digests_of(claim, tree), "time": "2026-06-01T00:00:00+00:00",
                 **change,
             }
         )  # fmt: skip
     return made
+
+
+def write_both(tree: Path, **change) -> str:
+    made = records(tree, **change)
+    on_gpu = {claim["id"] for claim in seal.claims(tree) if claim.get("where") == "gpu"}
+    evidence.write(tree / evidence.GPU, [r for r in made if r["claim"] in on_gpu])
+    return evidence.write(tree / evidence.DEFAULT, [r for r in made if r["claim"] not in on_gpu])
 
 
 def test_the_committed_lock_holds():
@@ -86,13 +94,16 @@ def test_every_claim_names_a_check_and_files_that_exist():
 
 def test_evidence_round_trip_and_an_edited_record(tree):
     path = tree / evidence.DEFAULT
-    root = evidence.write(path, records(tree))
+    root = write_both(tree)
     assert set(evidence.accepted(tree)) == {claim["id"] for claim in seal.claims()} and len(root) == 64
     document = json.loads(path.read_text())
-    document["records"][2]["verdict"] = "edited"
-    path.write_text(json.dumps(document))
-    with pytest.raises(SelfcheckError, match="hash chain"):
-        evidence.accepted(tree)
+    edited = json.loads(path.read_text())
+    edited["records"][2]["verdict"] = "edited"
+    removed = {**document, "records": document["records"][1:], "links": document["links"][1:]}
+    for wrong in (edited, removed):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(SelfcheckError, match="hash chain"):
+            evidence.accepted(tree)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +116,7 @@ def test_evidence_round_trip_and_an_edited_record(tree):
     ],
 )
 def test_the_paper_fails_closed(tree, change, message):
-    evidence.write(tree / evidence.DEFAULT, records(tree, **change))
+    write_both(tree, **change)
     for step in ("figures", "paper"):
         process = command(tree, step)
         _, err = process.communicate(timeout=60)
@@ -118,8 +129,37 @@ def test_the_paper_fails_closed(tree, change, message):
         evidence.accepted(tree)
 
 
+def test_gpu_evidence_is_needed_and_read_from_its_own_file(tree):
+    write_both(tree)
+    (tree / evidence.GPU).unlink()
+    with pytest.raises(SelfcheckError, match=r"gpu\.json: no evidence"):
+        evidence.accepted(tree)
+    evidence.write(tree / evidence.GPU, [])
+    with pytest.raises(SelfcheckError, match="golden-gpu: missing"):
+        evidence.accepted(tree)
+
+
+def test_a_claim_that_cannot_run_is_never_passed(tree):
+    process = command(tree, "selfcheck", "run", "--quick", "--only", "golden-gpu")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "needs a GPU" in out and "not run: golden-gpu" in err
+    env = {**os.environ, "PATH": "/nonexistent", "PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree)])}
+    done = subprocess.run(
+        [sys.executable, "-m", "selfcheck", "run", "--quick", "--only", "proofs"],
+        cwd=tree, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0 and "apt install coq" in done.stdout and "not run: proofs" in done.stderr
+
+
+def test_parametrised_checks_are_distinct_and_outnumber_the_published_ones():
+    made = evidence.accepted()
+    for claim, record in made.items():
+        assert len(set(record["checks"])) == len(record["checks"]), claim
+    assert sum(len(r["checks"]) for r in made.values()) >= 567
+
+
 def test_a_changed_kernel_makes_its_evidence_stale(tree):
-    evidence.write(tree / evidence.DEFAULT, records(tree))
+    write_both(tree)
     with (tree / "src/qaxis/kernels.py").open("a") as stream:
         stream.write("# a comment\n")
     with pytest.raises(SelfcheckError, match=r"kernel-grid: stale, made before src/qaxis/kernels\.py"):
@@ -197,7 +237,7 @@ def test_another_model_and_corpus_from_local_copies(llama, tmp_path):
 
 
 def test_wrong_claim_and_device_are_refused(tree):
-    for arguments, message in ((("--only", "thm9"), "thm1, selection"), (("--device", "tpu"), "allowed is cpu")):
+    for arguments, message in ((("--only", "thm9"), "one of thm1, "), (("--device", "tpu"), "allowed is cpu")):
         process = command(tree, "selfcheck", "run", *arguments)
         _, err = process.communicate(timeout=120)
         assert process.returncode != 0 and message in err

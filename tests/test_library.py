@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import qaxis
 from qaxis import canonical
+from qaxis.rounding import order_error_bound
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -98,6 +99,16 @@ def test_ties_go_to_the_lower_position_and_zero_query_ties_all():
     expected = torch.arange(5).expand(2, 4, 3, 5)
     assert torch.equal(qaxis.topk_indices(torch.zeros_like(q), k, 5), expected)
     assert torch.equal(qaxis.topk_indices(q, k[:, :, :1].expand(-1, -1, 40, -1), 5), expected)
+
+
+def test_rounding_bounds_grow_with_the_tree_and_hold():
+    q, k, _ = tensors(n=30, dim=48)
+    exact = q.double().reshape(2, 2, 6, 48) @ k.double().transpose(-1, -2)
+    error = (qaxis.canonical_scores(q, k).double() - exact.reshape(2, 4, 3, 30)).abs()
+    bound = order_error_bound(q, k)
+    assert bool((error <= bound).all()) and bool((bound <= 10.1 * 2.0**-24 * (error * 0 + 500)).all())
+    with pytest.raises(ValueError, match="k.dtype"):
+        order_error_bound(q, k.half())
 
 
 def test_exp2_is_within_two_ulp():

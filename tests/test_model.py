@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BloomConfig,
+    FalconConfig,
+    MptConfig,
+    T5Config,
+)
 
 import qaxis
 
@@ -103,6 +110,43 @@ def test_refusals(llama):
     with pytest.raises(ValueError, match="input_ids"):
         qaxis.perplexity(llama, prompt(1))
     assert llama.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("config", "bias"),
+    [
+        (BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2), "ALiBi"),
+        (MptConfig(vocab_size=97, d_model=32, n_layers=1, n_heads=2), "ALiBi"),
+        (FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True), "ALiBi"),
+        (T5Config(vocab_size=97, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2), "relative position bias"),
+    ],
+    ids=["bloom", "mpt", "falcon", "t5"],
+)
+def test_models_that_add_a_bias_to_scores_are_refused(config, bias):
+    auto = AutoModelForSeq2SeqLM if config.model_type == "t5" else AutoModelForCausalLM
+    model = auto.from_config(config)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=f"(?s)model='{type(model).__name__}'.*{bias}"):
+        qaxis.enable(model, 8)
+    assert model.config._attn_implementation == before
+
+
+def test_selection_mode_stays_within_its_stated_bound():
+    from qaxis.integration import _masked
+    from qaxis.ranking import causal_mask
+    from qaxis.rounding import selection_output_bound
+
+    for i, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):
+        for size in (0.2, 1.0, 3.0):
+            g = torch.Generator().manual_seed(i)
+            q = (torch.randn(1, 4, 90, 64, generator=g) * size).to(dtype)
+            k, v = torch.randn(2, 1, 2, 90, 64, generator=g).to(dtype)
+            budget = qaxis.Budget(0.1, 20)
+            exact = qaxis.topk_attention(q, k, v, budget, backend="reference").output
+            fast = _masked(q, k, v, budget, causal_mask(90, 90, "cpu"), 64**-0.5)
+            worst = float((exact.double() - fast.double()).abs().max())
+            bound = selection_output_bound(q, k, v, 64**-0.5, 20)
+            assert 0 < worst <= bound and (dtype != torch.float32 or bound < 1e-2)
 
 
 def states(n, dtype=torch.float32, seed=0):

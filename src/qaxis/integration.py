@@ -54,6 +54,16 @@ def _check_supported(kwargs: dict[str, Any], attention_mask: torch.Tensor | None
         )
 
 
+def _score_bias(config: Any) -> str | None:
+    """The bias that a model of this configuration adds to its scores, in words, or None."""
+    attention = getattr(config, "attn_config", None)
+    if config.model_type == "bloom" or getattr(config, "alibi", False) or getattr(attention, "alibi", False):
+        return "ALiBi"
+    if getattr(config, "relative_attention_num_buckets", None) or getattr(config, "relative_attention", False):
+        return "a relative position bias"
+    return None
+
+
 def qaxis_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -137,18 +147,26 @@ def enable(
         model: a transformers model whose attention goes through ``AttentionInterface``.
         budget: a :class:`~qaxis.Budget` (default: coverage 0.1, at least 64 keys), or an int.
         exactness: ``"bitwise"`` (canonical output) or ``"selection"`` (identical indices, output by a
-            masked dense product; faster for prefill on a CPU, equal up to rounding).
+            masked dense product; faster for prefill on a CPU, within
+            :func:`qaxis.rounding.selection_output_bound` of canonical).
         backend: as in :func:`~qaxis.topk_attention`.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: for a model without such attention, or an argument out of range.
+        ValueError: for a model without such attention, one that adds a bias to its scores (ALiBi, relative
+            positions), or an argument out of range.
     """
     settings = Settings(as_budget(Budget() if budget is None else budget), exactness, backend)
     require(exactness in _EXACTNESS, "exactness", exactness, f"one of {_EXACTNESS}")
     require(backend in ("auto", "reference", "triton"), "backend", backend, "'auto', 'reference' or 'triton'")
+    bias = _score_bias(model.config.get_text_config())
+    require(
+        bias is None, "model", type(model).__name__,
+        f"a model whose logits are positive multiples of <q, k>; it adds {bias}, which differs between keys, so that "
+        "the order of <q, k> is no longer the order of the logits (paper, section 2)",
+    )  # fmt: skip
     modules = _attention_modules(model)
     require(bool(modules), "model", type(model).__name__, "a model with attention layers behind AttentionInterface")
     previous = model.config._attn_implementation

@@ -31,9 +31,9 @@ from .ranking import check_scores
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-#: keys a program handles; any powers of two give the same bits
-SCORE_BLOCK = 128
-ATTEND_BLOCK = 64
+#: keys a program handles; any powers of two give the same bits, the interpreter likes few programs
+SCORE_BLOCK = 4096 if INTERPRETED else 128
+ATTEND_BLOCK = 1024 if INTERPRETED else 64
 #: block partials that one program of the combining kernel adds
 COMBINE_BLOCK = 64
 
@@ -48,6 +48,15 @@ def _tree_last(x, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
         even, odd = tl.split(tl.reshape(x, (ROWS, N >> (level + 1), 2)))
         x = even + odd
     return tl.reshape(x, (ROWS,)) + 0.0
+
+
+@triton.jit
+def _widen(x):
+    """To float32, exactly. bfloat16 by its bits: Triton's interpreter converts its subnormals wrongly."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -93,7 +102,7 @@ def _scores_kernel(
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + i * stride_qm + d * stride_qd, mask=d < dim, other=0.0)
     keys = k_ptr + b * stride_kb + (h // group) * stride_kh + position[:, None] * stride_kn + d[None, :] * stride_kd
     k = tl.load(keys, mask=inside[:, None] & (d < dim)[None, :], other=0.0)
-    score = _tree_last(q.to(tl.float32)[None, :] * k.to(tl.float32), BLOCK, DIM, LOG_DIM)
+    score = _tree_last(_widen(q)[None, :] * _widen(k), BLOCK, DIM, LOG_DIM)
     tl.store(out_ptr + row * n_out + j, score, mask=inside)
 
 
@@ -120,7 +129,7 @@ def _partials_kernel(
     base = v_ptr + b * stride_vb + (h // group) * stride_vh
     values = base + tl.maximum(position, 0)[None, :] * stride_vn + d[:, None] * stride_vd
     v = tl.load(values, mask=live[None, :] & (d < dim)[:, None], other=0.0)
-    numerator = _tree_last(p[None, :] * v.to(tl.float32), DIM, BLOCK, LOG_BLOCK)
+    numerator = _tree_last(p[None, :] * _widen(v), DIM, BLOCK, LOG_BLOCK)
     denominator = _tree_last(tl.reshape(p, (1, BLOCK)), 1, BLOCK, LOG_BLOCK)
     tl.store(numerator_ptr + (row * blocks + block) * dim + d, numerator, mask=d < dim)
     tl.store(denominator_ptr + row * blocks + block + tl.arange(0, 1), denominator)
@@ -151,6 +160,12 @@ def _combine_kernel(
         tl.store(out_denominator_ptr + row * out_blocks + part + tl.arange(0, 1), denominator)
 
 
+@triton.jit
+def _exp2_kernel(t_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, _exp2(tl.load(t_ptr + i, mask=i < n, other=0.0)), mask=i < n)
+
+
 def _log2(n: int) -> int:
     return n.bit_length() - 1
 
@@ -165,12 +180,23 @@ def _check_device(x: torch.Tensor) -> None:
 
 
 def scores(
-    q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor | None = None, *, block: int = SCORE_BLOCK
+    q: torch.Tensor,
+    k: torch.Tensor,
+    indices: torch.Tensor | None = None,
+    *,
+    block: int = SCORE_BLOCK,
+    num_warps: int = 4,
+    fuse: bool = False,
 ) -> torch.Tensor:
-    """Canonical raw scores, float32 ``[B, H, M, N]``, or of the keys in ``indices [B, H, M, K]``."""
+    """Canonical raw scores, float32 ``[B, H, M, N]``, or of the keys in ``indices [B, H, M, K]``.
+
+    ``block`` and ``num_warps`` change no bit. ``fuse=True`` lets the compiler contract a multiply and an
+    add into one rounding: no longer canonical, it exists to show what that changes.
+    """
     _check_device(q)
     batch, heads, m, dim = q.shape
     n_out = k.shape[2] if indices is None else indices.shape[-1]
+    block = min(block, next_power_of_two(n_out))
     out = torch.full((batch, heads, m, n_out), torch.nan, dtype=torch.float32, device=q.device)
     dim_padded = next_power_of_two(dim)
     _scores_kernel[(triton.cdiv(n_out, block), batch * heads * m)](
@@ -178,8 +204,16 @@ def scores(
         heads, heads // k.shape[1], m, k.shape[2], n_out, dim,
         *q.stride(), *k.stride(),
         GATHER=indices is not None, BLOCK=block, DIM=dim_padded, LOG_DIM=_log2(dim_padded),
-        enable_fp_fusion=False,
+        enable_fp_fusion=fuse, num_warps=num_warps,
     )  # fmt: skip
+    return out
+
+
+def exp2(t: torch.Tensor) -> torch.Tensor:
+    """The kernels' exponential of every element of a float32 tensor, for comparison with canonical.exp2."""
+    _check_device(t)
+    out = torch.full_like(t, torch.nan)
+    _exp2_kernel[(triton.cdiv(t.numel(), 1024),)](t, out, t.numel(), BLOCK=1024, enable_fp_fusion=False)
     return out
 
 
@@ -211,7 +245,7 @@ def topk_indices(q: torch.Tensor, k: torch.Tensor, budget: Budget, allowed: torc
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, scale: float,
-    *, block: int = ATTEND_BLOCK, combine_block: int = COMBINE_BLOCK,
+    *, block: int = ATTEND_BLOCK, combine_block: int = COMBINE_BLOCK, num_warps: int = 4,
 ) -> torch.Tensor:  # fmt: skip
     """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype."""
     _check_device(q)
@@ -222,6 +256,7 @@ def attend(
     check_scores(score)
     top = torch.where(indices >= 0, score, -torch.inf).amax(-1).clamp(min=torch.finfo(torch.float32).min)
     dim_padded = next_power_of_two(dim)
+    block = min(block, next_power_of_two(width))
 
     def buffer(*shape: int) -> torch.Tensor:
         # Poisoned: a program that failed to write its part cannot go unnoticed.
@@ -234,7 +269,7 @@ def attend(
         heads, heads // k.shape[1], m, width, dim, blocks, exponent_factor(scale),
         *v.stride(),
         BLOCK=block, LOG_BLOCK=_log2(block), DIM=dim_padded,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False, num_warps=num_warps,
     )  # fmt: skip
     while True:
         out_blocks = triton.cdiv(blocks, combine_block)
@@ -245,7 +280,7 @@ def attend(
             numerator, denominator, out, out_denominator,
             blocks, out_blocks, dim,
             LAST=last, BLOCK=combine_block, LOG_BLOCK=_log2(combine_block), DIM=dim_padded,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, num_warps=num_warps,
         )  # fmt: skip
         if last:
             return out.reshape(batch, heads, m, dim).to(q.dtype)

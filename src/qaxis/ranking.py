@@ -11,9 +11,8 @@ import torch
 
 from . import canonical
 from .budget import Budget, as_budget
+from .rounding import product_error_bound
 from .validation import check_qkv, check_tensor, require
-
-_UNIT_ROUNDOFF = 2.0**-24
 
 
 def unit_query(q: torch.Tensor) -> torch.Tensor:
@@ -70,25 +69,8 @@ def check_scores(scores: torch.Tensor) -> None:
         )
 
 
-def score_error_bound(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Bound on |matrix product - canonical| for every key of a row, float32 ``[B, H, M, 1]``.
-
-    Any order of summation of D products has error at most gamma_D * sum|q_d k_d| (Higham, Accuracy
-    and Stability of Numerical Algorithms, section 3.1), and sum|q_d k_d| <= |q||k|. Two such results
-    differ by at most twice that. The factor 1.01 pays for the rounding of the bound itself, the last
-    term for products that underflow.
-    """
-    dim = q.shape[-1]
-    gamma = dim * _UNIT_ROUNDOFF / (1 - dim * _UNIT_ROUNDOFF)
-    group = q.shape[1] // k.shape[1]
-    q_norm = torch.linalg.vector_norm(q.double(), dim=-1, keepdim=True)
-    k_norm = torch.linalg.vector_norm(k.double(), dim=-1).amax(dim=-1).repeat_interleave(group, dim=1)
-    bound = 1.01 * 2 * gamma * q_norm * k_norm[:, :, None, None] + 4 * dim * 2.0**-126
-    return bound.float() * (1 + 2.0**-20)
-
-
 def fast_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Scores by matrix product, float32 ``[B, H, M, N]``, within :func:`score_error_bound` of the canonical.
+    """Scores by matrix product, float32 ``[B, H, M, N]``, within :func:`product_error_bound` of the canonical.
 
     Where partial sums could leave float32 the bound says nothing: there the canonical scores are
     computed, and refused if they overflow.
@@ -120,7 +102,7 @@ def select_mask(
         q: ``[B, H, M, D]``. k: ``[B, Hkv, N, D]``.
         allowed: bool, broadcastable to ``[B, H, M, N]``; keys a query may see.
         k_eff: int64, broadcastable to ``[B, H, M]``; how many of them to keep (<= number allowed).
-        fast: scores within :func:`score_error_bound` of the canonical ones; computed if None.
+        fast: scores within :func:`product_error_bound` of the canonical ones; computed if None.
     """
     batch, heads, m, _ = q.shape
     n, group = k.shape[2], heads // k.shape[1]
@@ -141,7 +123,7 @@ def select_mask(
     kth = torch.where(k_eff[..., None] > 0, kth, torch.inf)
 
     # Two keys can change places only if their fast scores differ by at most two error bounds.
-    band = 2 * score_error_bound(q, k)
+    band = 2 * product_error_bound(q, k)
     selected = fast >= kth
     unsure = (kth - after <= band) & torch.isfinite(after)
     rows = unsure[..., 0].nonzero()
