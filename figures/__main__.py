@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 from selfcheck import evidence
 from selfcheck.files import SelfcheckError
 
-from . import entropy, inversions, selector
+from . import entropy, inversions, retrieval, selector
 from .style import RC, save
 
-FIGURES = {"selector": selector, "entropy": entropy, "inversions": inversions}
+FIGURES = {"selector": selector, "entropy": entropy, "inversions": inversions, "retrieval": retrieval}
 
 
 def main() -> None:

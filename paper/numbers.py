@@ -14,6 +14,7 @@ FORMATS: dict[str, int | None] = {
     "int8-bytes.ratio": 4, "int8-ppl.change": 3, "int8-ppl.dense_perplexity": 2, "int8-ppl.int8_perplexity": 2,
     "int8-ppl.canary": 0, "entropy.alpha": 3, "entropy.beta": 2, "entropy.r_squared": 3,
     "entropy.entropy_longest": 2, "entropy.support_longest": 1, "flag-off.on_difference": 1,
+    "decode-speed.best": 2, "decode-speed.worst": 2,
     "fp-order.closest": 2, "fp-ppl.sparse": 2, "fp-ppl.unit": 4, "fp-ppl.bf16": 4,
 }  # fmt: skip
 SIGNED = ("int8-ppl.change", "int8-ppl.canary", "dppl.change", "fp-ppl.sparse", "fp-ppl.unit", "fp-ppl.bf16")
@@ -95,8 +96,29 @@ def tables(records: dict[str, dict[str, Any]]) -> dict[str, str]:
     for dtype, queries, *changed in records["fp-real"]["data"]["rows"]:
         shares = " & ".join(show("fp-real.share", 100 * n / queries) for n in changed)
         changes.append(f"{dtype} & {thousands(queries)} & {shares}")
-    bodies = {"stops": counterexamples, "ablation": ablation, "bits": bits, "changes": changes}
+    bodies = {"stops": counterexamples, "ablation": ablation, "bits": bits, "changes": changes, **in_models(records)}
     return {f"table.{name}": r"\\".join(rows) for name, rows in bodies.items()}
+
+
+def in_models(records: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Rows of the tables about models: off, families, decoding speed."""
+    flags = [
+        f"{place} & {dtype} & {implementation} & " + " & ".join(f"{gap:g}" for gap in gaps)
+        for claim, place in (("flag-off", "CPU"), ("flag-off-gpu", "GPU"))
+        for dtype, implementation, *gaps in records[claim]["data"]["rows"]
+    ]
+    families = [
+        f"{escape(family)} & {escape(what)} & {off:g} & {between:g} & "
+        + " & ".join(show("families.ratio", x) for x in (dense, decode))
+        + f" & {wrong} of {thousands(rows)}"
+        for family, what, off, between, dense, decode, wrong, rows in records["families"]["data"]["rows"]
+    ]
+    speed = [
+        f"{escape(name)} & {thousands(tokens)} & {dense:.1f} & {sparse:.1f} & {ratio:.2f} & "
+        f"{100 * dense_share:.0f} & {100 * sparse_share:.0f}"
+        for name, tokens, dense, sparse, ratio, dense_share, sparse_share in records["decode-speed"]["data"]["rows"]
+    ]
+    return {"flags": flags, "families": families, "speed": speed}
 
 
 def render(records: dict[str, dict[str, Any]]) -> str:

@@ -39,7 +39,7 @@ def _forward(which: str) -> Any:
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         m, n, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
         allowed = causal_mask(m, n, query.device)
-        table = qaxis.Budget().table(n).to(query.device)
+        table = qaxis.Budget().table(n, query.device)
         position = torch.arange(n, device=query.device)
         out = torch.empty_like(query)
         keys, values = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)

@@ -38,6 +38,8 @@ class Mutant(NamedTuple):
 THEOREM, FLOATING, PROOF = "selfcheck/checks/theorem.py", "selfcheck/checks/floating.py", "paper/proofs/QueryAxis.v"
 CANONICAL, RANKING, KERNELS = "src/qaxis/canonical.py", "src/qaxis/ranking.py", "src/qaxis/kernels.py"
 LIBRARY, MODEL, HARNESS = "test_library.py::", "test_model.py::", "test_harness.py::"
+GENERATION, WINDOW = "test_generation.py::", "test_families.py::test_selection_stays_inside_the_window"
+INTEGRATION, KEPT, RECORDING = "src/qaxis/integration.py", "src/qaxis/kept.py", "src/qaxis/recording.py"
 
 MUTANTS = (
     # Theorem 1
@@ -102,9 +104,24 @@ MUTANTS = (
     Mutant(LIBRARY + "test_overflowing_products_are_refused_by_both_backends", "overflowed scores ranked", RANKING, "    if not bool(finite.all()):", "    if False:"),
     Mutant(MODEL + "test_models_that_add_a_bias_to_scores_are_refused", "ALiBi accepted", "src/qaxis/integration.py", "        bias is None,", "        True,"),
     Mutant(MODEL + "test_left_padding_is_never_selected", "padding selected", "src/qaxis/integration.py", "allowed = attention_mask[..., :n]", "allowed = attention_mask[..., -1:, :n].expand_as(attention_mask[..., :n]) | True"),
-    Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", "src/qaxis/integration.py", "        module.__dict__.pop(_ATTRIBUTE, None)\n    previous", "        pass\n    previous"),
+    Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", "src/qaxis/integration.py", "        module.__dict__.pop(_ATTRIBUTE, None)\n        module.__dict__.pop(_CALLS", "        module.__dict__.pop(_CALLS"),
     Mutant(MODEL + "test_refusals", "gradients let through", "src/qaxis/integration.py", "if torch.is_grad_enabled() and", "if False and"),
-    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", "src/qaxis/integration.py", "table[allowed[:, :, rows].sum(-1)])\n", "(table[allowed[:, :, rows].sum(-1)] + 1).clamp(max=k.shape[2]))\n"),
+    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", "src/qaxis/integration.py", "mask, table[mask.sum(-1)])\n", "mask, (table[mask.sum(-1)] + 1).clamp(max=k.shape[2]))\n"),
+    # In transformers
+    Mutant("flag-off", "importing changes a global default", "src/qaxis/__init__.py", '__version__ = "0.1.0"', '__version__ = "0.1.0"\n__import__("torch").set_default_dtype(__import__("torch").float64)'),
+    Mutant("families", "soft cap ignored", "src/qaxis/logits.py", "logit = soft_cap(logit, softcap)", "logit = logit * 1.0"),
+    Mutant("families", "sink left out of the denominator", "src/qaxis/logits.py", "total = total + canonical.exp2(", "total = total + 0 * canonical.exp2("),
+    Mutant("families", "the worst keys in fast mode", INTEGRATION, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
+    Mutant(WINDOW, "sliding window ignored", INTEGRATION, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
+    Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", INTEGRATION, "q_length in (1, kv_length)", "True"),
+    Mutant(GENERATION + "test_layers_with_their_own_budgets", "one dense layer too many", INTEGRATION, "if layer < first_dense:", "if layer <= first_dense:"),
+    Mutant(GENERATION + "test_sinks_and_recent_keys_are_kept_inside_the_budget", "kept keys come on top of the budget", KEPT, "[self.kept :] - self.kept", "[self.kept :]"),
+    Mutant(GENERATION + "test_sinks_and_recent_keys_are_kept_inside_the_budget", "recent window off by one", KEPT, "place[..., -1:] - recent)", "place[..., -1:] - recent + 1)"),
+    Mutant(GENERATION + "test_layers_with_their_own_budgets", "mass of the dropped keys", RECORDING, "torch.where(kept, weights, 0.0)", "torch.where(kept, 0.0, weights)"),
+    Mutant(GENERATION + "test_recording_changes_no_bit_and_counts", "recording changes the cached keys", RECORDING, "q, k = call.query.float(), call.key.float()", "q, k = call.query.float(), call.key.mul_(-0.5).float()"),
+    Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "fallbacks not counted", RECORDING, "recording.fallbacks += calls == seen[id(module)]", "recording.fallbacks += 0"),
+    Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "strict mode silent", INTEGRATION, "        if self.seen == before:", "        if False:"),
+    Mutant(GENERATION + "test_a_compiled_decode_step_gives_the_same_bits_and_leaves_attention_alone", "attention handed to the compiler", INTEGRATION, "@torch.compiler.disable(", "@(lambda reason: lambda f: f)("),
     # Harness
     Mutant(HARNESS + "test_one_changed_byte_is_named_and_nothing_runs", "stale lock entry passes", "selfcheck/seal.py", "elif (actual := sha256(path)) != digest:", "elif (actual := sha256(path)) == digest and False:"),
     Mutant(HARNESS + "test_missing_extra_and_unreadable_sealed_files_are_named", "extra files pass", "selfcheck/seal.py", "if n not in files]", "if False]"),

@@ -132,7 +132,7 @@ def test_models_that_add_a_bias_to_scores_are_refused(config, bias):
 
 
 def test_selection_mode_stays_within_its_stated_bound():
-    from qaxis.integration import _masked
+    from qaxis.integration import Settings, _masked
     from qaxis.ranking import causal_mask
     from qaxis.rounding import selection_output_bound
 
@@ -143,7 +143,7 @@ def test_selection_mode_stays_within_its_stated_bound():
             k, v = torch.randn(2, 1, 2, 90, 64, generator=g).to(dtype)
             budget = qaxis.Budget(0.1, 20)
             exact = qaxis.topk_attention(q, k, v, budget, backend="reference").output
-            fast = _masked(q, k, v, budget, causal_mask(90, 90, "cpu"), 64**-0.5)
+            fast, _ = _masked(q, k, v, causal_mask(90, 90, "cpu"), 64**-0.5, Settings(budget), None, None)
             worst = float((exact.double() - fast.double()).abs().max())
             bound = selection_output_bound(q, k, v, 64**-0.5, 20)
             assert 0 < worst <= bound and (dtype != torch.float32 or bound < 1e-2)

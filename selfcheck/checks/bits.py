@@ -1,10 +1,9 @@
-"""Bitwise equality: Triton against the reference, and the model with qaxis off against the stock model."""
+"""Bitwise equality: Triton against the reference, and the INT8 cache against its bfloat16 twin."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from contextlib import suppress
 from importlib.util import find_spec
 
 import torch
@@ -113,41 +112,3 @@ def int8_twin(context: Context) -> Result:
     values = {"differing": value(len(wrong), "cases", n=len(plan)), "cases": value(len(plan), "cases", n=len(plan))}
     headline = f"{len(plan) - len(wrong)} of {len(plan)} equal"
     return Result(not wrong, wrong[0] if wrong else "bitwise equal", headline, values, len(plan), checks=checks)
-
-
-def flag_off(context: Context) -> Result:
-    """Logits before qaxis, after the context manager, after an exception in it, and after enable and disable."""
-    model, texts = context.subjects.model, context.subjects.texts
-    window = 128 if context.quick else 512
-    worst, on, cases = 0.0, 0.0, 0
-    checks = []
-    for t, ids in enumerate(context.progress(texts[:2], "texts")):
-        ids = ids[:, :window]
-        with torch.inference_mode():
-            stock = model(ids).logits
-            for step in ("context left", "exception in the context", "enabled and disabled"):
-                if step == "context left":
-                    with qaxis.sparse(model, qaxis.Budget(0.05, 8), exactness="selection"):
-                        on = max(on, float((model(ids).logits - stock).abs().max()))
-                elif step == "exception in the context":
-                    with suppress(KeyError), qaxis.sparse(model, 16, exactness="selection"):
-                        model(ids[:, :8])
-                        raise KeyError("raised on purpose")
-                else:
-                    qaxis.disable(qaxis.enable(model, 32))
-                off = model(ids).logits
-                same = torch.equal(stock.view(torch.int32), off.view(torch.int32))
-                worst = max(worst, float((stock - off).abs().max()), 0.0 if same else 1e-45)
-                cases += stock.numel()
-                checks.append(f"text {t}, {step}")
-                # One step that leaves qaxis on must not hide in the next.
-                model.set_attn_implementation("sdpa")
-    # "On" must differ: otherwise "off" proves nothing.
-    values = {
-        "max_difference": value(worst, "logits", n=cases),
-        "on_difference": value(on, "logits", n=cases),
-    }
-    headline = f"max|dlogit| = {worst:g} over {cases} logits (on: {on:.2f})"
-    return Result(
-        worst == 0 and on > 1e-3, "identical when off, different when on", headline, values, cases, {}, checks
-    )

@@ -9,6 +9,7 @@ from .entropy import EntropyScaling, attention_entropy, fit_entropy_scaling
 from .integration import disable, enable, observe_attention, sparse
 from .perplexity import PerplexityChange, paired_change, perplexity, token_losses
 from .ranking import canonical_scores, topk_indices, unit_query
+from .recording import Recording, record
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "EntropyScaling",
     "Int8Cache",
     "PerplexityChange",
+    "Recording",
     "TopKAttention",
     "attention_entropy",
     "canonical_scores",
@@ -26,6 +28,7 @@ __all__ = [
     "observe_attention",
     "paired_change",
     "perplexity",
+    "record",
     "sparse",
     "token_losses",
     "topk_attention",

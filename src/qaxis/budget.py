@@ -38,17 +38,18 @@ class Budget:
         require(isinstance(n, int) and n >= 1, "n", n, "an integer of at least 1")
         return int(self.table(n)[n])
 
-    def table(self, n_max: int) -> torch.Tensor:
-        """``k_eff`` of every n from 0 to ``n_max`` as int64 ``[n_max + 1]``; ``k_eff(0)`` is 0."""
-        return _table(self.coverage, self.minimum, n_max)
+    def table(self, n_max: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """``k_eff`` of every n from 0 to ``n_max`` as int64 ``[n_max + 1]`` on ``device``; ``k_eff(0)`` is 0."""
+        # Tables grow by powers of two: a cache that gains a token each step must not build one each step.
+        return _table(self.coverage, self.minimum, 1 << n_max.bit_length(), str(device))[: n_max + 1]
 
 
 @lru_cache(maxsize=64)
-def _table(coverage: float, minimum: int, n_max: int) -> torch.Tensor:
+def _table(coverage: float, minimum: int, n_max: int, device: str) -> torch.Tensor:
     # The decimal the user wrote, in integers: 0.1 * 640 must be 64, not ceil(64.00000000000001).
     share = Fraction(str(coverage))
     over, under = share.numerator, share.denominator
-    return torch.tensor([min(n, max(minimum, -(-over * n // under))) for n in range(n_max + 1)])
+    return torch.tensor([min(n, max(minimum, -(-over * n // under))) for n in range(n_max + 1)], device=device)
 
 
 def as_budget(budget: Budget | int, n: int | None = None) -> Budget:

@@ -221,7 +221,7 @@ def topk_indices(q: torch.Tensor, k: torch.Tensor, budget: Budget, allowed: torc
     """Selected positions, int64 ``[B, H, M, k_eff]``, padded with -1; see :func:`qaxis.topk_indices`."""
     batch, heads, m, _ = q.shape
     n = k.shape[2]
-    table = budget.table(n).to(q.device)
+    table = budget.table(n, q.device)
     allowed = allowed.expand(-1, -1, m, -1) if allowed.shape[2] == 1 else allowed
     k_eff = table[allowed.sum(-1)]
     width = int(k_eff.max())

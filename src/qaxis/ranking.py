@@ -182,7 +182,7 @@ def reference_indices(
     q: torch.Tensor, k: torch.Tensor, budget: Budget, allowed: torch.Tensor, *, chunk: int = 1024
 ) -> torch.Tensor:
     """Selected positions by the certified reference, int64 ``[B, H, M, k_eff]``, padded with -1."""
-    table = budget.table(k.shape[2]).to(q.device)
+    table = budget.table(k.shape[2], q.device)
     m = q.shape[2]
     parts = []
     for start in range(0, m, chunk):

@@ -1,0 +1,1 @@
+"""One runnable script for each kind of user: reviewer, researcher, engineer."""

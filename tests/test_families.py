@@ -1,0 +1,59 @@
+"""Model families: the measurements of the self-check, one family at a time, and what only some families have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qaxis
+from selfcheck.checks.families import (
+    FAMILIES,
+    TOKENS,
+    build,
+    decode_difference,
+    off_difference,
+    prompt,
+    whole_budget,
+    wrong_rows,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_family(family):
+    assert off_difference(family) == 0
+    between, dense = whole_budget(family)
+    assert between == 0 and dense < 1e-4
+    assert decode_difference(family) < 1e-4
+    assert wrong_rows(family) == (0, 480) and wrong_rows(family, "selection") == (0, 480)
+
+
+@torch.inference_mode()
+def test_selection_stays_inside_the_window():
+    model = build("Mistral", "sdpa")
+    with qaxis.sparse(model, 6), qaxis.record(model, masks=True) as recording:
+        model(prompt())
+    mask = recording.layers[0].masks[0][0]
+    distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)[None]
+    assert not mask[:, (distance < 0) | (distance >= 24)].any() and mask.any()
+
+
+@pytest.mark.parametrize("family", ["Gemma 2", "gpt-oss"])
+@torch.inference_mode()
+def test_soft_cap_and_sink_agree_with_eager_when_every_key_is_kept(family):
+    model = build(family)
+    dense = model(prompt()).logits
+    outputs = []
+    for options in ({"backend": "reference"}, {"backend": "triton"}, {"exactness": "selection"}):
+        with qaxis.sparse(model, TOKENS, **options):
+            outputs.append(model(prompt()).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    for out in outputs:
+        assert float((out - dense).abs().max()) < 1e-4 * float(dense.abs().max())
+    # The modification matters: without it the logits would be others.
+    for module in model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+        if hasattr(module, "sinks"):
+            module.sinks.fill_(-30.0)
+    assert float((model(prompt()).logits - dense).abs().max()) > 1e-2 * float(dense.abs().max())
