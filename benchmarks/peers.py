@@ -30,7 +30,7 @@ from selfcheck.files import write_atomic
 from selfcheck.subjects import load
 
 HERE = Path(__file__).parent
-PROMPT, NEXT, TEXTS = 960, 64, 8
+PROMPT, NEXT, TEXTS = 960, 64, 6
 
 #: name: (what a user writes, what it keeps, what it loses)
 Way = tuple[Callable[[Any], tuple[Any, Any]], str, str]
@@ -65,13 +65,13 @@ def ours() -> dict[str, Way]:
     import qaxis
 
     def topk(model: Any) -> tuple[Any, Any]:
-        return qaxis.sparse(model, qaxis.Budget(0.1)), DynamicCache(config=model.config)
+        return qaxis.sparse(model, qaxis.Budget(0.1), exactness="selection"), DynamicCache(config=model.config)
 
     def int8(model: Any) -> tuple[Any, Any]:
         return nullcontext(), qaxis.Int8Cache(model.config)
 
     def both(model: Any) -> tuple[Any, Any]:
-        return qaxis.sparse(model, qaxis.Budget(0.1)), qaxis.Int8Cache(model.config)
+        return qaxis.sparse(model, qaxis.Budget(0.1), exactness="selection"), qaxis.Int8Cache(model.config)
 
     return {
         "qaxis, top 10 %": (topk, "every key and value", "the tail of each query's own attention, nothing for good"),

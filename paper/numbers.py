@@ -14,15 +14,23 @@ FORMATS: dict[str, int | None] = {
     "int8-bytes.ratio": 4, "int8-ppl.change": 3, "int8-ppl.dense_perplexity": 2, "int8-ppl.int8_perplexity": 2,
     "int8-ppl.canary": 0, "entropy.alpha": 3, "entropy.beta": 2, "entropy.r_squared": 3,
     "entropy.entropy_longest": 2, "entropy.support_longest": 1, "flag-off.on_difference": 1,
-    "decode-speed.best": 2, "decode-speed.worst": 2,
+    "kv-combined.texts": None, "decode-speed.best": 2, "decode-speed.worst": 2,
     "fp-order.closest": 2, "fp-ppl.sparse": 2, "fp-ppl.unit": 4, "fp-ppl.bf16": 4,
 }  # fmt: skip
-SIGNED = ("int8-ppl.change", "int8-ppl.canary", "dppl.change", "fp-ppl.sparse", "fp-ppl.unit", "fp-ppl.bf16")
+SIGNED = (
+    "kv-combined.",
+    "int8-ppl.change",
+    "int8-ppl.canary",
+    "dppl.change",
+    "fp-ppl.sparse",
+    "fp-ppl.unit",
+    "fp-ppl.bf16",
+)
 
 
 def show(key: str, x: float) -> str:
     """One number as TeX."""
-    digits = FORMATS.get(key, 2 if key.startswith(("dppl.change", "fp-real.")) else None)
+    digits = FORMATS.get(key, 2 if key.startswith(("dppl.change", "fp-real.", "kv-combined.")) else None)
     if digits is not None:
         sign = "+" if key.startswith(SIGNED) else ""
         return f"{x:{sign}.{digits}f}".replace("-", r"\ensuremath{-}")
@@ -118,7 +126,16 @@ def in_models(records: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
         f"{100 * dense_share:.0f} & {100 * sparse_share:.0f}"
         for name, tokens, dense, sparse, ratio, dense_share, sparse_share in records["decode-speed"]["data"]["rows"]
     ]
-    return {"flags": flags, "families": families, "speed": speed}
+    together = {name: (total, both) for name, _, _, total, both, _ in records["kv-combined"]["data"]["rows"]}
+    memory, caches = records["kv-memory"]["values"], []
+    for name, dense, sparse, agreed in records["kv-speed"]["data"]["rows"]:
+        kept, prompt, step = (memory[f"{name}_{what}"]["value"] / 2**20 for what in ("kept", "prompt", "steps"))
+        costs = [show("kv-combined.change", x[0]) for x in together[name]] if name in together else ["--", "--"]
+        caches.append(
+            f"{name.replace('int', 'INT')} & {kept:.1f} & {prompt:.1f} & {step:.1f} & {dense:.1f} & {sparse:.1f} & "
+            f"{agreed:.0f} & " + " & ".join(costs)
+        )
+    return {"flags": flags, "families": families, "speed": speed, "caches": caches}
 
 
 def render(records: dict[str, dict[str, Any]]) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 import qaxis
+from qaxis.cache import Format
+from qaxis.quantization import Grid
 
 from .claim import Context
 
 #: queries measured just below each context length
 QUERIES = 8
-CACHES = {"int8": (8, 8), "canary": (2, 2)}
+CACHES = {"int8": Format(), "canary": Format(Grid(2), Grid(2, "token", 64))}
 
 
 @dataclass
@@ -68,13 +71,21 @@ def measure(context: Context) -> Runs:
             with qaxis.sparse(model, qaxis.Budget(), exactness="selection"):
                 sparse.append(qaxis.token_losses(model, ids))
         else:
-            key_bits, value_bits = CACHES[step]
-            cache = qaxis.Int8Cache(model.config, key_bits=key_bits, value_bits=value_bits)
+            cache = qaxis.Int8Cache(model.config, format=CACHES[step])
             cached[step].append(qaxis.token_losses(model, ids, cache=cache))
             if step == "int8" and t == 0:
-                cache_bytes = cache.stored_bytes()
+                cache_bytes = _bytes_in_bfloat16(model.config, cache)
                 cache_elements = _elements(cache)
     return Runs(lengths, entropies, dense, sparse, cached, cache_bytes, cache_elements, captured)
+
+
+def _bytes_in_bfloat16(config: Any, cache: qaxis.Int8Cache) -> int:
+    """What the cache of a bfloat16 model holds: the tokens it keeps in full take two bytes a number, not four."""
+    twin = qaxis.Int8Cache(config)
+    for i, layer in enumerate(cache.layers):
+        keys, values = layer.dequantized()  # type: ignore[union-attr]
+        twin.update(keys.bfloat16(), values.bfloat16(), i)
+    return twin.stored_bytes()
 
 
 def _elements(cache: qaxis.Int8Cache) -> int:

@@ -38,6 +38,12 @@ class Mutant(NamedTuple):
 THEOREM, FLOATING, PROOF = "selfcheck/checks/theorem.py", "selfcheck/checks/floating.py", "paper/proofs/QueryAxis.v"
 CANONICAL, RANKING, KERNELS = "src/qaxis/canonical.py", "src/qaxis/ranking.py", "src/qaxis/kernels.py"
 LIBRARY, MODEL, HARNESS = "test_library.py::", "test_model.py::", "test_harness.py::"
+CACHE, QUANTIZATION, KERNELS_QUANTIZED = (
+    "test_cache.py::",
+    "src/qaxis/quantization.py",
+    "src/qaxis/kernels_quantized.py",
+)
+DIRECT = CACHE + "test_kernels_read_the_codes_and_give_the_bits_of_the_dequantised_cache"
 GENERATION, WINDOW = "test_generation.py::", "test_families.py::test_selection_stays_inside_the_window"
 INTEGRATION, KEPT, RECORDING = "src/qaxis/integration.py", "src/qaxis/kept.py", "src/qaxis/recording.py"
 
@@ -93,10 +99,22 @@ MUTANTS = (
     # Model and cache
     Mutant("kernel-real", "strides of queries mixed up", KERNELS, "i * stride_qm + d * stride_qd", "i * stride_qd + d * stride_qm"),
     Mutant("flag-off", "disable leaves qaxis on", "src/qaxis/integration.py", "        else:\n            disable(model)", "        else:\n            pass"),
-    Mutant("int8-twin", "scale not a power of two", "src/qaxis/cache.py", "* power_of_two(exponent.to(", "* 1.1 * power_of_two(exponent.to("),
-    Mutant("int8-bytes", "scales stored eight bytes wide", "src/qaxis/cache.py", "exponents.squeeze(-1)]", "exponents.squeeze(-1).double()]"),
-    Mutant("int8-ppl", "update returns what it was given", "src/qaxis/cache.py", "return self.dequantized()\n", "return key_states, value_states\n"),
-    Mutant("int8-ppl", "scale doubled", "src/qaxis/cache.py", "* power_of_two(exponent.to(", "* 2 * power_of_two(exponent.to("),
+    Mutant("int8-twin", "scale not a power of two", QUANTIZATION, "return power_of_two(scales.to(torch.int32))", "return 1.1 * power_of_two(scales.to(torch.int32))"),
+    Mutant("int8-bytes", "scales stored eight bytes wide", "src/qaxis/sides.py", "codes.flatten(2, 3), scales.squeeze(3)", "codes.flatten(2, 3), scales.squeeze(3).double()"),
+    Mutant("int8-ppl", "update returns what it was given", "src/qaxis/cache.py", "        return keys, values\n\n    def dequantized", "        return key_states, value_states\n\n    def dequantized"),
+    Mutant("int8-ppl", "scale doubled", QUANTIZATION, "return power_of_two(scales.to(torch.int32))", "return 2 * power_of_two(scales.to(torch.int32))"),
+    Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "scale one bit too fine for bfloat16", QUANTIZATION, "SIGNIFICAND + 1 - grid.bits", "SIGNIFICAND + 2 - grid.bits"),
+    Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "planes of bits out of place", QUANTIZATION, "shift += width", "shift += 1"),
+    Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "codes truncated", QUANTIZATION, "codes = torch.round(x / scale).clamp", "codes = torch.trunc(x / scale).clamp"),
+    Mutant(CACHE + "test_however_it_is_fed_it_stores_the_same", "first tokens survive a crop", "src/qaxis/sides.py", '        self.parts["head"].crop(length)\n', ""),
+    Mutant(CACHE + "test_first_tokens_stay_in_full_and_spoil_no_scale", "first tokens widen scales", "src/qaxis/sides.py", 'if self.grid.per == "channel" and self.sinks', 'if self.grid.per == "none" and self.sinks'),
+    Mutant(CACHE + "test_streaming_protocol_is_what_token_by_token_gives", "streaming quantises the open group", "selfcheck/streaming.py", "torch.cat([quantised[:, :, :start], x[:, :, start:stop]], dim=2)", "quantised[:, :, :stop]"),
+    Mutant(CACHE + "test_bad_states_are_refused_and_the_cache_is_unchanged", "NaN reaches the cache", "src/qaxis/cache.py", "if not bool(torch.isfinite(key_states)", "if False and not bool(torch.isfinite(key_states)"),
+    Mutant(DIRECT, "an open group is read from the codes", KERNELS_QUANTIZED, "mask & (position >= whole) & (position >= sinks)", "mask & (position > whole) & (position >= sinks)"),
+    Mutant(DIRECT, "first tokens are read as zeros", KERNELS_QUANTIZED, "first = mask & (position < sinks)", "first = mask & (position < 0)"),
+    Mutant(DIRECT, "scale of the group before", KERNELS_QUANTIZED, "(position // STEP) * scales_n", "tl.maximum(position // STEP - 1, 0) * scales_n"),
+    Mutant(CACHE + "test_the_model_reads_the_codes_without_a_dequantised_copy", "a dequantised copy is made after all", KERNELS_QUANTIZED, "return all(s.grid.bits == 8", "return all(s.grid.bits == 9"),
+    Mutant(CACHE + "test_save_and_load", "a file of another model is read", "src/qaxis/saving.py", 'len(about["dtypes"]) == len(cache.layers), "layers"', 'True, "layers"'),
     Mutant("entropy", "entropy in the wrong sign", "src/qaxis/entropy.py", "return -torch.where(", "return torch.where("),
     Mutant("dppl", "sparse run is dense", "selfcheck/runs.py", "qaxis.sparse(model, qaxis.Budget()", "qaxis.sparse(model, qaxis.Budget(1.0)"),
     # Contract of the library

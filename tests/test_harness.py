@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,9 @@ def test_only_a_full_default_run_reaches_the_papers_file():
 def test_interruption_leaves_the_evidence_as_it_was(tree):
     path = tree / evidence.DEFAULT
     before = path.read_bytes()
-    process = command(tree, "selfcheck", "run", "--only", "thm1")
+    # A shell that runs the tests in the background has its children ignore the signal.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = command(tree, "selfcheck", "run", "--only", "thm1", preexec_fn=heard)
     for line in process.stdout:
         if "[1/1]" in line:
             break

@@ -10,6 +10,8 @@ import torch
 from transformers import LlamaConfig
 
 import qaxis
+from qaxis.cache import FORMATS
+from qaxis.ranking import causal_mask
 
 from ..claim import Context, NotRunError, Result, value
 from ..seeded import DTYPES, KINDS, make
@@ -85,30 +87,51 @@ def kernel_real(context: Context) -> Result:
 
 
 def int8_twin(context: Context) -> Result:
-    """Attention on the INT8 cache's numbers, and on the same numbers held in bfloat16: the same bits."""
+    """Attention on the numbers of a quantised cache, and on the same held in bfloat16: the same bits."""
     _need_triton()
-    plan = list(
-        itertools.product((32, 64, 128), ("normal", "wide range", "one dominates", "sink"), ("reference", "triton"))
-    )
+    kinds, config = ("normal", "wide range", "one dominates", "sink"), LlamaConfig(num_hidden_layers=1)
+    plan = list(itertools.product((32, 64, 128), kinds, FORMATS, ("reference", "triton")))
     wrong: list[str] = []
     checks: list[str] = []
-    for i, (dim, kind, backend) in enumerate(context.progress(plan, "twins")):
+    for i, (dim, kind, name, backend) in enumerate(context.progress(plan, "twins")):
         shape = (1, 4, 2, 3, 300, dim)
         q, k, v = make(kind, shape, torch.float32, context.seed + i)
         q = q.bfloat16()
-        cache = qaxis.Int8Cache(LlamaConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))
-        k, v = cache.update(k, v, 0)
-        # What the open group of keys holds is not quantised yet; in bfloat16 it would round.
-        k, v = k[:, :, :256], v[:, :, :256]
+        k, v = qaxis.Int8Cache(config, format=name).update(k, v, 0)
+        # The first tokens and those of the open group are not quantised; in bfloat16 they would round.
+        first = FORMATS[name].sinks
+        k, v = k[:, :, first:256], v[:, :, first:256]
         wide, k, v, twin_k, twin_v = (x.to(context.device) for x in (q.float(), k, v, k.bfloat16(), v.bfloat16()))
         a = qaxis.topk_attention(wide, k, v, qaxis.Budget(0.1, 20), backend=backend)
         b = qaxis.topk_attention(q.to(context.device), twin_k, twin_v, qaxis.Budget(0.1, 20), backend=backend)
-        name = f"D{dim} {kind}, {backend}"
+        name = f"{name}, D{dim} {kind}, {backend}"
         checks.append(name)
         if not (torch.equal(twin_k.float(), k) and torch.equal(twin_v.float(), v)):
             wrong.append(f"{name}: a dequantised number is not exact in bfloat16")
         elif not (torch.equal(a.indices, b.indices) and torch.equal(a.output.bfloat16(), b.output)):
             wrong.append(f"{name}: output or indices differ")
-    values = {"differing": value(len(wrong), "cases", n=len(plan)), "cases": value(len(plan), "cases", n=len(plan))}
-    headline = f"{len(plan) - len(wrong)} of {len(plan)} equal"
-    return Result(not wrong, wrong[0] if wrong else "bitwise equal", headline, values, len(plan), checks=checks)
+    for i, (dim, kind) in enumerate(itertools.product((32, 64, 128), kinds)):
+        name = f"int8, D{dim} {kind}, codes"
+        checks.append(name)
+        q, k, v = make(kind, (1, 4, 2, 3, 300, dim), torch.bfloat16, context.seed + 1000 + i)
+        if not _codes_give_the_same(q, k, v):
+            wrong.append(f"{name}: kernels that read the codes differ")
+    n = len(checks)
+    values = {"differing": value(len(wrong), "cases", n=n), "cases": value(n, "cases", n=n)}
+    headline = f"{n - len(wrong)} of {n} equal"
+    return Result(not wrong, wrong[0] if wrong else "bitwise equal", headline, values, n, checks=checks)
+
+
+def _codes_give_the_same(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Kernels on the stored codes, sinks and open group included, against kernels on the dequantised tensors."""
+    from qaxis import kernels, kernels_quantized
+
+    cache = qaxis.Int8Cache(LlamaConfig(num_hidden_layers=1))
+    cache.update(k, v, 0)
+    keys, values = (side.stored() for side in cache.layers[0].sides)  # type: ignore[union-attr]
+    allowed, budget, scale = causal_mask(q.shape[2], k.shape[2], q.device), qaxis.Budget(0.1, 20), q.shape[3] ** -0.5
+    indices = kernels_quantized.topk_indices(q, keys, budget, allowed)
+    out = kernels_quantized.attend(q, keys, values, indices, scale)
+    k, v = keys.dequantized(), values.dequantized()
+    same = torch.equal(indices, kernels.topk_indices(q, k, budget, allowed))
+    return same and torch.equal(out, kernels.attend(q, k, v, indices, scale))

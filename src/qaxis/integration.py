@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .attention import reference_attend
 from .budget import Budget, as_budget
 from .kept import indices_with_kept
+from .lazy import LazyTensor
 from .logits import attend_modified
 from .ranking import causal_mask, reference_indices, resolve_backend, select_mask
 from .validation import check_scale, require
 
 NAME = "qaxis"
-CAPTURE_NAME = "qaxis_capture"
 _ATTRIBUTE = "_qaxis_settings"
 _PREVIOUS = "_qaxis_previous"
 _CALLS = "_qaxis_calls"
@@ -148,11 +147,22 @@ def _attend(
     sink: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:
     """(output ``[B, H, M, Dv]``, how to get the mask of kept keys or None where every key was kept)."""
-    if settings.exactness == "selection" or settings.budget is None:
-        return _masked(q, k, v, allowed, scale, settings, softcap, sink)
+    bitwise = settings.exactness == "bitwise" and settings.budget is not None
     backend = resolve_backend(settings.backend, q)
+    plain = softcap is None and sink is None
+    if bitwise and backend == "triton" and plain and not (settings.sinks or settings.recent):
+        from . import kernels_quantized
+
+        if isinstance(k, LazyTensor) and isinstance(v, LazyTensor) and kernels_quantized.readable(k.stored, v.stored):
+            assert settings.budget is not None
+            indices = kernels_quantized.topk_indices(q, k.stored, settings.budget, allowed)
+            out = kernels_quantized.attend(q, k.stored, v.stored, indices, scale)
+            return out, lambda: _as_mask(indices, k.shape[2])
+    k, v = (x.stored.dequantized() if isinstance(x, LazyTensor) else x for x in (k, v))
+    if not bitwise:
+        return _masked(q, k, v, allowed, scale, settings, softcap, sink)
     indices = _indices(q, k, allowed, settings, backend)
-    if softcap is not None or sink is not None:
+    if not plain:
         out = attend_modified(q, k, v, indices, scale, softcap=softcap, sink=sink)
     elif backend == "triton":
         from . import kernels
@@ -419,36 +429,3 @@ def sparse(model: PreTrainedModel, budget: BudgetArgument = None, **options: Any
                         model.__dict__.setdefault(_PREVIOUS, _Previous(NAME)).hooks.append(hook)
         else:
             disable(model)
-
-
-Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
-_observers: list[Observer] = []
-
-
-def _capture_forward(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    scale = check_scale(kwargs.get("scaling"), query.shape[-1])
-    for observer in _observers:
-        observer(int(module.layer_idx), query, key, value, scale)  # type: ignore[arg-type]
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-
-AttentionInterface.register(CAPTURE_NAME, _capture_forward)
-AttentionMaskInterface.register(CAPTURE_NAME, sdpa_mask)
-
-
-@contextmanager
-def observe_attention(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
-    """Call ``observer(layer, q, k, v, scale)`` with every layer's attention inputs; attention itself is SDPA.
-
-    q is ``[B, H, M, D]``, k and v are ``[B, Hkv, N, D]``, positions already rotated in.
-    """
-    before = model.config._attn_implementation
-    _observers.append(observer)
-    model.set_attn_implementation(CAPTURE_NAME)
-    try:
-        yield
-    finally:
-        _observers.remove(observer)
-        model.set_attn_implementation(before)
