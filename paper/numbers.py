@@ -14,10 +14,13 @@ FORMATS: dict[str, int | None] = {
     "int8-bytes.ratio": 4, "int8-ppl.change": 3, "int8-ppl.dense_perplexity": 2, "int8-ppl.int8_perplexity": 2,
     "int8-ppl.canary": 0, "entropy.alpha": 3, "entropy.beta": 2, "entropy.r_squared": 3,
     "entropy.entropy_longest": 2, "entropy.support_longest": 1, "flag-off.on_difference": 1,
-    "kv-combined.texts": None, "decode-speed.best": 2, "decode-speed.worst": 2,
+    "kv-combined.texts": None, "kv-formats.texts": None, "kv-formats.tokens": None,
+    "kv-formats.int8": 3, "kv-formats.int6": 3, "kv-formats.int4": 3,
+    **{f"kv-formats.int{b}_ratio": 4 for b in (8, 6, 4)}, "decode-speed.best": 2, "decode-speed.worst": 2,
     "fp-order.closest": 2, "fp-ppl.sparse": 2, "fp-ppl.unit": 4, "fp-ppl.bf16": 4,
 }  # fmt: skip
 SIGNED = (
+    "kv-formats.int",
     "kv-combined.",
     "int8-ppl.change",
     "int8-ppl.canary",
@@ -32,12 +35,16 @@ def show(key: str, x: float) -> str:
     """One number as TeX."""
     digits = FORMATS.get(key, 2 if key.startswith(("dppl.change", "fp-real.", "kv-combined.")) else None)
     if digits is not None:
-        sign = "+" if key.startswith(SIGNED) else ""
+        sign = "+" if key.startswith(SIGNED) and not key.endswith("_ratio") else ""
         return f"{x:{sign}.{digits}f}".replace("-", r"\ensuremath{-}")
     if x == int(x):
         return f"{int(x):,}".replace(",", r"\,")
     mantissa, exponent = f"{x:.1e}".split("e")
     return rf"\ensuremath{{{mantissa}\cdot 10^{{{int(exponent)}}}}}"
+
+
+def signed(x: float, digits: int) -> str:
+    return f"{x:+.{digits}f}".replace("-", r"\ensuremath{-}")
 
 
 def thousands(n: int) -> str:
@@ -135,7 +142,22 @@ def in_models(records: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
             f"{name.replace('int', 'INT')} & {kept:.1f} & {prompt:.1f} & {step:.1f} & {dense:.1f} & {sparse:.1f} & "
             f"{agreed:.0f} & " + " & ".join(costs)
         )
-    return {"flags": flags, "families": families, "speed": speed, "caches": caches}
+    formats = []
+    for name, protocol, n, ratio, *change, gap, top1, same in records["kv-formats"]["data"]["rows"]:
+        percent, low, high = (show("kv-combined.change", x) if abs(x) >= 100 else signed(x, 3) for x in change)
+        formats.append(
+            f"{escape(name)}{', whole window' if protocol != 'decoding' else ''} & {n} & {ratio:.4f} & {percent} & "
+            f"[{low}, {high}] & {gap:.1f} & {top1:.1f} & " + (f"{same:.1f}" if same is not None else "--")
+        )
+    lengths: dict[int, list[str]] = {}
+    for n, _name, *change in records["kv-formats"]["data"]["lengths"]:
+        percent, low, high = (signed(x, 3) for x in change)
+        lengths.setdefault(n, []).append(f"{percent} [{low}, {high}]")
+    by_length = [f"{n} & " + " & ".join(cells) for n, cells in lengths.items()]
+    return {
+        "flags": flags, "families": families, "speed": speed, "caches": caches, "formats": formats,
+        "formatlengths": by_length,
+    }  # fmt: skip
 
 
 def render(records: dict[str, dict[str, Any]]) -> str:
