@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from selfcheck import evidence
 from selfcheck.files import SelfcheckError
 
-from . import entropy, formats, inversions, memory, retrieval, selector
+from . import entropy, formats, inversions, memory, retrieval, selector, stages, survivors
 from .style import RC, save
 
 FIGURES = {
@@ -19,6 +19,8 @@ FIGURES = {
     "retrieval": retrieval,
     "formats": formats,
     "memory": memory,
+    "stages": stages,
+    "survivors": survivors,
 }
 
 

@@ -15,10 +15,12 @@ FORMATS: dict[str, int | None] = {
     "int8-ppl.canary": 0, "entropy.alpha": 3, "entropy.beta": 2, "entropy.r_squared": 3,
     "entropy.entropy_longest": 2, "entropy.support_longest": 1, "flag-off.on_difference": 1,
     "kv-combined.texts": None, "kv-formats.texts": None, "kv-formats.tokens": None,
+    "certified-speed.repeats": None, **{f"certified-real.{x}_share": 1 for x in ("keys", "codes", "four")},
     "kv-formats.int8": 3, "kv-formats.int6": 3, "kv-formats.int4": 3,
     **{f"kv-formats.int{b}_ratio": 4 for b in (8, 6, 4)}, "decode-speed.best": 2, "decode-speed.worst": 2,
     "fp-order.closest": 2, "fp-ppl.sparse": 2, "fp-ppl.unit": 4, "fp-ppl.bf16": 4,
 }  # fmt: skip
+WAYS = {"keys": "keys", "codes": "codes", "cache": "INT8 cache"}
 SIGNED = (
     "kv-formats.int",
     "kv-combined.",
@@ -33,7 +35,9 @@ SIGNED = (
 
 def show(key: str, x: float) -> str:
     """One number as TeX."""
-    digits = FORMATS.get(key, 2 if key.startswith(("dppl.change", "fp-real.", "kv-combined.")) else None)
+    digits = FORMATS.get(
+        key, 2 if key.startswith(("dppl.change", "fp-real.", "kv-combined.", "certified-speed.")) else None
+    )
     if digits is not None:
         sign = "+" if key.startswith(SIGNED) and not key.endswith("_ratio") else ""
         return f"{x:{sign}.{digits}f}".replace("-", r"\ensuremath{-}")
@@ -154,7 +158,23 @@ def in_models(records: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
         percent, low, high = (signed(x, 3) for x in change)
         lengths.setdefault(n, []).append(f"{percent} [{low}, {high}]")
     by_length = [f"{n} & " + " & ".join(cells) for n, cells in lengths.items()]
+    certified = [
+        f"{b} & {thousands(n)} & {thousands(k)} & {WAYS[name]} & {escape(best)} & {dense:.0f} & {took:.0f} & "
+        f"{ratio:.2f} & {floor:.0f} & {thousands(round(rescored))}"
+        for b, n, k, name, best, dense, took, ratio, floor, _, rescored in records["certified-speed"]["data"]["rows"]
+    ]
+    recall = records["certified-real"]["data"]["recall"]
+    # The ways differ between the two claims in how many of the head's dimensions are a quarter.
+    approximate = [
+        f"{escape(name.split(',')[0])} & {share:g} & {100 * found:.1f} & {100 * real:.1f} & {took:.0f}"
+        for (name, found, share, took), real in zip(
+            records["certified-speed"]["data"]["peers"],
+            (recall[n] for kind in ("Quest", "SparQ", "Loki") for n in recall if n.startswith(kind)),
+            strict=True,
+        )
+    ]
     return {
+        "certified": certified, "approximate": approximate,
         "flags": flags, "families": families, "speed": speed, "caches": caches, "formats": formats,
         "formatlengths": by_length,
     }  # fmt: skip

@@ -1,0 +1,43 @@
+"""Where the time of a certified decode step goes, beside the fastest dense step of the same run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from .style import GREY, WIDTH
+
+STAGES = ("score", "threshold", "compact", "rescore", "choose", "attend")
+COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
+WAYS = {"keys": "bfloat16 keys", "codes": "keys beside codes", "cache": "INT8 cache"}
+
+
+def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
+    data = evidence["certified-speed"]["data"]
+    shapes: dict[tuple[int, int, int], list[list[Any]]] = {}
+    for row in data["rows"]:
+        shapes.setdefault(tuple(row[:3]), []).append(row)
+    figure, axes = plt.subplots(len(shapes), 1, figsize=(WIDTH, 6.4), layout="constrained")
+    for axis, ((batch, n, k), rows) in zip(axes, shapes.items(), strict=True):
+        tag = f"B={batch}, N={n}, k={k}"
+        for y, row in enumerate(rows):
+            parts, left = data["parts"][f"{tag}, {row[3]}"], 0.0
+            # A stage by itself includes the start of a graph; the whole step says how much of the sum that is.
+            shrink = parts["all"] / sum(parts[s] for s in STAGES)
+            for stage, colour in zip(STAGES, COLOURS, strict=True):
+                axis.barh(
+                    y, parts[stage] * shrink, left=left, color=colour, height=0.68, label=stage if y == 0 else None
+                )
+                left += parts[stage] * shrink
+            axis.plot([row[8]] * 2, [y - 0.36, y + 0.36], color="black", linewidth=1.3)
+        axis.axvline(rows[0][5], color=GREY, linewidth=1.2, linestyle=(0, (4, 2)))
+        axis.set_yticks(range(len(rows)), [WAYS[r[3]] for r in rows])
+        axis.invert_yaxis()
+        size, kept = (f"{x:,}".replace(",", "\u2009") for x in (n, k))
+        axis.set_title(f"B = {batch}, N = {size}, k = {kept}", fontsize=8.5, loc="left")
+        axis.set_xlim(left=0)
+    axes[-1].set_xlabel("microseconds a step (dashed: fastest dense step; black: bytes over bandwidth)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(STAGES))
+    return figure

@@ -1,0 +1,115 @@
+"""Dense decode steps to compare with: PyTorch's fused kernels, FlexAttention, a split-K flash decoding in Triton."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = {
+    "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION,
+    "FlashAttention-2 SDPA": SDPBackend.FLASH_ATTENTION,
+}
+
+
+@triton.jit
+def _split_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, n, span, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    r, d = tl.arange(0, ROWS), tl.arange(0, DIM)
+    q = tl.load(q_ptr + (head * GROUP + r)[:, None] * DIM + d[None, :], mask=(r < GROUP)[:, None], other=0.0)
+    top = tl.full((ROWS,), -1e30, tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, DIM), tl.float32)
+    begin = tl.program_id(0).to(tl.int64) * span
+    for offset in tl.range(0, span, BLOCK, num_stages=3):
+        j = begin + offset + tl.arange(0, BLOCK)
+        place = head * n * DIM + j[:, None] * DIM + d[None, :]
+        k = tl.load(k_ptr + place, mask=(j < n)[:, None], other=0.0)
+        s = tl.where((j < n)[None, :], tl.dot(q, tl.trans(k)) * scale, -1e30)
+        now = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - now[:, None])
+        shrink = tl.exp2(top - now)
+        weight = weight * shrink + tl.sum(p, 1)
+        v = tl.load(v_ptr + place, mask=(j < n)[:, None], other=0.0)
+        total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+        top = now
+    part = (head * tl.num_programs(0) + tl.program_id(0)) * ROWS + r
+    tl.store(out_ptr + part[:, None] * DIM + d[None, :], total / weight[:, None])
+    tl.store(lse_ptr + part, top + tl.log2(weight))
+
+
+@triton.jit
+def _merge_kernel(
+    part_ptr, lse_ptr, out_ptr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
+    part = (row // GROUP * SPLITS + s) * ROWS + row % GROUP
+    lse = tl.load(lse_ptr + part)
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    x = tl.load(part_ptr + part[:, None] * DIM + d[None, :])
+    out = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out_ptr + row * DIM + d, out.to(out_ptr.dtype.element_ty))
+
+
+def split_k(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, splits: int = 32) -> torch.Tensor:
+    """Flash decoding: the keys in ``splits`` stretches, partial softmaxes merged by their log-sum-exp."""
+    batch, heads, _, dim = q.shape
+    kv, n = k.shape[1], k.shape[2]
+    part = torch.empty(batch * kv, splits, 16, dim, device=q.device)
+    lse = torch.empty(batch * kv, splits, 16, device=q.device)
+    out = torch.empty_like(q)
+    scale = math.log2(math.e) / math.sqrt(dim)
+    _split_kernel[(splits, batch * kv)](
+        q, k, v, part, lse, n, triton.cdiv(n, splits), scale, GROUP=heads // kv, ROWS=16, BLOCK=64, DIM=dim
+    )
+    _merge_kernel[(batch * heads,)](part, lse, out, GROUP=heads // kv, ROWS=16, SPLITS=splits, DIM=dim)
+    return out
+
+
+def variants(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flex: bool = False) -> dict[str, Callable[[], object]]:
+    """Every dense decode step that runs here; the heads of a group are laid out as queries where that is faster."""
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    expected = sdpa(grouped, k, v).reshape(q.shape)
+    out: dict[str, Callable[[], object]] = {}
+
+    def add(name: str, f: Callable[[], torch.Tensor]) -> None:
+        try:
+            error = (f().reshape(q.shape).float() - expected.float()).abs().max().item()
+        except Exception as problem:  # a backend that this machine does not have
+            print(f"{name}: does not run here ({str(problem).splitlines()[0][:90]})")
+            return
+        if error > 2e-2:
+            raise AssertionError(f"{name}: off by {error}")
+        out[name] = f
+
+    for name, backend in BACKENDS.items():
+
+        def fused(backend: SDPBackend = backend) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(grouped, k, v)
+
+        def gqa(backend: SDPBackend = backend) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(q, k, v, enable_gqa=True)
+
+        add(name, fused)
+        add(f"{name}, GQA", gqa)
+    for splits in (16, 32, 64):
+        add(f"Triton split-K, {splits}", partial(split_k, q, k, v, splits))
+    if flex:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        add("FlexAttention", lambda: compiled(q, k, v, enable_gqa=True))
+    return out

@@ -1,0 +1,260 @@
+"""One decode step of exact top-k attention that reads few bytes twice: fast scores, a band, canonical attention.
+
+No step looks at the result of another on the host and no shape depends on data, so the whole step can be captured
+in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .. import kernels, kernels_quantized
+from ..canonical import exponent_factor, next_power_of_two
+from ..sides import Stored
+from ..validation import check_form, require
+from . import bounds
+from .index import KeyIndex
+from .kernels import (
+    choose_kernel,
+    compact_kernel,
+    rescore_kernel,
+    score_codes_kernel,
+    score_product_kernel,
+    threshold_kernel,
+    tl,
+    triton,
+)
+
+INTERPRETED = kernels.INTERPRETED
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the work is cut; no value changes a bit of the result."""
+
+    block: int = 64
+    loop: int = 2
+    stages: int = 3
+    warps: int = 4
+    codes_loop: int = 1
+    codes_warps: int = 2
+    threshold: int = 16384
+    threshold_warps: int = 4
+    stretches: int = 128
+    stretch: int = 4096
+    compact: int = 2048
+    compact_warps: int = 2
+    rescore: int = 32
+    rescore_warps: int = 1
+    rescore_chunks: int = 32
+    choose: int = 32768
+    attend: int = 64
+    attend_warps: int = 1
+
+
+class Step(NamedTuple):
+    """Result of :meth:`Decoder.__call__`."""
+
+    #: ``[B, H, 1, Dv]`` in the dtype of the queries
+    output: torch.Tensor
+    #: int64 ``[B, H, 1, k]``, ascending positions
+    indices: torch.Tensor
+    #: int32 ``[B * H, stretches]``: keys scored canonically, of every stretch of a row
+    rescored: torch.Tensor
+
+
+class Decoder:
+    """Work space for decode steps of one shape; the attention of every step has the bits of ``topk_attention``.
+
+    Args:
+        batch, heads, n, dim: sizes B, H, N, D.
+        k: keys every query keeps, in 1..N.
+        device: where it runs.
+
+    Raises:
+        ValueError: naming the argument, on a size that is not allowed.
+        RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
+    """
+
+    def __init__(
+        self, batch: int, heads: int, n: int, dim: int, k: int, device: torch.device | str, tuning: Tuning = Tuning()
+    ) -> None:
+        if INTERPRETED and isinstance(tl.sum, triton.JITFunction):
+            raise RuntimeError(
+                "triton was imported before TRITON_INTERPRET=1 was set, so its interpreter lacks tl.sum: set it in the "
+                "environment, as there is no GPU"
+            )
+        require(1 <= n < 1 << 31, "n", n, "1..2^31 - 1")
+        require(1 <= k <= n, "k", k, f"1..{n}, the number of keys")
+        self.n, self.k, self.dim, self.tuning = n, k, dim, tuning
+        rows = batch * heads
+        self.stretches = min(tuning.stretches, next_power_of_two(triton.cdiv(n, tuning.stretch)))
+        self.span = triton.cdiv(triton.cdiv(n, self.stretches), tuning.compact) * tuning.compact
+        self.padded = self.span * self.stretches
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        # Four times as many neighbourhoods as keys are kept: then their best ones lead close to the k-th best key.
+        self.sub = min(tuning.block, 1 << max(0, (n // (4 * k)).bit_length() - 1))
+        self.fast = empty(rows, self.padded, dtype=torch.uint16)
+        self.best = empty(rows, self.padded // self.sub, dtype=torch.uint16)
+        self.coded = False
+        self.cut, self.top = empty(rows, dtype=torch.float32), empty(rows, dtype=torch.float32)
+        self.position, self.count = empty(rows, self.padded), empty(rows, self.stretches)
+        self.flat_position, self.flat_key = empty(rows, self.padded), empty(rows, self.padded)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex,
+        scale: float | None = None,
+    ) -> Step:  # fmt: skip
+        """Attend from ``q [B, H, 1, D]`` over keys and values ``[B, Hkv, N, D]``, tensors or 8-bit caches.
+
+        ``index`` must be of these keys. Numbers are not looked at: the caller checks for NaN and Inf.
+        """
+        check_form("q", q, 4)
+        batch, heads, m, dim = q.shape
+        kv_heads = k.shape[1]
+        require(m == 1, "q.shape[2]", m, "1: one query a head, as in decoding")
+        require(k.shape[2] == self.n, "k.shape[2]", k.shape[2], f"{self.n}, for which this was made")
+        indices, score = self.select(q, k, index)
+        factor = 1 / math.sqrt(dim) if scale is None else scale
+        output = self.attend(indices, score, v, factor, heads // kv_heads)
+        return Step(output.reshape(batch, heads, 1, -1).to(q.dtype), indices, self.count)
+
+    def score(self, q: torch.Tensor, k: torch.Tensor | Stored, index: KeyIndex) -> tuple[int, int]:
+        """Fast scores; returns the positions [start, end) that have one."""
+        batch, heads, _, dim = q.shape
+        t, kv_heads = self.tuning, k.shape[1]
+        group = heads // kv_heads
+        shape = {"GROUP": group, "DIM": max(16, next_power_of_two(dim))}
+        strides = (q.stride(0), q.stride(1), q.stride(3))
+        if index.codes is not None:
+            c = index.codes
+            groups, step = c.scales.shape[2], c.grid.group
+            if groups:
+                score_codes_kernel[(triton.cdiv(groups, t.codes_loop), batch * kv_heads)](
+                    q, c.codes, c.scales, index.norm, index.steps, self.fast, self.best,
+                    heads, kv_heads, groups, c.head.shape[2], self.padded, dim,
+                    *strides, *c.codes.stride()[:3], *c.scales.stride()[:3],
+                    **shape, ROWS=max(4, next_power_of_two(group)), BLOCK=step, LOOP=t.codes_loop,
+                    STAGES=t.stages, SUB=self.sub, num_warps=t.codes_warps,
+                )  # fmt: skip
+            return c.head.shape[2], c.codes.shape[2]
+        assert isinstance(k, torch.Tensor)
+        score_product_kernel[(triton.cdiv(self.n, t.block * t.loop), batch * kv_heads)](
+            q, k, index.norm, self.fast, self.best, heads, kv_heads, self.n, self.padded, dim,
+            *strides, *k.stride()[:3],
+            **shape, ROWS=max(8, next_power_of_two(group)), BLOCK=t.block, LOOP=t.loop,
+                    STAGES=t.stages, SUB=self.sub, WIDE=INTERPRETED, num_warps=t.warps,
+        )  # fmt: skip
+        return 0, self.n
+
+    def threshold(self, q: torch.Tensor, kv_heads: int, index: KeyIndex, end: int) -> None:
+        """The cut of every row: fast scores below it are surely not among the k best."""
+        batch, heads, _, dim = q.shape
+        t, many = self.tuning, triton.cdiv(end, self.sub)
+        relative = bounds.rounding(dim) * (1 if index.codes is None else 3)
+        split = 0.0 if index.codes is None else bounds.SPLIT * dim
+        threshold_kernel[(batch * heads,)](
+            q, self.best, index.norm, index.residual, index.steps, self.cut,
+            heads, heads // kv_heads, dim, many, self.best.shape[1], self.k, relative, split,
+            q.stride(0), q.stride(1), q.stride(3),
+            BLOCK=min(t.threshold, next_power_of_two(self.best.shape[1])), DIM=next_power_of_two(dim),
+            num_warps=t.threshold_warps,
+        )  # fmt: skip
+
+    def compact(self, rows: int, start: int, end: int) -> None:
+        """Positions that reach the cut, by stretches."""
+        t = self.tuning
+        compact_kernel[(self.stretches, rows)](
+            self.fast, self.cut, self.position, self.count, self.n, start, end, self.padded, self.span,
+            BLOCK=t.compact, num_warps=t.compact_warps,
+        )  # fmt: skip
+
+    def rescore(self, q: torch.Tensor, k: torch.Tensor | Stored) -> None:
+        """Canonical scores of the candidates."""
+        batch, heads, _, dim = q.shape
+        t, dim_padded = self.tuning, next_power_of_two(dim)
+        if isinstance(k, Stored):
+            tensors, strides, constants = kernels_quantized._arguments(k)
+            keys, key_strides, whole, sinks = q, (0, 0, 0), k.codes.shape[2], k.head.shape[2]
+            step, width = constants["STEP"], constants["WIDTH"]
+        else:
+            tensors, strides, keys = (q,) * 4, (0,) * 12, k
+            key_strides = (k.stride(0), k.stride(1), k.stride(2))
+            whole, sinks, step, width = 0, 0, 1, 1
+        chunks = min(t.rescore_chunks, triton.cdiv(self.n, t.rescore))
+        rescore_kernel[(chunks, batch * heads)](
+            q, keys, *tensors, self.position, self.count, self.flat_position, self.flat_key,
+            heads, heads // k.shape[1], self.padded, self.span, dim, whole, sinks,
+            q.stride(0), q.stride(1), q.stride(3), *key_strides, *strides,
+            STEP=step, WIDTH=width, STORED=isinstance(k, Stored), STRETCHES=self.stretches,
+            BLOCK=t.rescore, DIM=dim_padded, LOG_DIM=dim_padded.bit_length() - 1,
+            enable_fp_fusion=False, num_warps=t.rescore_warps * (2 if isinstance(k, Stored) else 1),
+        )  # fmt: skip
+
+    def choose(self, batch: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best of the candidates: indices and canonical scores."""
+        t, device = self.tuning, self.fast.device
+        indices = torch.empty(batch, heads, 1, self.k, dtype=torch.int64, device=device)
+        score = torch.empty(batch, heads, 1, self.k, dtype=torch.float32, device=device)
+        # Room for the band in registers: one half of k as a rule, thrice behind codes.
+        block = min(t.choose, next_power_of_two((4 if self.coded else 2) * self.k), next_power_of_two(self.padded))
+        choose_kernel[(batch * heads,)](
+            self.flat_position, self.flat_key, self.count, indices, score, self.top, self.padded, self.k,
+            STRETCHES=self.stretches, BLOCK=block, num_warps=min(32, max(4, block // 512)),
+        )  # fmt: skip
+        return indices, score
+
+    def select(self, q: torch.Tensor, k: torch.Tensor | Stored, index: KeyIndex) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices int64 and canonical scores float32 of the k best keys, both ``[B, H, 1, k]``."""
+        self.coded = index.codes is not None and index.codes is not k
+        start, end = self.score(q, k, index)
+        self.threshold(q, k.shape[1], index, end)
+        self.compact(q.shape[0] * q.shape[1], start, end)
+        self.rescore(q, k)
+        return self.choose(q.shape[0], q.shape[1])
+
+    def attend(
+        self, indices: torch.Tensor, score: torch.Tensor, v: torch.Tensor | Stored, scale: float, group: int
+    ) -> torch.Tensor:
+        """Canonical attention over the chosen keys whose scores are known, float32 ``[rows, 1, Dv]``."""
+        batch, heads = indices.shape[:2]
+        rows, dim, t = batch * heads, v.shape[3], self.tuning
+        block = min(t.attend, next_power_of_two(self.k))
+        blocks = triton.cdiv(self.k, block)
+        numerator = torch.empty(rows, blocks, dim, dtype=torch.float32, device=score.device)
+        denominator = torch.empty(rows, blocks, dtype=torch.float32, device=score.device)
+        common = {
+            "BLOCK": block, "LOG_BLOCK": block.bit_length() - 1, "DIM": next_power_of_two(dim),
+            "enable_fp_fusion": False, "num_warps": t.attend_warps,
+        }  # fmt: skip
+        sizes = (heads, group, 1, self.k, dim, blocks, exponent_factor(scale))
+        if isinstance(v, Stored):
+            tensors, strides, constants = kernels_quantized._arguments(v)
+            kernels_quantized._partials_kernel[(blocks, rows)](
+                score, self.top, indices, *tensors, numerator, denominator, *sizes, v.codes.shape[2], v.head.shape[2],
+                *strides, **constants, **common,
+            )  # fmt: skip
+        else:
+            kernels._partials_kernel[(blocks, rows)](
+                score, self.top, indices, v, numerator, denominator, *sizes, *v.stride(), **common
+            )
+        while True:
+            width = min(64, next_power_of_two(blocks))
+            left = triton.cdiv(blocks, width)
+            out = torch.empty(rows, left, dim, dtype=torch.float32, device=score.device)
+            weight = torch.empty(rows, left, dtype=torch.float32, device=score.device)
+            kernels._combine_kernel[(left, rows)](
+                numerator, denominator, out, weight, blocks, left, dim,
+                LAST=left == 1, BLOCK=width, LOG_BLOCK=width.bit_length() - 1, DIM=next_power_of_two(dim),
+                enable_fp_fusion=False,
+            )  # fmt: skip
+            if left == 1:
+                return out
+            numerator, denominator, blocks = out, weight, left

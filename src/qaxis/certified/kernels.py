@@ -1,0 +1,283 @@
+"""Triton kernels of the certified decode step: fast scores, a cut, canonical scores behind it, the exact choice."""
+
+from __future__ import annotations
+
+# Imported from there, so that the interpreter is chosen before Triton is loaded.
+from ..kernels import _tree_last, _widen, tl, triton
+from ..kernels_quantized import _load
+from .bounds import LARGEST, SMALLEST, UNITS
+
+_UNITS, _SMALLEST, _LARGEST = tl.constexpr(UNITS), tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
+
+
+@triton.jit
+def _units_per_score(norm_q, norm_k):
+    """Steps of the 16-bit score in one unit of score; 0 where the range is not usable: then all keys tie."""
+    largest = norm_q * norm_k * 1.001
+    usable = (largest > _SMALLEST) & (largest < _LARGEST)
+    return tl.where(usable, _UNITS / tl.where(usable, largest, 1.0), 0.0)
+
+
+@triton.jit
+def _sixteen_bits(score, units):
+    # No canonical score lies beyond the range, so moving a fast score back to it brings the two closer.
+    place = tl.minimum(tl.maximum(tl.floor(score * units), -32768.0), 32767.0)
+    return (place + 32768.0).to(tl.int32)
+
+
+@triton.jit
+def _store(out, best, place, mask, first, step, SUB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Scores ``place [BLOCK, ROWS]`` and the best of every SUB neighbours; 0 stands for a key without a fast score."""
+    j = first + tl.arange(0, BLOCK)
+    tl.store(out + j[:, None], place.to(tl.uint16), mask=mask)
+    highest = tl.max(tl.reshape(tl.where(mask, place, 0), (BLOCK // SUB, SUB, ROWS)), 1)
+    i = first // SUB + tl.arange(0, BLOCK // SUB)
+    tl.store(best + i[:, None], highest.to(tl.uint16), mask=step)
+
+
+@triton.jit
+def score_product_kernel(
+    q_ptr, k_ptr, norm_ptr, fast_ptr, best_ptr, heads, kv_heads, n, padded, dim,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, DIM: tl.constexpr,
+    STAGES: tl.constexpr, SUB: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """16-bit scores of the GROUP query heads of one key head, by matrix product of the keys themselves."""
+    b = tl.program_id(1).to(tl.int64) // kv_heads
+    g = tl.program_id(1).to(tl.int64) % kv_heads
+    d = tl.arange(0, DIM)
+    r = tl.arange(0, ROWS)
+    pointers = q_ptr + b * stride_qb + (g * GROUP + r)[None, :] * stride_qh + d[:, None] * stride_qd
+    q = tl.load(pointers, mask=(r < GROUP)[None, :] & (d < dim)[:, None], other=0.0)
+    wide = _widen(q)
+    units = _units_per_score(tl.sqrt(tl.sum(wide * wide, 0)), tl.load(norm_ptr + tl.program_id(1)))
+    keys = k_ptr + b * stride_kb + g * stride_kh
+    row = b * heads + g * GROUP + r
+    out = fast_ptr + row[None, :] * padded
+    best = best_ptr + row[None, :] * (padded // SUB)
+    mine = (r < GROUP)[None, :]
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * LOOP)
+    for step in tl.range(0, LOOP, num_stages=STAGES):
+        j = first + step * BLOCK + tl.arange(0, BLOCK)
+        k = tl.load(keys + j[:, None] * stride_kn + d[None, :], mask=(j < n)[:, None] & (d < dim)[None, :], other=0.0)
+        # The interpreter cannot multiply bfloat16.
+        score = tl.dot(_widen(k), wide, input_precision="ieee") if WIDE else tl.dot(k, q, input_precision="ieee")
+        place = _sixteen_bits(score, units[None, :])
+        start = first + step * BLOCK
+        _store(out, best, place, (j < n)[:, None] & mine, start, (start < n) & mine, SUB, BLOCK, ROWS)
+
+
+@triton.jit
+def score_codes_kernel(
+    q_ptr, codes_ptr, scales_ptr, norm_ptr, steps_ptr, fast_ptr, best_ptr, heads, kv_heads, groups, sinks, padded, dim,
+    stride_qb, stride_qh, stride_qd, codes_b, codes_h, codes_n, scales_b, scales_h, scales_n,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, DIM: tl.constexpr,
+    STAGES: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """16-bit scores from 8-bit codes whose steps are shared by BLOCK tokens, by exact integer products.
+
+    The query, times a group's steps, is split into two 8-bit parts; both are columns of one product.
+    """
+    kv = tl.program_id(1)
+    b = kv.to(tl.int64) // kv_heads
+    g = kv.to(tl.int64) % kv_heads
+    d = tl.arange(0, DIM)
+    r = tl.arange(0, ROWS)
+    pointers = q_ptr + b * stride_qb + (g * GROUP + r)[None, :] * stride_qh + d[:, None] * stride_qd
+    wide = _widen(tl.load(pointers, mask=(r < GROUP)[None, :] & (d < dim)[:, None], other=0.0))
+    units = _units_per_score(tl.sqrt(tl.sum(wide * wide, 0)), tl.load(norm_ptr + kv))
+    steps = tl.load(steps_ptr + kv * dim + d, mask=d < dim, other=0.0)
+    largest = tl.maximum(tl.max(tl.abs(wide) * steps[:, None], 0), 1e-30)
+    wide = wide * (127.0 / largest)[None, :]
+    coarse, fine = units * (largest / 127.0), units * (largest / (127.0 * 254.0))
+    codes = codes_ptr + b * codes_b + g * codes_h
+    scales = scales_ptr + b * scales_b + g * scales_h
+    row = b * heads + g * GROUP + r
+    out = fast_ptr + row[None, :] * padded
+    best = best_ptr + row[None, :] * (padded // SUB)
+    mine = (r < GROUP)[None, :]
+    first = tl.program_id(0).to(tl.int64) * LOOP
+    for step in tl.range(0, LOOP, num_stages=STAGES):
+        group = first + step
+        inside = group < groups
+        j = group * BLOCK + tl.arange(0, BLOCK)
+        code = tl.load(codes + j[:, None] * codes_n + d[None, :], mask=inside & (d < dim)[None, :], other=0)
+        exponent = tl.load(scales + group * scales_n + d, mask=inside & (d < dim), other=0).to(tl.int32)
+        scaled = wide * ((exponent + 127) << 23).to(tl.float32, bitcast=True)[:, None]
+        high = tl.floor(scaled + 0.5)
+        low = tl.minimum(tl.maximum(tl.floor((scaled - high) * 254.0 + 0.5), -128.0), 127.0)
+        parts = tl.reshape(tl.join(high.to(tl.int8), low.to(tl.int8)), (DIM, 2 * ROWS))
+        upper, lower = tl.split(tl.reshape(tl.dot(code, parts), (BLOCK, ROWS, 2)))
+        score = upper.to(tl.float32) * coarse[None, :] + lower.to(tl.float32) * fine[None, :]
+        # What the cache keeps in full has no code: the codes there stand for nothing.
+        mask = inside & (j >= sinks)[:, None] & mine
+        _store(out, best, _sixteen_bits(score, 1.0), mask, group * BLOCK, inside & mine, SUB, BLOCK, ROWS)
+
+
+@triton.jit
+def threshold_kernel(
+    q_ptr, best_ptr, norm_ptr, residual_ptr, steps_ptr, cut_ptr,
+    heads, group, dim, many, stride_row, wanted, relative, split, stride_qb, stride_qh, stride_qd,
+    BLOCK: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Where the keys of a row begin that may be among its ``wanted`` best.
+
+    The wanted-th largest of the ``many`` best-of-neighbours is reached by as many different keys, so the wanted-th
+    canonical score is at most one error below it; a key more than two errors below cannot be among the best.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    kv = row // heads * (heads // group) + row % heads // group
+    d = tl.arange(0, DIM)
+    q = tl.load(q_ptr + row // heads * stride_qb + row % heads * stride_qh + d * stride_qd, mask=d < dim, other=0.0)
+    wide = _widen(q)
+    # Sums differ in their order from that of the score kernels: a thousandth covers it.
+    norm_q = tl.sqrt(tl.sum(wide * wide, 0)) * 1.001
+    norm_k = tl.load(norm_ptr + kv)
+    units = _units_per_score(norm_q, norm_k)
+    steps = tl.load(steps_ptr + kv * dim + d, mask=d < dim, other=0.0)
+    error = norm_q * (tl.load(residual_ptr + kv) + relative * norm_k) + tl.max(tl.abs(wide) * steps, 0) * split
+    best_ptr += row * stride_row
+    i = tl.arange(0, BLOCK)
+    kept = tl.load(best_ptr + i, mask=i < many, other=0).to(tl.int32)
+    # Bit by bit. Slightly too low a threshold only means a few more candidates.
+    found = 0
+    shift = 15
+    while shift >= 0:
+        trial = found | (1 << shift)
+        enough = tl.sum((kept >= trial).to(tl.int32), 0)
+        for offset in range(BLOCK, many, BLOCK):
+            more = tl.load(best_ptr + offset + i, mask=offset + i < many, other=0).to(tl.int32)
+            enough += tl.sum((more >= trial).to(tl.int32), 0)
+        found = tl.where(enough >= wanted, trial, found)
+        close = (enough >= wanted) & (enough <= wanted + wanted // 64)
+        shift = tl.where(close, -1, shift - 1)
+    cut = found.to(tl.float32) - 2.0 * (error * units * 1.01 + 1.0) - 1.0
+    # 0 also stands for keys without a score, and for too few of them: then every key may.
+    tl.store(cut_ptr + row, tl.where((units > 0.0) & (found > 0), cut, -1.0))
+
+
+@triton.jit
+def compact_kernel(
+    fast_ptr, cut_ptr, position_ptr, count_ptr, n, start, end, padded, span, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The positions of one stretch of a row that reach the cut, in order. Keys without a fast score always do."""
+    row = tl.program_id(1).to(tl.int64)
+    begin = tl.program_id(0) * span
+    cut = tl.load(cut_ptr + row)
+    found = 0
+    for offset in range(0, span, BLOCK):
+        j = begin + offset + tl.arange(0, BLOCK)
+        scored = (j >= start) & (j < end)
+        fast = tl.load(fast_ptr + row * padded + j, mask=scored, other=65535).to(tl.float32)
+        may = (fast >= cut) & (j < n)
+        slot = found + tl.cumsum(may.to(tl.int32), 0) - 1
+        tl.store(position_ptr + row * padded + begin + slot, j, mask=may)
+        found += tl.sum(may.to(tl.int32), 0)
+    tl.store(count_ptr + row * tl.num_programs(0) + tl.program_id(0), found)
+
+
+@triton.jit
+def _score_of(word):
+    """An integer in the order of the scores from a score's bits, and back (rule 4; a canonical score is never -0.0)."""
+    return word ^ ((word >> 31) & 2147483647)
+
+
+@triton.jit
+def rescore_kernel(
+    q_ptr, k_ptr, codes_ptr, scales_ptr, head_ptr, tail_ptr, position_ptr, count_ptr, flat_position_ptr, flat_key_ptr,
+    heads, group, padded, span, dim, whole, sinks,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn,
+    codes_b, codes_h, codes_n, scales_b, scales_h, scales_n, head_b, head_h, head_n, tail_b, tail_h, tail_n,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, STORED: tl.constexpr,
+    STRETCHES: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr,
+):  # fmt: skip
+    """Canonical scores of a row's candidates, as integers in the order of the scores, without the gaps."""
+    row = tl.program_id(1).to(tl.int64)
+    b = row // heads
+    h = row % heads
+    g = h // group
+    d = tl.arange(0, DIM)
+    wide = _widen(tl.load(q_ptr + b * stride_qb + h * stride_qh + d * stride_qd, mask=d < dim, other=0.0))
+    s = tl.arange(0, STRETCHES)
+    counts = tl.load(count_ptr + row * STRETCHES + s)
+    ends = tl.cumsum(counts, 0)
+    total = tl.sum(counts, 0)
+    shift = s * span - (ends - counts)
+    for offset in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
+        i = offset + tl.arange(0, BLOCK)
+        inside = i < total
+        # Where the i-th candidate of the row lies among the stretches: the first that ends behind it.
+        before = ends[None, :] <= i[:, None]
+        stretch = tl.sum(before.to(tl.int32), 1)
+        place = i + tl.sum(tl.where(s[None, :] == stretch[:, None], shift[None, :], 0), 1)
+        short = tl.load(position_ptr + row * padded + place, mask=inside, other=0)
+        j = short.to(tl.int64)
+        mask = inside[:, None] & (d < dim)[None, :]
+        if STORED:
+            k = _load(
+                codes_ptr + b * codes_b + g * codes_h, scales_ptr + b * scales_b + g * scales_h,
+                head_ptr + b * head_b + g * head_h, tail_ptr + b * tail_b + g * tail_h,
+                j[:, None], d[None, :], mask, whole, sinks, codes_n, scales_n, head_n, tail_n, STEP, WIDTH, False,
+            )  # fmt: skip
+        else:
+            keys = k_ptr + b * stride_kb + g * stride_kh + j[:, None] * stride_kn + d[None, :]
+            k = _widen(tl.load(keys, mask=mask, other=0.0))
+        bits = _tree_last(wide[None, :] * k, BLOCK, DIM, LOG_DIM).to(tl.int32, bitcast=True)
+        tl.store(flat_key_ptr + row * padded + i, _score_of(bits), mask=inside)
+        tl.store(flat_position_ptr + row * padded + i, short, mask=inside)
+
+
+@triton.jit
+def choose_kernel(
+    position_ptr, key_ptr, count_ptr, index_ptr, score_ptr, top_ptr, padded, wanted,
+    STRETCHES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one row's candidates, in order of position: the ``wanted`` with the highest scores, lower positions first.
+
+    The wanted-th largest word is found by halving. BLOCK candidates stay in registers; more are read again.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.sum(tl.load(count_ptr + row * STRETCHES + tl.arange(0, STRETCHES)), 0)
+    key_ptr += row * padded
+    position_ptr += row * padded
+    i = tl.arange(0, BLOCK)
+    word = tl.load(key_ptr + i, mask=i < total, other=0)
+    top = tl.max(tl.where(i < total, word, -2147483648), 0)
+    low = tl.min(tl.where(i < total, word, 2147483647), 0)
+    for offset in range(BLOCK, total, BLOCK):
+        more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=0)
+        top = tl.maximum(top, tl.max(tl.where(offset + i < total, more, -2147483648), 0))
+        low = tl.minimum(low, tl.min(tl.where(offset + i < total, more, 2147483647), 0))
+    tl.store(top_ptr + row, _score_of(top).to(tl.float32, bitcast=True))
+    # Halving from the lowest to the highest word: 32 steps at most, fewer as soon as just enough words are left.
+    kth = low
+    behind = top.to(tl.int64) + 1
+    while behind - kth > 1:
+        trial = ((kth.to(tl.int64) + behind) >> 1).to(tl.int32)
+        enough = tl.sum(((i < total) & (word >= trial)).to(tl.int32), 0)
+        for offset in range(BLOCK, total, BLOCK):
+            more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=0)
+            enough += tl.sum(((offset + i < total) & (more >= trial)).to(tl.int32), 0)
+        kth = tl.where(enough >= wanted, trial, kth)
+        behind = tl.where(enough >= wanted, behind, trial.to(tl.int64))
+        behind = tl.where(enough == wanted, kth.to(tl.int64), behind)
+
+    above = tl.sum(((i < total) & (word > kth)).to(tl.int32), 0)
+    for offset in range(BLOCK, total, BLOCK):
+        more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=0)
+        above += tl.sum(((offset + i < total) & (more > kth)).to(tl.int32), 0)
+
+    taken = 0
+    ties = 0
+    for offset in range(0, total, BLOCK):
+        inside = offset + i < total
+        word = tl.load(key_ptr + offset + i, mask=inside, other=0)
+        equal = inside & (word == kth)
+        rank = ties + tl.cumsum(equal.to(tl.int32), 0)
+        take = (inside & (word > kth)) | (equal & (rank <= wanted - above))
+        slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+        j = tl.load(position_ptr + offset + i, mask=take, other=0)
+        tl.store(index_ptr + row * wanted + slot, j.to(tl.int64), mask=take)
+        tl.store(score_ptr + row * wanted + slot, _score_of(word).to(tl.float32, bitcast=True), mask=take)
+        taken += tl.sum(take.to(tl.int32), 0)
+        ties += tl.sum(equal.to(tl.int32), 0)
