@@ -65,6 +65,7 @@ def tests(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Break the code on purpose, once per check, and see every fault caught (about 40 minutes)."""
     project(session, "tests")
+    session.install("-c", "constraints.txt", "matplotlib")
     session.run("python", "-m", "tests.mutants")
 
 

@@ -12,7 +12,8 @@ from .files import ROOT, SelfcheckError, sha256, write_atomic
 
 LOCK = "selfcheck/checks.lock"
 SEALED = (
-    "src/qaxis/*.py", "selfcheck/*.py", "selfcheck/checks/*.py", "selfcheck/*.toml", "selfcheck/golden.json",
+    "src/qaxis/*.py", "src/qaxis/certified/*.py", "selfcheck/*.py", "selfcheck/checks/*.py", "selfcheck/*.toml",
+    "selfcheck/golden.json",
     "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "constraints.txt", "pyproject.toml",
     "noxfile.py",
 )  # fmt: skip

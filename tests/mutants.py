@@ -47,7 +47,15 @@ DIRECT = CACHE + "test_kernels_read_the_codes_and_give_the_bits_of_the_dequantis
 GENERATION, WINDOW = "test_generation.py::", "test_families.py::test_selection_stays_inside_the_window"
 INTEGRATION, KEPT, RECORDING = "src/qaxis/integration.py", "src/qaxis/kept.py", "src/qaxis/recording.py"
 
+CERTIFIED = "src/qaxis/certified/kernels.py"
+
 MUTANTS = (
+    # Certified decoding
+    Mutant("certified", "what codes leave out is no error", CERTIFIED, "tl.load(residual_ptr + kv) + relative", "relative"),
+    Mutant("certified", "no error at all", CERTIFIED, "2.0 * (error * units * 1.01 + 1.0)", "0.0 * (error * units * 1.01 + 1.0)"),
+    Mutant("certified", "keys without a fast score are dropped", CERTIFIED, "mask=scored, other=65535", "mask=scored, other=0"),
+    Mutant("certified", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
+    Mutant("test_certified.py::test_ties_go_to_the_lower_position", "ties go to the higher position", CERTIFIED, "(rank <= wanted - above)", "(rank > 150 - wanted + above)"),
     # Theorem 1
     Mutant("thm1", "coordinate loses its sign", THEOREM, "1 if axis >= 0 else -1", "1"),
     Mutant("thm1", "cosine instead of inner product", THEOREM, "axis * axis / dot(q, q)", "axis * axis / (dot(k, k) or 1)"),

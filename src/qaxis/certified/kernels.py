@@ -140,7 +140,7 @@ def threshold_kernel(
     i = tl.arange(0, BLOCK)
     kept = tl.load(best_ptr + i, mask=i < many, other=0).to(tl.int32)
     # Bit by bit. Slightly too low a threshold only means a few more candidates.
-    found = 0
+    found = tl.full((), 0, tl.int32)
     shift = 15
     while shift >= 0:
         trial = found | (1 << shift)
