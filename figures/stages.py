@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from .style import GREY, WIDTH
 
-STAGES = ("score", "threshold", "compact", "rescore", "choose", "attend")
-COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
+STAGES = ("score", "compact", "rescore", "choose", "attend")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 WAYS = {"keys": "bfloat16 keys", "codes": "keys beside codes", "cache": "INT8 cache"}
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import qaxis
-from qaxis.certified import Decoder, Tuning, index_keys
+from qaxis.certified import Decoder, Tuning, bounds, index_keys
+from qaxis.ranking import canonical_scores
 
 
 def bell(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,8 +39,9 @@ def test_tuning_changes_no_bit():
     exact = qaxis.topk_attention(q, k, v, 90)
     # Few candidates in registers, so that the others are read again; many short stretches.
     tuning = Tuning(
-        block=32, loop=1, threshold=16, stretch=64, compact=64, rescore=16, rescore_chunks=3, choose=32, attend=16
-    )
+        block=32, loop=1, threshold=16, stretch=64, lines=1, rescore=16, rescore_programs=12, choose=32, choose_out=32,
+        attend=16,
+    )  # fmt: skip
     step = Decoder(1, 4, 700, 64, 90, "cpu", tuning)(q, k, v, index_keys(k))
     assert torch.equal(step.indices, exact.indices) and torch.equal(step.output, exact.output)
 
@@ -57,3 +59,25 @@ def test_other_shapes_than_it_was_made_for():
         decoder(q, k, k, index_keys(k))
     with pytest.raises(ValueError, match=r"k\.shape\[2\]=19"):
         decoder(q[:, :, :1], k[:, :, :19], k, index_keys(k))
+
+
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("outlier", [1, 300])
+def test_fast_scores_are_within_their_error(codes, outlier):
+    q, k = bell(1, 4, 1, 64), bell(1, 2, 512, 64, seed=1)
+    k[..., 0] *= outlier
+    index = index_keys(k, codes=codes)
+    decoder = Decoder(1, 4, 512, 64, 50, "cpu")
+    start, end = decoder.score(q, k, index)
+    exact = canonical_scores(q, k)[0, :, 0, start:end].double()
+    norm_q = q[0, :, 0].norm(dim=-1)[:, None].double()
+    norm_k, residual = (x[0].repeat_interleave(2)[:, None].double() for x in (index.norm, index.residual))
+    units = bounds.UNITS / (norm_q * norm_k * 1.001)
+    error = norm_q * (residual + bounds.rounding(64) * (3 if codes else 1) * norm_k)
+    if codes:
+        steps = index.steps[0].repeat_interleave(2, 0)
+        error += (q[0, :, 0].abs() * steps).amax(-1, keepdim=True).double() * bounds.SPLIT * 64
+    off = (decoder.fast[:, start:end].double() - 32768 + 0.5 - exact * units).abs() - 0.5
+    assert bool((off <= error * units * 1.01 + 1).all())
+    # A bound that nothing comes near would prove little; a product of the keys is off by less than a 16-bit step.
+    assert not codes or float((off / (error * units * 1.01 + 1)).max()) > 0.03

@@ -299,8 +299,7 @@ def _stages(
     return {
         "all": lambda: decoder(q, keys, values, index)[:2],
         "score": lambda: decoder.score(q, keys, index),
-        "threshold": lambda: decoder.threshold(q, keys.shape[1], index, end),
-        "compact": lambda: decoder.compact(batch * heads, start, end),
+        "compact": lambda: decoder.compact(q, keys.shape[1], index, start, end),
         "rescore": lambda: decoder.rescore(q, keys),
         "choose": lambda: decoder.choose(batch, heads),
         "attend": lambda: decoder.attend(indices, score, values, q.shape[3] ** -0.5, heads // keys.shape[1]),

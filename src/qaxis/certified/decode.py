@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -24,12 +25,13 @@ from .kernels import (
     rescore_kernel,
     score_codes_kernel,
     score_product_kernel,
-    threshold_kernel,
     tl,
     triton,
 )
 
 INTERPRETED = kernels.INTERPRETED
+#: keys whose places one warp counts together
+LINE = 256
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,18 @@ class Tuning:
     warps: int = 4
     codes_loop: int = 1
     codes_warps: int = 2
-    threshold: int = 16384
-    threshold_warps: int = 4
-    stretches: int = 128
-    stretch: int = 4096
-    compact: int = 2048
-    compact_warps: int = 2
+    threshold: int = 32768
+    compact_programs: int = 256
+    stretch: int = 8192
+    lines: int = 32
+    compact_warps: int = 8
     rescore: int = 32
     rescore_warps: int = 1
-    rescore_chunks: int = 32
+    rescore_programs: int = 1024
     choose: int = 32768
-    attend: int = 64
+    choose_out: int = 4096
+    choose_warps: int = 8
+    attend: int = 32
     attend_warps: int = 1
 
 
@@ -92,19 +95,24 @@ class Decoder:
         require(1 <= k <= n, "k", k, f"1..{n}, the number of keys")
         self.n, self.k, self.dim, self.tuning = n, k, dim, tuning
         rows = batch * heads
-        self.stretches = min(tuning.stretches, next_power_of_two(triton.cdiv(n, tuning.stretch)))
-        self.span = triton.cdiv(triton.cdiv(n, self.stretches), tuning.compact) * tuning.compact
+        # Four times as many neighbourhoods as keys are kept: then their best ones lead close to the k-th best key. Half
+        # of that where they would not fit into a program's registers.
+        times = 4 if 4 * k <= tuning.threshold else 2
+        self.sub = min(tuning.block, 1 << max(0, (n // (times * k)).bit_length() - 1))
+        most = next_power_of_two(triton.cdiv(n, tuning.stretch))
+        programs = tuning.compact_programs if n // self.sub <= tuning.threshold // 2 else tuning.compact_programs // 2
+        self.stretches = min(most, next_power_of_two(triton.cdiv(programs, rows)))
+        self.lines = min(tuning.lines, next_power_of_two(triton.cdiv(triton.cdiv(n, self.stretches), LINE)))
+        self.span = triton.cdiv(triton.cdiv(n, self.stretches), self.lines * LINE) * self.lines * LINE
         self.padded = self.span * self.stretches
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        # Four times as many neighbourhoods as keys are kept: then their best ones lead close to the k-th best key.
-        self.sub = min(tuning.block, 1 << max(0, (n // (4 * k)).bit_length() - 1))
         self.fast = empty(rows, self.padded, dtype=torch.uint16)
         self.best = empty(rows, self.padded // self.sub, dtype=torch.uint16)
         self.coded = False
-        self.cut, self.top = empty(rows, dtype=torch.float32), empty(rows, dtype=torch.float32)
+        self.top = empty(rows, dtype=torch.float32)
         self.position, self.count = empty(rows, self.padded), empty(rows, self.stretches)
         self.flat_position, self.flat_key = empty(rows, self.padded), empty(rows, self.padded)
 
@@ -154,26 +162,23 @@ class Decoder:
         )  # fmt: skip
         return 0, self.n
 
-    def threshold(self, q: torch.Tensor, kv_heads: int, index: KeyIndex, end: int) -> None:
-        """The cut of every row: fast scores below it are surely not among the k best."""
+    def compact(self, q: torch.Tensor, kv_heads: int, index: KeyIndex, start: int, end: int) -> None:
+        """Positions that may be among the k best, by stretches."""
         batch, heads, _, dim = q.shape
-        t, many = self.tuning, triton.cdiv(end, self.sub)
+        t = self.tuning
         relative = bounds.rounding(dim) * (1 if index.codes is None else 3)
         split = 0.0 if index.codes is None else bounds.SPLIT * dim
-        threshold_kernel[(batch * heads,)](
-            q, self.best, index.norm, index.residual, index.steps, self.cut,
-            heads, heads // kv_heads, dim, many, self.best.shape[1], self.k, relative, split,
-            q.stride(0), q.stride(1), q.stride(3),
-            BLOCK=min(t.threshold, next_power_of_two(self.best.shape[1])), DIM=next_power_of_two(dim),
-            num_warps=t.threshold_warps,
-        )  # fmt: skip
-
-    def compact(self, rows: int, start: int, end: int) -> None:
-        """Positions that reach the cut, by stretches."""
-        t = self.tuning
-        compact_kernel[(self.stretches, rows)](
-            self.fast, self.cut, self.position, self.count, self.n, start, end, self.padded, self.span,
-            BLOCK=t.compact, num_warps=t.compact_warps,
+        many = triton.cdiv(end, self.sub)
+        # Where the k best of so many begin if they are normal, and how much further one more of them lies.
+        normal = NormalDist()
+        quantile = normal.inv_cdf(min(max(1 - self.k / max(many, 1), 1e-6), 1 - 1e-6))
+        slope = 1 / (max(many, 1) * normal.pdf(quantile))
+        compact_kernel[(self.stretches, batch * heads)](
+            q, index.norm, index.residual, index.steps, self.fast, self.best, self.position, self.count,
+            heads, heads // kv_heads, self.n, start, end, self.padded, self.span, many, self.k,
+            dim, quantile, slope, relative, split, self.best.shape[1], q.stride(0), q.stride(1), q.stride(3),
+            MANY=min(t.threshold, next_power_of_two(self.best.shape[1])), LINES=self.lines, LINE=LINE,
+            DIM=next_power_of_two(dim), num_warps=t.compact_warps // (2 if start else 1),
         )  # fmt: skip
 
     def rescore(self, q: torch.Tensor, k: torch.Tensor | Stored) -> None:
@@ -188,7 +193,7 @@ class Decoder:
             tensors, strides, keys = (q,) * 4, (0,) * 12, k
             key_strides = (k.stride(0), k.stride(1), k.stride(2))
             whole, sinks, step, width = 0, 0, 1, 1
-        chunks = min(t.rescore_chunks, triton.cdiv(self.n, t.rescore))
+        chunks = min(triton.cdiv(t.rescore_programs, batch * heads), triton.cdiv(self.n, t.rescore))
         rescore_kernel[(chunks, batch * heads)](
             q, keys, *tensors, self.position, self.count, self.flat_position, self.flat_key,
             heads, heads // k.shape[1], self.padded, self.span, dim, whole, sinks,
@@ -203,11 +208,13 @@ class Decoder:
         t, device = self.tuning, self.fast.device
         indices = torch.empty(batch, heads, 1, self.k, dtype=torch.int64, device=device)
         score = torch.empty(batch, heads, 1, self.k, dtype=torch.float32, device=device)
-        # Room for the band in registers: one half of k as a rule, thrice behind codes.
-        block = min(t.choose, next_power_of_two((4 if self.coded else 2) * self.k), next_power_of_two(self.padded))
+        # Room for the band in registers: a fifth of k as a rule, twice k behind codes.
+        room = next_power_of_two(3 * self.k if self.coded else self.k + self.k // 5)
+        block = min(t.choose, room, next_power_of_two(self.padded))
         choose_kernel[(batch * heads,)](
             self.flat_position, self.flat_key, self.count, indices, score, self.top, self.padded, self.k,
-            STRETCHES=self.stretches, BLOCK=block, num_warps=min(32, max(4, block // 512)),
+            STRETCHES=self.stretches, BLOCK=block, OUT=min(block, t.choose_out),
+            num_warps=min(32, max(t.choose_warps, block // 1024)),
         )  # fmt: skip
         return indices, score
 
@@ -215,8 +222,7 @@ class Decoder:
         """Indices int64 and canonical scores float32 of the k best keys, both ``[B, H, 1, k]``."""
         self.coded = index.codes is not None and index.codes is not k
         start, end = self.score(q, k, index)
-        self.threshold(q, k.shape[1], index, end)
-        self.compact(q.shape[0] * q.shape[1], start, end)
+        self.compact(q, k.shape[1], index, start, end)
         self.rescore(q, k)
         return self.choose(q.shape[0], q.shape[1])
 

@@ -115,64 +115,89 @@ def score_codes_kernel(
 
 
 @triton.jit
-def threshold_kernel(
-    q_ptr, best_ptr, norm_ptr, residual_ptr, steps_ptr, cut_ptr,
-    heads, group, dim, many, stride_row, wanted, relative, split, stride_qb, stride_qh, stride_qd,
+def _cut(
+    q, best_ptr, norm_ptr, residual_ptr, steps_ptr, dim, many, wanted, quantile, slope, relative, split,
     BLOCK: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Where the keys of a row begin that may be among its ``wanted`` best.
+    """Where the fast scores begin whose keys may be among the ``wanted`` best of the query ``q [DIM]``.
 
     The wanted-th largest of the ``many`` best-of-neighbours is reached by as many different keys, so the wanted-th
     canonical score is at most one error below it; a key more than two errors below cannot be among the best.
     """
-    row = tl.program_id(0).to(tl.int64)
-    kv = row // heads * (heads // group) + row % heads // group
     d = tl.arange(0, DIM)
-    q = tl.load(q_ptr + row // heads * stride_qb + row % heads * stride_qh + d * stride_qd, mask=d < dim, other=0.0)
     wide = _widen(q)
     # Sums differ in their order from that of the score kernels: a thousandth covers it.
     norm_q = tl.sqrt(tl.sum(wide * wide, 0)) * 1.001
-    norm_k = tl.load(norm_ptr + kv)
+    norm_k = tl.load(norm_ptr)
     units = _units_per_score(norm_q, norm_k)
-    steps = tl.load(steps_ptr + kv * dim + d, mask=d < dim, other=0.0)
-    error = norm_q * (tl.load(residual_ptr + kv) + relative * norm_k) + tl.max(tl.abs(wide) * steps, 0) * split
-    best_ptr += row * stride_row
+    steps = tl.load(steps_ptr + d, mask=d < dim, other=0.0)
+    error = norm_q * (tl.load(residual_ptr) + relative * norm_k) + tl.max(tl.abs(wide) * steps, 0) * split
     i = tl.arange(0, BLOCK)
     kept = tl.load(best_ptr + i, mask=i < many, other=0).to(tl.int32)
-    # Bit by bit. Slightly too low a threshold only means a few more candidates.
+    count = tl.minimum(tl.maximum(many, 1), BLOCK).to(tl.float32)
+    mean = tl.sum(kept.to(tl.float32), 0) / count
+    spread = tl.sqrt(tl.sum(tl.where(i < many, (kept - mean) * (kept - mean), 0.0), 0) / count)
+    # A guess as if they were normal, steps of Newton from there, then halving. Slightly too low a threshold only means
+    # a few more candidates.
     found = tl.full((), 0, tl.int32)
-    shift = 15
-    while shift >= 0:
-        trial = found | (1 << shift)
+    behind = tl.full((), 65536, tl.int32)
+    guess = mean + quantile * spread
+    tries = tl.full((), 0, tl.int32)
+    while behind - found > 1:
+        trial = tl.minimum(tl.maximum(guess.to(tl.int32), found + 1), behind - 1)
         enough = tl.sum((kept >= trial).to(tl.int32), 0)
         for offset in range(BLOCK, many, BLOCK):
             more = tl.load(best_ptr + offset + i, mask=offset + i < many, other=0).to(tl.int32)
             enough += tl.sum((more >= trial).to(tl.int32), 0)
         found = tl.where(enough >= wanted, trial, found)
+        behind = tl.where(enough >= wanted, behind, trial)
         close = (enough >= wanted) & (enough <= wanted + wanted // 64)
-        shift = tl.where(close, -1, shift - 1)
+        behind = tl.where(close, found + 1, behind)
+        tries += 1
+        near = trial.to(tl.float32) + (enough - wanted - wanted // 128).to(tl.float32) * (slope * spread)
+        near = tl.minimum(tl.maximum(near, 0.0), 65535.0)
+        guess = tl.where(tries < 5, near, ((found + behind) >> 1).to(tl.float32))
     cut = found.to(tl.float32) - 2.0 * (error * units * 1.01 + 1.0) - 1.0
     # 0 also stands for keys without a score, and for too few of them: then every key may.
-    tl.store(cut_ptr + row, tl.where((units > 0.0) & (found > 0), cut, -1.0))
+    return tl.where((units > 0.0) & (found > 0), cut, -1.0)
 
 
 @triton.jit
 def compact_kernel(
-    fast_ptr, cut_ptr, position_ptr, count_ptr, n, start, end, padded, span, BLOCK: tl.constexpr
+    q_ptr, norm_ptr, residual_ptr, steps_ptr, fast_ptr, best_ptr, position_ptr, count_ptr,
+    heads, group, n, start, end, padded, span, many, wanted, dim,
+    quantile, slope, relative, split, stride_best,
+    stride_qb, stride_qh, stride_qd,
+    MANY: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """The positions of one stretch of a row that reach the cut, in order. Keys without a fast score always do."""
+    """The positions of one stretch of a row that reach the cut, in order; every stretch finds the cut for itself.
+
+    Keys without a fast score always reach it.
+    """
     row = tl.program_id(1).to(tl.int64)
+    b = row // heads
+    h = row % heads
+    kv = b * (heads // group) + h // group
+    d = tl.arange(0, DIM)
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + d * stride_qd, mask=d < dim, other=0.0)
+    cut = _cut(
+        q, best_ptr + row * stride_best, norm_ptr + kv, residual_ptr + kv, steps_ptr + kv * dim,
+        dim, many, wanted, quantile, slope, relative, split, MANY, DIM,
+    )  # fmt: skip
     begin = tl.program_id(0) * span
-    cut = tl.load(cut_ptr + row)
+    position_ptr += row * padded + begin
+    place = tl.arange(0, LINES)[:, None] * LINE + tl.arange(0, LINE)[None, :]
     found = 0
-    for offset in range(0, span, BLOCK):
-        j = begin + offset + tl.arange(0, BLOCK)
-        scored = (j >= start) & (j < end)
-        fast = tl.load(fast_ptr + row * padded + j, mask=scored, other=65535).to(tl.float32)
-        may = (fast >= cut) & (j < n)
-        slot = found + tl.cumsum(may.to(tl.int32), 0) - 1
-        tl.store(position_ptr + row * padded + begin + slot, j, mask=may)
-        found += tl.sum(may.to(tl.int32), 0)
+    for offset in range(0, span, LINES * LINE):
+        j = begin + offset + place
+        # The start is no multiple of anything: in the load's mask it would break up its words.
+        fast = tl.load(fast_ptr + row * padded + j, mask=j < end, other=65535).to(tl.float32)
+        may = (((fast >= cut) | (j < start)) & (j < n)).to(tl.int32)
+        # A line is within a warp, so that only the lines' totals have to cross warps.
+        total = tl.sum(may, 1)
+        before = found + tl.cumsum(total, 0) - total
+        tl.store(position_ptr + (before[:, None] + tl.cumsum(may, 1) - 1), j, mask=may > 0)
+        found += tl.sum(total, 0)
     tl.store(count_ptr + row * tl.num_programs(0) + tl.program_id(0), found)
 
 
@@ -230,54 +255,74 @@ def rescore_kernel(
 @triton.jit
 def choose_kernel(
     position_ptr, key_ptr, count_ptr, index_ptr, score_ptr, top_ptr, padded, wanted,
-    STRETCHES: tl.constexpr, BLOCK: tl.constexpr,
+    STRETCHES: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Of one row's candidates, in order of position: the ``wanted`` with the highest scores, lower positions first.
 
-    The wanted-th largest word is found by halving. BLOCK candidates stay in registers; more are read again.
+    The wanted-th largest word is found by trials. BLOCK candidates stay in registers; more are read again.
     """
     row = tl.program_id(0).to(tl.int64)
     total = tl.sum(tl.load(count_ptr + row * STRETCHES + tl.arange(0, STRETCHES)), 0)
     key_ptr += row * padded
     position_ptr += row * padded
     i = tl.arange(0, BLOCK)
-    word = tl.load(key_ptr + i, mask=i < total, other=0)
-    top = tl.max(tl.where(i < total, word, -2147483648), 0)
+    # No score has the lowest word: it stands for none.
+    word = tl.load(key_ptr + i, mask=i < total, other=-2147483648)
+    top = tl.max(word, 0)
     low = tl.min(tl.where(i < total, word, 2147483647), 0)
     for offset in range(BLOCK, total, BLOCK):
-        more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=0)
-        top = tl.maximum(top, tl.max(tl.where(offset + i < total, more, -2147483648), 0))
+        more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=-2147483648)
+        top = tl.maximum(top, tl.max(more, 0))
         low = tl.minimum(low, tl.min(tl.where(offset + i < total, more, 2147483647), 0))
     tl.store(top_ptr + row, _score_of(top).to(tl.float32, bitcast=True))
-    # Halving from the lowest to the highest word: 32 steps at most, fewer as soon as just enough words are left.
-    kth = low
+    # Between the lowest and the highest word, by interpolation of the counts, later by halving; it ends as soon as just
+    # enough words are left.
+    kth = low.to(tl.int64)
     behind = top.to(tl.int64) + 1
+    at_least = total
+    beyond = 0
+    tries = 0
     while behind - kth > 1:
-        trial = ((kth.to(tl.int64) + behind) >> 1).to(tl.int32)
-        enough = tl.sum(((i < total) & (word >= trial)).to(tl.int32), 0)
+        # In turn: at the count itself, a little below it so that both ends come closer, and halving, as one far score
+        # can lead the others astray.
+        aim = wanted + tl.where(tries % 3 == 1, (at_least - wanted) // 8, 0)
+        part = (at_least - aim).to(tl.float32) / (at_least - beyond).to(tl.float32)
+        part = tl.where((tries % 3 < 2) & (tries < 15), part, 0.5)
+        stride = ((behind - kth).to(tl.float32) * part).to(tl.int64)
+        trial = kth + tl.minimum(tl.maximum(stride, 1), behind - kth - 1)
+        enough = tl.sum((word >= trial.to(tl.int32)).to(tl.int32), 0)
         for offset in range(BLOCK, total, BLOCK):
-            more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=0)
-            enough += tl.sum(((offset + i < total) & (more >= trial)).to(tl.int32), 0)
+            more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=-2147483648)
+            enough += tl.sum((more >= trial.to(tl.int32)).to(tl.int32), 0)
         kth = tl.where(enough >= wanted, trial, kth)
-        behind = tl.where(enough >= wanted, behind, trial.to(tl.int64))
-        behind = tl.where(enough == wanted, kth.to(tl.int64), behind)
+        at_least = tl.where(enough >= wanted, enough, at_least)
+        behind = tl.where(enough >= wanted, behind, trial)
+        beyond = tl.where(enough >= wanted, beyond, enough)
+        behind = tl.where(enough == wanted, kth, behind)
+        tries += 1
+    kth = kth.to(tl.int32)
 
-    above = tl.sum(((i < total) & (word > kth)).to(tl.int32), 0)
+    above = tl.sum((word > kth).to(tl.int32), 0)
     for offset in range(BLOCK, total, BLOCK):
-        more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=0)
-        above += tl.sum(((offset + i < total) & (more > kth)).to(tl.int32), 0)
+        more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=-2147483648)
+        above += tl.sum((more > kth).to(tl.int32), 0)
 
-    taken = 0
-    ties = 0
-    for offset in range(0, total, BLOCK):
-        inside = offset + i < total
-        word = tl.load(key_ptr + offset + i, mask=inside, other=0)
-        equal = inside & (word == kth)
-        rank = ties + tl.cumsum(equal.to(tl.int32), 0)
-        take = (inside & (word > kth)) | (equal & (rank <= wanted - above))
-        slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1
-        j = tl.load(position_ptr + offset + i, mask=take, other=0)
+    o = tl.arange(0, OUT)
+    higher = 0
+    equal = 0
+    for offset in range(0, total, OUT):
+        inside = offset + o < total
+        next = tl.load(key_ptr + offset + o, mask=inside, other=0)
+        j = tl.load(position_ptr + offset + o, mask=inside, other=0)
+        above_kth = (inside & (next > kth)).to(tl.int32)
+        at_kth = (inside & (next == kth)).to(tl.int32)
+        # Both counts in one sum: OUT is less than 2^16.
+        before = tl.cumsum(above_kth + (at_kth << 16), 0)
+        higher_before = higher + (before & 65535) - above_kth
+        equal_before = equal + (before >> 16) - at_kth
+        take = (above_kth > 0) | ((at_kth > 0) & (equal_before < wanted - above))
+        slot = higher_before + tl.minimum(equal_before, wanted - above)
         tl.store(index_ptr + row * wanted + slot, j.to(tl.int64), mask=take)
-        tl.store(score_ptr + row * wanted + slot, _score_of(word).to(tl.float32, bitcast=True), mask=take)
-        taken += tl.sum(take.to(tl.int32), 0)
-        ties += tl.sum(equal.to(tl.int32), 0)
+        tl.store(score_ptr + row * wanted + slot, _score_of(next).to(tl.float32, bitcast=True), mask=take)
+        higher += tl.sum(above_kth, 0)
+        equal += tl.sum(at_kth, 0)
