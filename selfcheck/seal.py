@@ -12,7 +12,9 @@ from .files import ROOT, SelfcheckError, sha256, write_atomic
 
 LOCK = "selfcheck/checks.lock"
 SEALED = (
-    "src/qaxis/*.py", "src/qaxis/certified/*.py", "selfcheck/*.py", "selfcheck/checks/*.py", "selfcheck/*.toml",
+    "src/qaxis/*.py", "src/qaxis/certified/*.py", "src/qaxis/native/*.py", "src/qaxis/native/*.cu*",
+    "src/qaxis/native/*.hpp", "src/qaxis/prefill/*.py", "src/qaxis/prefill/*.cu",
+    "selfcheck/*.py", "selfcheck/checks/*.py", "selfcheck/*.toml",
     "selfcheck/golden.json",
     "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "constraints.txt", "pyproject.toml",
     "noxfile.py",

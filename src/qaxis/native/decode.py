@@ -1,0 +1,245 @@
+"""The decode step in CUDA C++: two kernels where the Triton kernels are seven, with the same indices and bits.
+
+It needs clusters of programs, so compute capability 9.0; on a CPU it is emulated, thread by thread, to be checked.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import certified
+from ..canonical import exponent_factor, next_power_of_two
+from ..certified import KeyIndex, Step, bounds
+from ..sides import Stored
+from ..validation import check_form, require
+from .compiler import ELEMENTS, compiled
+
+SCORE_KEYS, SCORE_CODES, CHOOSE = (
+    Path(__file__).with_name(f"{name}.cu") for name in ("score_keys", "score_codes", "choose")
+)
+#: as in choose.cu
+BLOCK, BINS, NEAR = 512, 1024, 112
+#: bytes of shared memory that a program may have
+SHARED_LIMIT = 227 * 1024
+#: multiprocessors that the emulator pretends to have, as many as an H200
+EMULATED_MULTIPROCESSORS = 132
+
+
+def fixed_bytes(dim_v: int, cluster: int, threads: int) -> int:
+    """Size of ``Shared`` in choose.cu."""
+    warps = threads // 32
+    return 4 * (2 * BINS + 2 * NEAR * (cluster + 1) + warps + 4 + 8 + warps * (dim_v + 1) + cluster * (dim_v + 1))
+
+
+class NativeStep:
+    """Work space and kernels for decode steps of one shape.
+
+    Args:
+        q, k, v: as they will be passed, ``[B, H, 1, D]`` and ``[B, Hkv, N, D]``, tensors or 8-bit caches.
+        index: of these keys.
+        wanted: keys every query keeps.
+        profile: write the time of each phase to ``marks``, int64 ``[B * H, cluster, 16]``, nanoseconds.
+    """
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex, wanted: int,
+        profile: bool = False,
+    ) -> None:  # fmt: skip
+        batch, heads, _, dim = q.shape
+        n, rows, kv_heads = k.shape[2], batch * heads, k.shape[1]
+        multiprocessors = EMULATED_MULTIPROCESSORS
+        if q.is_cuda:
+            multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        self.coded, self.stored = index.codes is not None, isinstance(k, Stored)
+        self.each = 4 if q.dtype == torch.float32 else 8
+        self.n, self.wanted, self.batch, self.heads, self.kv_heads = n, wanted, batch, heads, kv_heads
+        self.padded = -(-n // BLOCK) * BLOCK
+        blocks = self.padded // BLOCK
+        # Four times as many neighbourhoods as keys are kept: then their best ones lead close to the k-th best key.
+        self.sub = min(32, 1 << max(0, (n // (4 * wanted)).bit_length() - 1))
+        # One program a multiprocessor.
+        self.cluster = min(8, 1 << max(0, (multiprocessors // rows).bit_length() - 1))
+        own = -(-blocks // self.cluster)
+        # Two smaller programs a multiprocessor, as clusters of large ones do not fit on all of them.
+        self.threads = 1024 if self.cluster == 1 else 512
+        warps = self.threads // 32
+        dim_v = v.shape[3]
+        teams = self.threads // (dim_v // self.each)
+        share = max(1, next_power_of_two(wanted) // self.cluster // teams)
+        ranks = min(8, share)
+        self.span = max(1, share // ranks) * ranks * teams
+        # Candidates of one program; what is staged before there are any shares its bytes with what is chosen after.
+        room = 4 * wanted // self.cluster + 1024
+        if room > 4096 and self.cluster > 1:
+            # Less, so that two programs fit on a multiprocessor: more are candidates only if bests are far apart.
+            room = max(4096, (6 if self.coded else 3) * wanted // (2 * self.cluster) + 1024)
+        self.room = max(own * 8, min(own * BLOCK, room, 20480))
+        staged = 2 * warps * -(-own // warps) * (BLOCK // self.sub)
+        fixed = fixed_bytes(dim_v, self.cluster, self.threads)
+        self.shared = -(-fixed // 16) * 16 + 4 * (2 * self.room + own + blocks + 16 * own) + max(8 * self.span, staged)
+        self.fits = self.shared <= SHARED_LIMIT and -(-own // warps) * warps * (BLOCK // self.sub) <= 1 << 16
+        self.fits &= self.span * self.cluster >= wanted
+        # Clusters of programs that fill a multiprocessor each do not all fit at once, and the last would wait for the
+        # first: no matter where the scores take much longer than the rest.
+        self.fits &= self.cluster == 1 or 2 * (self.shared + 1024) <= SHARED_LIMIT + 1024 or n >= 1 << 19
+        if not self.fits:
+            return
+        shape = {"elem": ELEMENTS[q.dtype], "dim": dim, "group": heads // kv_heads, "sub": self.sub}
+        self.score_kernel = (
+            compiled(SCORE_CODES, "score_codes", 0, q.device, **shape)
+            if self.coded
+            else compiled(SCORE_KEYS, "score_keys", 0, q.device, **shape)
+        )
+        self.choose_kernel = compiled(
+            CHOOSE, "choose_and_attend", self.shared, q.device, **shape, dim_v=dim_v, cluster=self.cluster,
+            threads=self.threads, ranks=ranks, levels=(share // ranks).bit_length() - 1, coded=int(self.coded),
+            stored=int(self.stored), profile=int(profile), shared=fixed,
+        )  # fmt: skip
+        self.fits = self.score_kernel is not None and self.choose_kernel is not None
+        # Programs of a score kernel that run at the same time, fewer where as many rounds of work take no longer.
+        at_once = max(1, (4 if self.coded else 3) * multiprocessors // (batch * kv_heads))
+        columns = 32 * self.each // dim
+        loads = {1: 8, 2: 8, 4: 4}.get(next_power_of_two(heads // kv_heads), 2)
+        work = -(-n // 128) if self.coded else self.padded // max(32, loads * columns)
+        self.score_programs = -(-work // (4 * -(-work // (4 * at_once))))
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=q.device)
+
+        self.word = empty(rows, self.padded)
+        self.fast = empty(rows, self.padded, dtype=torch.uint16) if self.coded else self.word
+        self.best = empty(rows, self.padded // self.sub, dtype=self.fast.dtype)
+        self.limits = empty(rows, 2, dtype=torch.float32)
+        self.count = empty(rows, self.cluster)
+        self.marks = empty(rows, self.cluster, 16, dtype=torch.int64) if profile else self.count
+
+    def score(self, q: torch.Tensor, k: torch.Tensor | Stored, index: KeyIndex) -> None:
+        """Scores of every key, canonical ones or fast ones by codes."""
+        grid, block = (self.score_programs, self.batch * self.kv_heads, 1), (128, 1, 1)
+        heads, strides = (self.heads, self.kv_heads), (q.stride(0), q.stride(1))
+        if index.codes is not None:
+            c = index.codes
+            if c.scales.shape[2]:
+                self.score_kernel(grid, block, [
+                    q, c.codes, c.scales, index.norm, index.residual, index.steps, self.fast, self.best, self.limits,
+                    *heads, c.scales.shape[2], c.head.shape[2], self.padded, *strides,
+                    *self._units(c.codes), *self._units(c.scales),
+                    bounds.rounding(q.shape[3]) * 3, bounds.SPLIT * q.shape[3],
+                ])  # fmt: skip
+            return
+        assert isinstance(k, torch.Tensor)
+        self.score_kernel(grid, block, [
+            q, k, self.word, self.best, *heads, self.n, self.padded, *strides, *self._units(k),
+        ])  # fmt: skip
+
+    def choose(
+        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output ``[B, H, 1, Dv]`` in q's dtype and indices int64 ``[B, H, 1, k]``, once keys are scored."""
+        indices = torch.empty(self.batch, self.heads, 1, self.wanted, dtype=torch.int64, device=q.device)
+        out = torch.empty(self.batch, self.heads, 1, v.shape[3], dtype=q.dtype, device=q.device)
+        start, end, whole, sinks = 0, self.n, 0, 0
+        if index.codes is not None:
+            start, end = index.codes.head.shape[2], index.codes.codes.shape[2]
+        if isinstance(k, Stored):
+            whole, sinks = k.codes.shape[2], k.head.shape[2]
+        self.choose_kernel((self.cluster, self.batch * self.heads, 1), (self.threads, 1, 1), [
+            q, *self._side(k, q), *self._side(v, q), self.fast, self.best, self.word,
+            self.limits, out, indices, self.count, self.marks,
+            self.heads, self.kv_heads, self.n, self.padded, start, end, whole, sinks, self.wanted, self.room, self.span,
+            q.stride(0), q.stride(1), exponent_factor(scale),
+        ], shared_mem=self.shared)  # fmt: skip
+        return out, indices
+
+    def _units(self, x: torch.Tensor) -> list[int]:
+        """Strides in the units of the kernels."""
+        return [s // self.each for s in x.stride()[:3]]
+
+    def _side(self, x: torch.Tensor | Stored, none: torch.Tensor) -> list[Any]:
+        if not isinstance(x, Stored):
+            return [x, none, none, none, *self._units(x), *[0] * 9]
+        parts = [x.codes, x.scales, x.head, x.head if x.tail is None else x.tail]
+        return [*parts, *(s for part in parts for s in self._units(part))]
+
+
+def step_for(
+    q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex, wanted: int,
+    profile: bool = False,
+) -> NativeStep | None:  # fmt: skip
+    """What runs this shape, or None where the CUDA kernels cannot."""
+    if q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0)):
+        return None
+    heads, kv_heads, each = q.shape[1], k.shape[1], 4 if q.dtype == torch.float32 else 8
+    ok = heads // kv_heads <= 8 and isinstance(k, Stored) == isinstance(v, Stored)
+    for dim in (q.shape[3], v.shape[3]):
+        ok = ok and dim & (dim - 1) == 0 and 2 * each <= dim <= 32 * each
+    if index.codes is not None:
+        ok = ok and q.shape[3] in (64, 128) and index.codes.grid.group == 128
+    ok = ok and q.stride(3) == 1 and q.stride(1) % each == 0 and q.stride(0) % each == 0
+    tensors: list[torch.Tensor | None] = [] if index.codes is None else [index.codes.codes, index.codes.scales]
+    for x in (k, v):
+        tensors += [x.codes, x.scales, x.head, x.tail] if isinstance(x, Stored) else [x]
+        if isinstance(x, Stored):
+            ok = ok and x.grid.bits == 8 and x.grid.per == "channel" and x.dtype == q.dtype == torch.bfloat16
+    for part in tensors:
+        if part is not None and part.numel():
+            ok = ok and part.stride(3) == 1 and part.data_ptr() % 16 == 0 and part.shape[2] < 1 << 31
+            ok = ok and all(s % each == 0 and s // each < 1 << 31 for s in part.stride()[:3])
+    if not ok:
+        return None
+    step = NativeStep(q, k, v, index, wanted, profile)
+    return step if step.fits else None
+
+
+class Decoder:
+    """As :class:`qaxis.certified.Decoder`, but in CUDA C++ where that runs; elsewhere it is one.
+
+    Args:
+        batch, heads, n, dim: sizes B, H, N, D.
+        k: keys every query keeps, in 1..N.
+        device: where it runs. On a CPU it is emulated, slowly, where g++ is there.
+
+    Raises:
+        ValueError: naming the argument, on a size that is not allowed.
+    """
+
+    def __init__(self, batch: int, heads: int, n: int, dim: int, k: int, device: torch.device | str) -> None:
+        require(1 <= n < 1 << 31, "n", n, "1..2^31 - 1")
+        require(1 <= k <= n, "k", k, f"1..{n}, the number of keys")
+        self.sizes, self.n, self.k, self.device = (batch, heads, n, dim), n, k, device
+        self.steps: dict[tuple[object, ...], NativeStep | None] = {}
+        self.other: certified.Decoder | None = None
+
+    def native(
+        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex
+    ) -> NativeStep | None:
+        """What runs these in CUDA C++, or None."""
+        kinds = (q.dtype, k.shape[1], v.shape[3], isinstance(k, Stored), isinstance(v, Stored), index.codes is not None)
+        if kinds not in self.steps:
+            self.steps[kinds] = step_for(q, k, v, index, self.k)
+        return self.steps[kinds]
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex,
+        scale: float | None = None,
+    ) -> Step:  # fmt: skip
+        """Attend from ``q [B, H, 1, D]`` over keys and values ``[B, Hkv, N, D]``, tensors or 8-bit caches.
+
+        ``index`` must be of these keys. Numbers are not looked at: the caller checks for NaN and Inf. ``rescored`` of
+        the result tells the candidates of each program of a row.
+        """
+        check_form("q", q, 4)
+        require(q.shape[2] == 1, "q.shape[2]", q.shape[2], "1: one query a head, as in decoding")
+        require(k.shape[2] == self.n, "k.shape[2]", k.shape[2], f"{self.n}, for which this was made")
+        step = self.native(q, k, v, index)
+        if step is None:
+            if self.other is None:
+                self.other = certified.Decoder(*self.sizes, self.k, self.device)
+            return self.other(q, k, v, index, scale)
+        step.score(q, k, index)
+        factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+        return Step(*step.choose(q, k, v, index, factor), step.count)

@@ -1,0 +1,76 @@
+"""CUDA kernels on a CPU, thread by thread: slow, but the text that a GPU compiles, checked where there is none.
+
+Needs g++ on x86-64. See emulated.hpp for how.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HEADER = Path(__file__).with_name("emulated.hpp")
+LAUNCHER = """
+extern "C" void emulate(int x, int y, int threads, int dynamic, void** args) {{
+#ifdef CLUSTER
+    emulated::launch({name}, x, y, threads, CLUSTER, dynamic, args);
+#else
+    emulated::launch({name}, x, y, threads, 1, dynamic, args);
+#endif
+}}
+"""
+
+
+def available() -> bool:
+    """Whether kernels can be emulated here."""
+    return shutil.which("g++") is not None
+
+
+class EmulatedKernel:
+    """A kernel that is called as those that ``torch.cuda._compile_kernel`` gives."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.emulate = library.emulate
+
+    def __call__(
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], args: list[Any], shared_mem: int = 0
+    ) -> None:
+        values: list[Any] = []
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                values.append(ctypes.c_void_p(x.data_ptr()))
+            else:
+                values.append(ctypes.c_int(x) if isinstance(x, int) else ctypes.c_double(x))
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+        self.emulate(grid[0], grid[1], block[0], shared_mem, pointers)
+
+
+@lru_cache(maxsize=1)
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="qaxis-emulated-")
+
+
+def compiled(text: str, name: str, options: list[str]) -> EmulatedKernel:
+    """Kernel ``name`` of ``text`` for this CPU.
+
+    Raises:
+        RuntimeError: without g++, or with what it says.
+    """
+    if not available():
+        raise RuntimeError("g++ is needed to emulate CUDA kernels: `apt install g++`")
+    source = HEADER.read_text("utf-8") + text + LAUNCHER.format(name=name)
+    stem = hashlib.sha256("\0".join([source, *options]).encode()).hexdigest()[:16]
+    path, library = (Path(_folder().name) / f"{stem}{suffix}" for suffix in (".cpp", ".so"))
+    path.write_text(source, "utf-8")
+    command = ["g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
+    done = subprocess.run([*command, *options, str(path), "-o", str(library)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ failed:\n{done.stderr[:2000]}")
+    return EmulatedKernel(ctypes.CDLL(str(library)))

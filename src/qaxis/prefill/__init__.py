@@ -1,0 +1,5 @@
+"""Prefill over exactly the canonical top-k keys of every query, at the speed of matrix products."""
+
+from .attention import Prefill, PrefillTuning, prefill_attention, selected_positions
+
+__all__ = ["Prefill", "PrefillTuning", "prefill_attention", "selected_positions"]
