@@ -51,7 +51,7 @@ CERTIFIED, NATIVE = "src/qaxis/certified/kernels.py", "src/qaxis/native/choose.c
 
 MUTANTS = (
     # Certified decoding
-    Mutant("certified", "what codes leave out is no error", CERTIFIED, "tl.load(residual_ptr + kv) + relative", "relative"),
+    Mutant("certified", "what codes leave out is no error", CERTIFIED, "tl.load(residual_ptr) + relative", "relative"),
     Mutant("certified", "no error at all", CERTIFIED, "2.0 * (error * units * 1.01 + 1.0)", "0.0 * (error * units * 1.01 + 1.0)"),
     Mutant("certified", "keys without a fast score are dropped", CERTIFIED, "(fast >= cut) | (j < start)", "(fast >= cut) & (j >= start)"),
     Mutant("certified", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
