@@ -75,11 +75,7 @@ struct Found { int bin, above, inside; };
 template <int COUNT, int PROGRAMS> __device__ Found find_bin(const int* counts, int wanted, int* scratch) {
     constexpr int EACH = COUNT / THREADS > 0 ? COUNT / THREADS : 1;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int c[EACH], sum = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        c[i] = 0;
-    }
+    int c[EACH] = {}, sum = 0;
     if constexpr (EACH % 2 == 0) {
 #pragma unroll
         for (int r = 0; r < PROGRAMS; r++)
@@ -120,18 +116,23 @@ template <int COUNT, int PROGRAMS> __device__ Found find_bin(const int* counts, 
     return found;
 }
 
+// Of x over the lanes up to this one.
+__device__ __forceinline__ int sum_upto(int x, int lane) {
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const int more = __shfl_up_sync(ALL, x, o);
+        if (lane >= o) x += more;
+    }
+    return x;
+}
+
 // In place: from the counts of all blocks to the sums of those before each. `counts` is this program's copy.
 __device__ void sums_before(int* counts, int blocks, int* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int before = 0;
     for (int offset = 0; offset < blocks; offset += THREADS) {
         const int i = offset + threadIdx.x, mine = i < blocks ? counts[i] : 0;
-        int upto = mine;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const int more = __shfl_up_sync(ALL, upto, o);
-            if (lane >= o) upto += more;
-        }
+        int upto = sum_upto(mine, lane);
         if (lane == 31) scratch[warp] = upto;
         __syncthreads();
         int total = 0;
@@ -145,10 +146,9 @@ __device__ void sums_before(int* counts, int blocks, int* scratch) {
     }
 }
 
-// Which of `count` bins between two scores; monotone in the score, whatever the two are.
+// Which of BINS bins between two scores; monotone in the score, whatever the two are.
 struct Bins {
     float low, per;
-    __device__ Bins() : low(0), per(0) {}
     __device__ Bins(float from, float to) : low(from) {
         per = (float)(BINS - 1) / (to - from);
         if (!(per > 0.0f && per < 3e38f)) per = 0.0f;
@@ -213,10 +213,10 @@ static_assert(sizeof(Shared) == SHARED, "decode.py counts other bytes");
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) choose_and_attend(
     const void* q, SIDE(k), SIDE(v), const Fast* fast, const Fast* best, int* word,
     const float* limits, void* out, i64* indices, int* count, i64* marks,
-    int heads, int kv_heads, int n, int padded, int start, int end, int whole, int sinks, int wanted, int room, int span,
+    int heads, int n, int padded, int start, int end, int whole, int sinks, int wanted, int room, int span,
     int q_b, int q_h, double factor) {
     const int rank = cluster_rank(), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    [[maybe_unused]] const int row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP, kv = b * kv_heads + g;
+    const int row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP;
     const int blocks = padded / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
     DYNAMIC_SHARED(memory);
     Shared& s = *(Shared*)memory;
@@ -305,12 +305,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     // 2. Candidates: keys that reach the cut, in any order. Blocks of keys go round the programs, so that neighbours that
     // score alike do not fall to one of them.
     auto reserve = [&](int* counter, int mine) {  // places for so many of a lane
-        int upto = mine;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const int more = __shfl_up_sync(ALL, upto, o);
-            if (lane >= o) upto += more;
-        }
+        const int upto = sum_upto(mine, lane);
         int at = 0;
         if (lane == 31) at = atomicAdd(counter, upto);
         return __shfl_sync(ALL, at, 31) + upto - mine;
@@ -468,12 +463,23 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     }
     Found edge = find_bin<BINS, CLUSTER>(s.candidates, wanted, s.scratch);
     slow |= edge.bin < 0 || edge.inside > NEAR;
+    auto bits_of = [&](int j) { return bitmap + j / BLOCK / CLUSTER * (BLOCK / 32); };  // of the block of an own key
+    // A chosen key, once `before` has the sums before each block, to its rank. Winners near the edge have no bit.
+    auto send = [&](int j, int w, int winners) {
+        const int at = j % BLOCK / 32;
+        const u32* bits = bits_of(j);
+        int place = before[j / BLOCK] + __popc(bits[at] & ((1u << (j % 32)) - 1));
+#pragma unroll
+        for (int i = 0; i < BLOCK / 32; i++) place += i < at ? __popc(bits[i]) : 0;
+        for (int i = 0; i < winners; i++) place += s.winner[i] < j;
+        push(chosen_position + place % span, place / span, j);
+        push(chosen + place % span, place / span, w);
+    };
     MARK(8);
     if (!slow) {
         auto take = [&](int j) {
-            const int mine = j / BLOCK / CLUSTER;
-            atomicOr(&bitmap[mine * (BLOCK / 32) + j % BLOCK / 32], 1u << (j % 32));
-            atomicAdd(&own_count[mine], 1);
+            atomicOr(bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
+            atomicAdd(&own_count[j / BLOCK / CLUSTER], 1);
         };
         for (int i = tid; i < mine_found; i += THREADS) {
             const int bin = fine.of(score_of(value[i]));
@@ -513,26 +519,22 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         sums_before(before, blocks, s.scratch);
         MARK(11);
         const int winners = s.winners;
-        auto send = [&](int j, int w) {
-            const int at = j % BLOCK / 32;
-            const u32* bits = bitmap + j / BLOCK / CLUSTER * (BLOCK / 32);
-            int place = before[j / BLOCK] + __popc(bits[at] & ((1u << (j % 32)) - 1));
-#pragma unroll
-            for (int i = 0; i < BLOCK / 32; i++) place += i < at ? __popc(bits[i]) : 0;
-            for (int i = 0; i < winners; i++) place += s.winner[i] < j;
-            push(chosen_position + place % span, place / span, j);
-            push(chosen + place % span, place / span, w);
-        };
         for (int i = tid; i < mine_found; i += THREADS) {
             const int j = position[i];
-            if (bitmap[j / BLOCK / CLUSTER * (BLOCK / 32) + j % BLOCK / 32] >> (j % 32) & 1) send(j, value[i]);
+            if (bits_of(j)[j % BLOCK / 32] >> (j % 32) & 1) send(j, value[i], winners);
         }
         for (int i = tid; i < winners; i += THREADS)
-            if (s.winner[i] / BLOCK % CLUSTER == rank) send(s.winner[i], s.winner_word[i]);
+            if (s.winner[i] / BLOCK % CLUSTER == rank) send(s.winner[i], s.winner_word[i], winners);
     } else {
         // Too many candidates, or too many near the edge: halving by bytes over all words, which needs no room.
         int* words = word + (i64)row * padded;
         u32* equal = (u32*)position;
+        auto gather_before = [&] {
+            cluster_sync();
+            for (int i = tid; i < blocks; i += THREADS) before[i] = pull(own_count + i / CLUSTER, i % CLUSTER);
+            __syncthreads();
+            sums_before(before, blocks, s.scratch);
+        };
         auto key_of = [&](int i) { return (i / BLOCK * CLUSTER + rank) * BLOCK + i % BLOCK; };
         cluster_sync();
         if (CODED) {
@@ -540,9 +542,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
             __syncthreads();
             highest = NONE;
             score_all(
-                [&](int i) {
-                    return min(key_of(i), n - 1);
-                },
+                [&](int i) { return min(key_of(i), n - 1); },
                 own * BLOCK,
                 [&](int i, int w) {
                     const int j = key_of(i);
@@ -583,10 +583,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
                 if (same) atomicAdd(&own_count[i / BLOCK], __popc(same));
             }
         }
-        cluster_sync();
-        for (int i = tid; i < blocks; i += THREADS) before[i] = pull(own_count + i / CLUSTER, i % CLUSTER);
-        __syncthreads();
-        sums_before(before, blocks, s.scratch);
+        gather_before();
         cluster_sync();
         for (int i = tid; i < own; i += THREADS) {
             const int block = i * CLUSTER + rank;
@@ -601,19 +598,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
             }
             own_count[i] = has;
         }
-        cluster_sync();
-        for (int i = tid; i < blocks; i += THREADS) before[i] = pull(own_count + i / CLUSTER, i % CLUSTER);
-        __syncthreads();
-        sums_before(before, blocks, s.scratch);
+        gather_before();
         for (int i = tid; i < own * BLOCK; i += THREADS) {
-            const int j = key_of(i), at = i % BLOCK / 32;
-            const u32* bits = bitmap + i / BLOCK * (BLOCK / 32);
-            if (bits[at] >> (i % 32) & 1) {
-                int place = before[j / BLOCK] + __popc(bits[at] & ((1u << (i % 32)) - 1));
-                for (int w = 0; w < at; w++) place += __popc(bits[w]);
-                push(chosen_position + place % span, place / span, j);
-                push(chosen + place % span, place / span, words[j]);
-            }
+            const int j = key_of(i);
+            if (bits_of(j)[j % BLOCK / 32] >> (j % 32) & 1) send(j, words[j], 0);
         }
     }
     MARK(12);

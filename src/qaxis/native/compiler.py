@@ -19,6 +19,36 @@ HARDWARE, COMMON = (Path(__file__).with_name(name) for name in ("hardware.cuh", 
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
+def runs_on(device: torch.device, capability: tuple[int, int]) -> bool:
+    """Whether kernels that need this compute capability run there; on a CPU they are emulated."""
+    if device.type == "cpu":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= capability
+
+
+def in_16_bytes(x: torch.Tensor) -> int:
+    """Numbers of the kernels' dtype in one load; E in common.cuh."""
+    return 4 if x.dtype == torch.float32 else 8
+
+
+def readable(each: int, dims: tuple[int, ...], *tensors: torch.Tensor | None) -> bool:
+    """Whether 2 to 32 lanes share a row of every one of ``dims`` numbers, and all tensors are read by whole loads."""
+    if not all(dim & (dim - 1) == 0 and 2 * each <= dim <= 32 * each for dim in dims):
+        return False
+    return all(
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(s % each == 0 and s // each < 1 << 31 for s in x.stride()[:3])
+        for x in tensors
+        if x is not None and x.numel()
+    )
+
+
+def units(x: torch.Tensor, each: int) -> list[int]:
+    """Strides in loads of ``each`` numbers, as the kernels take them."""
+    return [s // each for s in x.stride()[:3]]
+
+
 def literal(x: float) -> str:
     """``x`` as a float32 literal of C++, exactly."""
     return f"{float.hex(x)}f"

@@ -16,7 +16,7 @@ from ..canonical import exponent_factor, next_power_of_two
 from ..certified import KeyIndex, Step, bounds
 from ..sides import Stored
 from ..validation import check_form, require
-from .compiler import ELEMENTS, compiled
+from .compiler import ELEMENTS, compiled, in_16_bytes, readable, runs_on, units
 
 SCORE_KEYS, SCORE_CODES, CHOOSE = (
     Path(__file__).with_name(f"{name}.cu") for name in ("score_keys", "score_codes", "choose")
@@ -55,7 +55,7 @@ class NativeStep:
         if q.is_cuda:
             multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
         self.coded, self.stored = index.codes is not None, isinstance(k, Stored)
-        self.each = 4 if q.dtype == torch.float32 else 8
+        each = self.each = in_16_bytes(q)
         self.n, self.wanted, self.batch, self.heads, self.kv_heads = n, wanted, batch, heads, kv_heads
         self.padded = -(-n // BLOCK) * BLOCK
         blocks = self.padded // BLOCK
@@ -68,7 +68,7 @@ class NativeStep:
         self.threads = 1024 if self.cluster == 1 else 512
         warps = self.threads // 32
         dim_v = v.shape[3]
-        teams = self.threads // (dim_v // self.each)
+        teams = self.threads // (dim_v // each)
         share = max(1, next_power_of_two(wanted) // self.cluster // teams)
         ranks = min(8, share)
         self.span = max(1, share // ranks) * ranks * teams
@@ -102,7 +102,7 @@ class NativeStep:
         self.fits = self.score_kernel is not None and self.choose_kernel is not None
         # Programs of a score kernel that run at the same time, fewer where as many rounds of work take no longer.
         at_once = max(1, (4 if self.coded else 3) * multiprocessors // (batch * kv_heads))
-        columns = 32 * self.each // dim
+        columns = 32 * each // dim
         loads = {1: 8, 2: 8, 4: 4}.get(next_power_of_two(heads // kv_heads), 2)
         work = -(-n // 128) if self.coded else self.padded // max(32, loads * columns)
         self.score_programs = -(-work // (4 * -(-work // (4 * at_once))))
@@ -127,13 +127,13 @@ class NativeStep:
                 self.score_kernel(grid, block, [
                     q, c.codes, c.scales, index.norm, index.residual, index.steps, self.fast, self.best, self.limits,
                     *heads, c.scales.shape[2], c.head.shape[2], self.padded, *strides,
-                    *self._units(c.codes), *self._units(c.scales),
+                    *units(c.codes, self.each), *units(c.scales, self.each),
                     bounds.rounding(q.shape[3]) * 3, bounds.SPLIT * q.shape[3],
                 ])  # fmt: skip
             return
         assert isinstance(k, torch.Tensor)
         self.score_kernel(grid, block, [
-            q, k, self.word, self.best, *heads, self.n, self.padded, *strides, *self._units(k),
+            q, k, self.word, self.best, *heads, self.n, self.padded, *strides, *units(k, self.each),
         ])  # fmt: skip
 
     def choose(
@@ -150,20 +150,16 @@ class NativeStep:
         self.choose_kernel((self.cluster, self.batch * self.heads, 1), (self.threads, 1, 1), [
             q, *self._side(k, q), *self._side(v, q), self.fast, self.best, self.word,
             self.limits, out, indices, self.count, self.marks,
-            self.heads, self.kv_heads, self.n, self.padded, start, end, whole, sinks, self.wanted, self.room, self.span,
+            self.heads, self.n, self.padded, start, end, whole, sinks, self.wanted, self.room, self.span,
             q.stride(0), q.stride(1), exponent_factor(scale),
         ], shared_mem=self.shared)  # fmt: skip
         return out, indices
 
-    def _units(self, x: torch.Tensor) -> list[int]:
-        """Strides in the units of the kernels."""
-        return [s // self.each for s in x.stride()[:3]]
-
     def _side(self, x: torch.Tensor | Stored, none: torch.Tensor) -> list[Any]:
         if not isinstance(x, Stored):
-            return [x, none, none, none, *self._units(x), *[0] * 9]
+            return [x, none, none, none, *units(x, self.each), *[0] * 9]
         parts = [x.codes, x.scales, x.head, x.head if x.tail is None else x.tail]
-        return [*parts, *(s for part in parts for s in self._units(part))]
+        return [*parts, *(s for part in parts for s in units(part, self.each))]
 
 
 def step_for(
@@ -171,24 +167,20 @@ def step_for(
     profile: bool = False,
 ) -> NativeStep | None:  # fmt: skip
     """What runs this shape, or None where the CUDA kernels cannot."""
-    if q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0)):
-        return None
-    heads, kv_heads, each = q.shape[1], k.shape[1], 4 if q.dtype == torch.float32 else 8
-    ok = heads // kv_heads <= 8 and isinstance(k, Stored) == isinstance(v, Stored)
-    for dim in (q.shape[3], v.shape[3]):
-        ok = ok and dim & (dim - 1) == 0 and 2 * each <= dim <= 32 * each
+    ok = (
+        runs_on(q.device, (9, 0))
+        and k.shape[2] < 1 << 31
+        and q.shape[1] // k.shape[1] <= 8
+        and isinstance(k, Stored) == isinstance(v, Stored)
+    )
     if index.codes is not None:
         ok = ok and q.shape[3] in (64, 128) and index.codes.grid.group == 128
-    ok = ok and q.stride(3) == 1 and q.stride(1) % each == 0 and q.stride(0) % each == 0
-    tensors: list[torch.Tensor | None] = [] if index.codes is None else [index.codes.codes, index.codes.scales]
+    parts: list[torch.Tensor | None] = [] if index.codes is None else [index.codes.codes, index.codes.scales]
     for x in (k, v):
-        tensors += [x.codes, x.scales, x.head, x.tail] if isinstance(x, Stored) else [x]
+        parts += [x.codes, x.scales, x.head, x.tail] if isinstance(x, Stored) else [x]
         if isinstance(x, Stored):
             ok = ok and x.grid.bits == 8 and x.grid.per == "channel" and x.dtype == q.dtype == torch.bfloat16
-    for part in tensors:
-        if part is not None and part.numel():
-            ok = ok and part.stride(3) == 1 and part.data_ptr() % 16 == 0 and part.shape[2] < 1 << 31
-            ok = ok and all(s % each == 0 and s // each < 1 << 31 for s in part.stride()[:3])
+    ok = ok and readable(in_16_bytes(q), (q.shape[3], v.shape[3]), q, *parts)
     if not ok:
         return None
     step = NativeStep(q, k, v, index, wanted, profile)

@@ -18,6 +18,7 @@ from ..budget import Budget, as_budget
 from ..canonical import next_power_of_two
 from ..certified import bounds
 from ..certified.index import index_keys
+from ..native.compiler import in_16_bytes, units
 from ..validation import check_form, check_scale, require
 from . import selector
 from .kernels import (
@@ -145,11 +146,11 @@ def prefill_attention(
         fast_way = None if backend == "triton" else selector.row_selector(q, k, visible, t.capacity)
         if fast_way is not None:
             kernel, chunks = fast_way
-            each, words = 4 if q.dtype == torch.float32 else 8, chunks * 8
+            each, words = in_16_bytes(q), chunks * 8
             kernel((triton.cdiv(batch * heads * rows, 4), 1, 1), (128, 1, 1), [
                 q, k, norm, fast, *tables, bits, band, missing, low, high, top,
                 *common, first, n, padded, batch * heads * rows, 2 * off, int(causal),
-                *(s // each for x in (q, k) for s in x.stride()[:3]),
+                *units(q, each), *units(k, each),
             ])  # fmt: skip
         else:
             prefill_cut_kernel[(batch * heads * rows,)](
