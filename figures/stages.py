@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from .style import GREY, WIDTH
 
-STAGES = ("score", "compact", "rescore", "choose", "attend")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+STAGES = ("score", "cut", "compact", "rescore", "choose", "attend")
+COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
 WAYS = {"keys": "bfloat16 keys", "codes": "keys beside codes", "cache": "INT8 cache"}
 
 
@@ -25,12 +25,12 @@ def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
         for y, row in enumerate(rows):
             parts, left = data["parts"][f"{tag}, {row[3]}"], 0.0
             # A stage by itself includes the start of a graph; the whole step says how much of the sum that is.
-            shrink = parts["all"] / sum(parts[s] for s in STAGES)
+            shrink = parts["all"] / sum(parts.get(s, 0.0) for s in STAGES)
             for stage, colour in zip(STAGES, COLOURS, strict=True):
-                axis.barh(
-                    y, parts[stage] * shrink, left=left, color=colour, height=0.68, label=stage if y == 0 else None
-                )
-                left += parts[stage] * shrink
+                # The Triton kernels find the cut while they compact.
+                took = parts.get(stage, 0.0) * shrink
+                axis.barh(y, took, left=left, color=colour, height=0.68, label=stage if y == 0 else None)
+                left += took
             axis.plot([row[8]] * 2, [y - 0.36, y + 0.36], color="black", linewidth=1.3)
         axis.axvline(rows[0][5], color=GREY, linewidth=1.2, linestyle=(0, (4, 2)))
         axis.set_yticks(range(len(rows)), [WAYS[r[3]] for r in rows])

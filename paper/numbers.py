@@ -15,7 +15,9 @@ FORMATS: dict[str, int | None] = {
     "int8-ppl.canary": 0, "entropy.alpha": 3, "entropy.beta": 2, "entropy.r_squared": 3,
     "entropy.entropy_longest": 2, "entropy.support_longest": 1, "flag-off.on_difference": 1,
     "kv-combined.texts": None, "kv-formats.texts": None, "kv-formats.tokens": None,
-    "certified-speed.repeats": None, **{f"certified-real.{x}_share": 1 for x in ("keys", "codes", "four")},
+    "certified-speed.repeats": None, "prefill-speed.repeats": None, "prefill-speed.n": None,
+    "prefill-speed.wrong": None, "prefill-speed.compared": None,
+    **{f"certified-real.{x}_share": 1 for x in ("keys", "codes", "four")},
     "kv-formats.int8": 3, "kv-formats.int6": 3, "kv-formats.int4": 3,
     **{f"kv-formats.int{b}_ratio": 4 for b in (8, 6, 4)}, "decode-speed.best": 2, "decode-speed.worst": 2,
     "fp-order.closest": 2, "fp-ppl.sparse": 2, "fp-ppl.unit": 4, "fp-ppl.bf16": 4,
@@ -36,7 +38,10 @@ SIGNED = (
 def show(key: str, x: float) -> str:
     """One number as TeX."""
     digits = FORMATS.get(
-        key, 2 if key.startswith(("dppl.change", "fp-real.", "kv-combined.", "certified-speed.")) else None
+        key,
+        2
+        if key.startswith(("dppl.change", "fp-real.", "kv-combined.", "certified-speed.", "prefill-speed."))
+        else None,
     )
     if digits is not None:
         sign = "+" if key.startswith(SIGNED) and not key.endswith("_ratio") else ""
@@ -159,9 +164,12 @@ def in_models(records: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
         lengths.setdefault(n, []).append(f"{percent} [{low}, {high}]")
     by_length = [f"{n} & " + " & ".join(cells) for n, cells in lengths.items()]
     certified = [
-        f"{b} & {thousands(n)} & {thousands(k)} & {WAYS[name]} & {escape(best)} & {dense:.0f} & {took:.0f} & "
-        f"{ratio:.2f} & {floor:.0f} & {thousands(round(rescored))}"
-        for b, n, k, name, best, dense, took, ratio, floor, _, rescored in records["certified-speed"]["data"]["rows"]
+        # Where the CUDA kernels do not run, the step is the Triton one.
+        f"{b} & {thousands(n)} & {thousands(k)} & {WAYS[name]} & {escape(best)} & {dense:.0f} & {triton:.0f} & "
+        f"{f'{took:.0f}' if took != triton else '--'} & {ratio:.2f} & {floor:.0f} & {thousands(round(rescored))}"
+        for b, n, k, name, best, dense, took, ratio, floor, _, rescored, triton in (
+            records["certified-speed"]["data"]["rows"]
+        )
     ]
     recall = records["certified-real"]["data"]["recall"]
     # The ways differ between the two claims in how many of the head's dimensions are a quarter.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -85,5 +84,5 @@ def verify(root: Path = ROOT) -> None:
 
 def digests_of(claim: dict[str, Any], root: Path = ROOT) -> dict[str, str]:
     """Current digests of the files a claim's evidence depends on, as ``{path: SHA-256}``."""
-    names = [n for n in expand(SEALED, root) if any(fnmatch(n, pattern) for pattern in claim["depends"])]
-    return {name: sha256(root / name) for name in names}
+    sealed = set(expand(SEALED, root))
+    return {name: sha256(root / name) for name in expand(claim["depends"], root) if name in sealed}

@@ -57,13 +57,15 @@ MUTANTS = (
     Mutant("certified", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
     Mutant("test_certified.py::test_ties_go_to_the_lower_position", "ties go to the higher position", CERTIFIED, "j = tl.load(position_ptr + offset + o,", "j = tl.load(position_ptr + total - 1 - offset - o,"),
     # The CUDA C++, emulated
-    Mutant("native", "no error behind codes", NATIVE, "? (float)found - margin : -1.0f", "? (float)found : -1.0f"),
+    Mutant("native", "no error behind codes", NATIVE, "(int)ceilf((float)found - margin)", "(int)ceilf((float)found)"),
     Mutant("native", "keys without a code are dropped", NATIVE, "i < start + n - end; i += THREADS", "i < 0; i += THREADS"),
     Mutant("native", "near keys are not ordered by position", NATIVE, "s.near_position[r * NEAR + o] < j", "s.near_position[r * NEAR + o] > j"),
     Mutant("native", "a sum over neighbours in another order", "src/qaxis/native/common.cuh", "for (int s = 1; s < n; s *= 2)", "for (int s = n / 2; s > 0; s /= 2)"),
     Mutant("native", "lists that overflow are used as they are", NATIVE, "slow |= pull(&s.full, r) != 0;", "slow |= false;"),
-    Mutant("prefill", "keys below the threshold are surely in", "src/qaxis/prefill/select.cu", "min(behind + (error + 1) / 2, 32768)", "max(behind - 40 * error, 1)"),
+    Mutant("prefill", "keys below the threshold are surely in", "src/qaxis/prefill/select.cu", "min(cut.behind + error, TOP)", "max(cut.behind - 40 * error, 1)"),
     Mutant("prefill", "ties of the band go to the higher position", "src/qaxis/prefill/kernels.py", "(by_j[None, :] < j[:, None])", "(by_j[None, :] > j[:, None])"),
+    Mutant("prefill", "ties of select.cu's band go to the higher position", "src/qaxis/prefill/select.cu", "position[other] < j", "position[other] > j"),
+    Mutant("prefill", "one key too few of the list", "src/qaxis/prefill/select.cu", "if (better < missing)", "if (better < missing - 1)"),
     # Theorem 1
     Mutant("thm1", "coordinate loses its sign", THEOREM, "1 if axis >= 0 else -1", "1"),
     Mutant("thm1", "cosine instead of inner product", THEOREM, "axis * axis / dot(q, q)", "axis * axis / (dot(k, k) or 1)"),

@@ -120,6 +120,25 @@ def test_prefill_in_chunks_selects_the_canonical_sets(backend):
     assert torch.allclose(out.output, exact.output, atol=1e-5)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    "n, kind",
+    # Lists that are short, or overflow; a sample first; a row that fills a program's shared memory by itself.
+    [(n, kind) for n in (60, 300) for kind in ("normal", "zero query", "few that differ", "one long key")]
+    + [(2600, "normal"), (9000, "normal")],
+)
+def test_select_cu_at_any_length(n, kind):
+    q, k = bell(1, 2, 4, 64), bell(1, 1, n, 64, seed=1)
+    if kind == "zero query":
+        q = q * 0
+    elif kind == "few that differ":
+        k = k[:, :, :3].repeat(1, 1, -(-n // 3), 1)[:, :, :n].contiguous()
+    elif kind == "one long key":
+        k[:, :, n // 2] *= 300
+    out = prefill_attention(q, k, k, n // 10, selection=True, backend="cuda")
+    assert torch.equal(selected_positions(out.bits), qaxis.topk_indices(q, k, n // 10, causal=True))
+
+
 def test_prefill_refuses_what_it_cannot_do():
     q, k = bell(1, 3, 4, 32), bell(1, 2, 10, 32)
     with pytest.raises(ValueError, match=r"q\.shape\[1\]=3"):

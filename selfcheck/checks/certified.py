@@ -1,29 +1,27 @@
-"""The certified decode step: that it is exact under attack, what it reads of real keys, and how long it takes."""
+"""The certified decode step: that it is exact under attack, and what it reads of real keys."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 import qaxis
+from qaxis import native
 from qaxis.certified import Decoder, KeyIndex, index_cache, index_keys
 from qaxis.quantization import Grid
 from qaxis.rounding import product_error_bound
 from qaxis.sides import Side, Stored
 
 from .. import approximate_decoding
-from ..claim import Context, NotRunError, Result, value
-
-if torch.cuda.is_available():
-    from .. import dense_decoding
-    from ..graph_timing import capture, microseconds
+from ..claim import Context, Result, value
 
 WAYS = ("keys", "codes", "cache")
+#: the two implementations of the step
+BOTH: dict[str, Callable[..., Any]] = {"Triton": Decoder, "CUDA": native.Decoder}
 KINDS = (
     "normal", "equal keys", "near ties", "ties at the edge", "wide range", "outlier channel", "outlier key",
     "coarse steps", "half steps", "one direction", "zero query", "tiny",
@@ -90,46 +88,73 @@ def ways(k: torch.Tensor, v: torch.Tensor, sinks: int = 4) -> Iterator[tuple[str
 
 
 def agreement(context: Context) -> Result:
-    """Indices and output bits of the certified step against the canonical kernels, on random and adversarial rows."""
-    gpu = context.device != "cpu"
-    if gpu:
-        # Where every second key or more is a neighbourhood, the cut is as tight as the bound allows.
-        shapes = [((16, 16, 4, 777, 64), 400), ((16, 16, 4, 2048, 128), 204), ((32, 8, 2, 1500, 80), 1)]
+    """Indices and output bits of the certified steps against the canonical kernels, on random and adversarial rows."""
+    wide, half = (torch.bfloat16, torch.float32, torch.float16), (torch.bfloat16,)
+    if context.device != "cpu":
+        # Where every second key or more is a neighbourhood, the cut is as tight as the bound allows. One program of
+        # choose.cu a row, clusters of four, of eight; 80 dimensions are left to the Triton kernels.
+        shapes = [
+            ((16, 16, 4, 777, 64), 400, wide), ((16, 16, 4, 2048, 128), 204, half),
+            ((1, 32, 8, 20000, 128), 1000, half), ((1, 9, 3, 4096, 64), 410, half), ((32, 8, 2, 1500, 80), 1, half),
+        ]  # fmt: skip
         kinds: tuple[str, ...] = KINDS
-        repeats = 1 if context.quick else 6
+        repeats = 1 if context.quick else 3
+        decoders = BOTH
     else:
-        shapes = [((1, 4, 2, 300, 32), 20), ((1, 8, 2, 500, 32), 200)]
+        shapes = [((1, 4, 2, 300, 32), 20, wide), ((1, 8, 2, 500, 32), 200, wide)]
         kinds, repeats = KINDS[::4] if context.quick else KINDS, 1
+        decoders = {"Triton": Decoder}
+    plan = [
+        (kind, shape, wanted, dtype)
+        for kind, (shape, wanted, dtypes) in itertools.product(kinds, shapes)
+        for dtype in dtypes * repeats
+    ]
+    return attacked(context, plan, decoders)
+
+
+def attacked(
+    context: Context,
+    plan: Sequence[tuple[str, tuple[int, ...], int, torch.dtype]],
+    decoders: dict[str, Callable[..., Any]],
+) -> Result:
+    """Steps of ``decoders`` against the canonical reference; plan: kinds, shapes, k, dtypes."""
     generator = torch.Generator(context.device).manual_seed(context.seed)
-    plan = list(itertools.product(kinds, shapes, (torch.float32, torch.float16, torch.bfloat16), range(repeats)))
-    rows = indices = bits = 0
+    rows = dict.fromkeys(BOTH, 0)
+    sets = bits = 0
     rescored: dict[str, list[float]] = {name: [] for name in WAYS}
-    decoders: dict[Any, Decoder] = {}
+    made: dict[Any, Any] = {}
     wrong: list[str] = []
     names: set[str] = set()
-    for kind, (shape, wanted), dtype, _ in context.progress(plan, "attacks"):
+    for kind, shape, wanted, dtype in context.progress(plan, "attacks"):
         b, h, _, n, d = shape
         q, k, v = attack(kind, shape, dtype, generator)
-        decoder = decoders.setdefault(shape, Decoder(b, h, n, d, wanted, context.device))
         exact = qaxis.topk_attention(q, k, v, wanted, backend="auto")
         for name, keys, values, index in ways(k, v):
             expected = exact
             if isinstance(keys, Stored):
                 expected = qaxis.topk_attention(q, keys.dequantized(), values.dequantized(), wanted, backend="auto")
-            step = decoder(q, keys, values, index)
-            differ = int((step.indices != expected.indices).any(-1).sum())
-            other = int((step.output != expected.output).flatten(2).any(-1).sum())
-            label = f"{kind}, {str(dtype)[6:]}, N={n}, D={d}, {name}"
-            if differ or other:
-                wrong.append(label)
-            names.add(label)
-            rows, indices, bits = rows + b * h, indices + differ, bits + other
-            rescored[name].append(float(step.rescored.float().sum(-1).mean()) / wanted)
-    headline = f"{rows} queries: {indices} sets differ, {bits} outputs differ"
+            for by, make in decoders.items():
+                if (by, shape) not in made:
+                    made[by, shape] = make(b, h, n, d, wanted, context.device)
+                decoder = made[by, shape]
+                if by == "CUDA" and decoder.native(q, keys, values, index) is None:
+                    continue
+                step = decoder(q, keys, values, index)
+                differ = int((step.indices != expected.indices).any(-1).sum())
+                other = int((step.output != expected.output).flatten(2).any(-1).sum())
+                label = f"{kind}, {str(dtype)[6:]}, N={n}, D={d}, {name}, {by}"
+                if differ or other:
+                    wrong.append(label)
+                names.add(label)
+                rows[by], sets, bits = rows[by] + b * h, sets + differ, bits + other
+                rescored[name].append(float(step.rescored.float().sum(-1).mean()) / wanted)
+    total = sum(rows.values())
+    headline = f"{total} queries, {rows['CUDA']} by CUDA C++: {sets} sets differ, {bits} outputs differ"
     return Result(
-        not wrong, headline, headline + ("" if not wrong else f"; first: {wrong[0]}"),
-        {"rows": value(rows, "queries"), "sets": value(indices, "queries"), "outputs": value(bits, "queries")},
-        rows, {"rescored": {k: statistics.median(x) for k, x in rescored.items() if x}}, sorted(names),
+        not wrong, headline, headline + (f"; first: {wrong[0]}" if wrong else ""),
+        {"rows": value(total, "queries"), "by_cuda": value(rows["CUDA"], "queries"), "sets": value(sets, "queries"),
+         "outputs": value(bits, "queries")},
+        total, {"rescored": {k: statistics.median(x) for k, x in rescored.items() if x}}, sorted(names),
     )  # fmt: skip
 
 
@@ -166,7 +191,7 @@ def survivors(context: Context) -> Result:
     with qaxis.observe_attention(model, observe):
         model(ids, logits_to_keep=1)
     rows: list[list[Any]] = []
-    wrong = 0
+    wrong = compared = by_cuda = 0
     approximate: dict[str, list[float]] = {}
     for n in context.progress(lengths, "lengths"):
         shares: dict[str, list[float]] = {"keys": [], "codes": [], "4 bits": [], "8 bits": []}
@@ -176,10 +201,15 @@ def survivors(context: Context) -> Result:
             q, k, v = q[:, :, n - 1 : n].contiguous(), k[:, :, :n].contiguous(), v[:, :, :n].contiguous()
             exact = qaxis.topk_attention(q, k, v, wanted)
             for name, keys, values, index in itertools.islice(ways(k, v), 2):
-                decoder = Decoder(1, q.shape[1], n, q.shape[3], wanted, q.device)
-                step = decoder(q, keys, values, index)
-                wrong += int((step.indices != exact.indices).any(-1).sum())
-                shares[name].append(float(step.rescored.float().sum(-1).mean()) / n)
+                for by, make in BOTH.items():
+                    decoder = make(1, q.shape[1], n, q.shape[3], wanted, q.device)
+                    if by == "CUDA" and decoder.native(q, keys, values, index) is None:
+                        continue
+                    step = decoder(q, keys, values, index)
+                    wrong += int((step.indices != exact.indices).any(-1).sum())
+                    compared, by_cuda = compared + q.shape[1], by_cuda + (q.shape[1] if by == "CUDA" else 0)
+                    if by == "Triton":
+                        shares[name].append(float(step.rescored.float().sum(-1).mean()) / n)
             for bits in (4, 8):
                 shares[f"{bits} bits"].append(_survivors(q, k, wanted, bits))
             if n == full:
@@ -189,8 +219,7 @@ def survivors(context: Context) -> Result:
                     )
         rows.append([n, wanted, *(100 * statistics.mean(x) for x in shares.values())])
     values = {"wrong": value(wrong, "sets"), "layers": value(model.config.num_hidden_layers, "layers"),
-              "sets": value(2 * len(lengths) * model.config.num_hidden_layers * model.config.num_attention_heads,
-                            "sets"),
+              "sets": value(compared, "sets"), "by_cuda": value(by_cuda, "sets"),
               "codes_share": value(rows[-1][3], "% of the keys"), "four_share": value(rows[-1][4], "% of the keys"),
               "keys_share": value(rows[-1][2], "% of the keys")}  # fmt: skip
     recalls = {name: statistics.mean(x) for name, x in approximate.items()}
@@ -198,109 +227,3 @@ def survivors(context: Context) -> Result:
     return Result(wrong == 0, f"{wrong} sets differ", headline, values, values["sets"]["value"],
                   {"rows": rows, "recall": recalls, "layers": layers},
                   [f"N={n}, {name}" for n in lengths for name in ("keys", "codes")])  # fmt: skip
-
-
-HEADS, KV_HEADS, DIM = 32, 8, 128
-#: batch, N, k; bfloat16
-SHAPES = ((1, 131072, 2048), (4, 32768, 2048), (1, 32768, 2048), (1, 1048576, 2048), (1, 131072, 13108))
-
-
-@torch.inference_mode()
-def speed(context: Context) -> Result:
-    """One decode step of attention, certified against the fastest dense one of the same run, under CUDA graphs."""
-    if context.device == "cpu":
-        raise NotRunError("a speed under CUDA graphs needs a GPU")
-    repeats = 5 if context.quick else 41
-    generator = torch.Generator("cuda").manual_seed(context.seed)
-    bandwidth = _bandwidth(repeats)
-    values: dict[str, Any] = {"repeats": value(repeats, "replays"), "bandwidth": value(bandwidth / 1e12, "TB/s")}
-    rows: list[list[Any]] = []
-    data: dict[str, Any] = {"rows": rows, "parts": {}, "peers": [], "dense": {}}
-    exact = True
-    for batch, n, wanted in context.progress(SHAPES[2:3] if context.quick else SHAPES, "shapes"):
-        one = _timed(batch, n, wanted, generator, repeats, flex=not context.quick, peers=not data["peers"])
-        tag = f"B={batch}, N={n}, k={wanted}"
-        data["dense"][tag], data["peers"] = one["dense"], data["peers"] or one["peers"]
-        best = min(one["dense"], key=one["dense"].__getitem__)
-        fastest = one["dense"][best]
-        for name, (rescored, read, same) in one["ways"].items():
-            took, floor = one["parts"][name]["all"], 1e6 * read / bandwidth
-            rows.append([batch, n, wanted, name, best, fastest, took, fastest / took, floor, took / floor, rescored])
-            data["parts"][f"{tag}, {name}"] = one["parts"][name]
-            values[f"{name}_b{batch}_n{n}_k{wanted}"] = value(fastest / took, "x dense", n=repeats)
-            exact &= same
-        torch.cuda.empty_cache()
-    headline = "; ".join(f"B={r[0]} N={r[1]} k={r[2]} {r[3]} {r[7]:.2f}x" for r in rows)
-    verdict = "measured, outputs canonical" if exact else "an output is not canonical"
-    return Result(exact, verdict, headline, values, len(rows), data)
-
-
-def _bandwidth(repeats: int) -> float:
-    """Bytes a second of the faster of two kernels: one copies 1 GiB, one only reads 2 GiB."""
-    x = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
-    y = torch.empty_like(x)
-    both = torch.zeros(1 << 29, dtype=torch.float32, device="cuda")
-    graphs = {"copy": capture(lambda: torch.neg(x, out=y)), "read": capture(lambda: both.amax())}
-    took = {name: statistics.median(t) for name, t in microseconds(graphs, repeats, "bandwidth").items()}
-    return 1e6 * max((x.nbytes + y.nbytes) / took["copy"], both.nbytes / took["read"])
-
-
-def _timed(
-    batch: int, n: int, wanted: int, generator: torch.Generator, repeats: int, *, flex: bool, peers: bool
-) -> dict[str, Any]:
-    """Median microseconds of every dense step, every certified one, its stages, and peers, of one shape."""
-
-    def bell(heads: int, m: int) -> torch.Tensor:
-        return torch.randn(batch, heads, m, DIM, dtype=torch.bfloat16, device="cuda", generator=generator)
-
-    q, k, v = bell(HEADS, 1), bell(KV_HEADS, n), bell(KV_HEADS, n)
-    graphs = {f"dense/{name}": capture(f) for name, f in dense_decoding.variants(q, k, v, flex).items()}
-    expected = qaxis.topk_attention(q, k, v, wanted)
-    out: dict[str, Any] = {"ways": {}, "peers": []}
-    alive: list[Any] = []
-    for name, keys, vals, index in ways(k, v):
-        decoder = Decoder(batch, HEADS, n, DIM, wanted, "cuda")
-        step = decoder(q, keys, vals, index)
-        same = torch.equal(step.indices, expected.indices) and torch.equal(step.output, expected.output)
-        rescored = float(step.rescored.float().sum(-1).mean())
-        # Once all keys or their codes; once more what is rescored, and the values of what is kept, by every query head.
-        item = 1 if name == "cache" else 2
-        read = batch * DIM * (KV_HEADS * n * (2 if name == "keys" else 1) + HEADS * (rescored + wanted) * item)
-        out["ways"][name] = (rescored, read, same or name == "cache")
-        parts = _stages(decoder, q, keys, vals, index)
-        graphs.update({f"{name}/{part}": capture(f) for part, f in parts.items()})
-        alive.append((decoder, keys, vals, index, parts))
-    near = approximate_decoding.ways(k, wanted) if peers else []
-    for way in near:
-        graphs[f"peer/{way.name}"] = capture(partial(_approximate, way, q, k, v))
-    label = f"B={batch}, N={n}, k={wanted}"
-    times = {name: statistics.median(x) for name, x in microseconds(graphs, repeats, label).items()}
-    found = {name: {x.split("/")[1]: t for x, t in times.items() if x.startswith(f"{name}/")} for name in out["ways"]}
-    for way in near:
-        recall = approximate_decoding.recall(way.choose(q), expected.indices)
-        out["peers"].append([way.name, recall, way.share, times[f"peer/{way.name}"]])
-    dense = {x.split("/")[1]: t for x, t in times.items() if x.startswith("dense/")}
-    return {**out, "parts": found, "dense": dense}
-
-
-def _approximate(
-    way: approximate_decoding.Approximate, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    return approximate_decoding.attend(q, k, v, way.choose(q))
-
-
-def _stages(
-    decoder: Decoder, q: torch.Tensor, keys: Any, values: Any, index: KeyIndex
-) -> dict[str, Callable[[], object]]:
-    """The whole step, and the stages of it, each repeatable by itself once all have run."""
-    batch, heads = q.shape[:2]
-    start, end = decoder.score(q, keys, index)
-    indices, score = decoder.select(q, keys, index)
-    return {
-        "all": lambda: decoder(q, keys, values, index)[:2],
-        "score": lambda: decoder.score(q, keys, index),
-        "compact": lambda: decoder.compact(q, keys.shape[1], index, start, end),
-        "rescore": lambda: decoder.rescore(q, keys),
-        "choose": lambda: decoder.choose(batch, heads),
-        "attend": lambda: decoder.attend(indices, score, values, q.shape[3] ** -0.5, heads // keys.shape[1]),
-    }

@@ -67,7 +67,23 @@ struct Rows {  // one head of a side
     }
 };
 
-template <bool B> struct Bool { static constexpr bool value = B; };
+
+// Of x over the lanes up to this one.
+__device__ __forceinline__ int sum_upto(int x, int lane) {
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const int more = __shfl_up_sync(ALL, x, o);
+        if (lane >= o) x += more;
+    }
+    return x;
+}
+
+// Of a value of every warp: the sum over the warps before this one, and over all.
+struct Sums { int before, all; };
+__device__ __forceinline__ Sums over_warps(const int* values, int lane, int warp) {
+    const int mine = lane < WARPS ? values[lane] : 0, upto = sum_upto(mine, lane);
+    return {__shfl_sync(ALL, upto - mine, warp), __shfl_sync(ALL, upto, 31)};
+}
 
 struct Found { int bin, above, inside; };
 
@@ -99,7 +115,8 @@ template <int COUNT, int PROGRAMS> __device__ Found find_bin(const int* counts, 
     if (lane == 0) scratch[warp] = upto;
     if (threadIdx.x == 0) scratch[WARPS] = -1, scratch[WARPS + 1] = 0, scratch[WARPS + 2] = 0;
     __syncthreads();
-    for (int w = warp + 1; w < WARPS; w++) upto += scratch[w];
+    const Sums sums = over_warps(scratch, lane, warp);
+    upto += sums.all - sums.before - scratch[warp];
     int above = upto - sum;
     if (above < wanted && wanted <= upto) {
         int bin = -1, inside = 0;
@@ -116,32 +133,19 @@ template <int COUNT, int PROGRAMS> __device__ Found find_bin(const int* counts, 
     return found;
 }
 
-// Of x over the lanes up to this one.
-__device__ __forceinline__ int sum_upto(int x, int lane) {
-#pragma unroll
-    for (int o = 1; o < 32; o *= 2) {
-        const int more = __shfl_up_sync(ALL, x, o);
-        if (lane >= o) x += more;
-    }
-    return x;
-}
-
 // In place: from the counts of all blocks to the sums of those before each. `counts` is this program's copy.
 __device__ void sums_before(int* counts, int blocks, int* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int before = 0;
+#pragma unroll 1
     for (int offset = 0; offset < blocks; offset += THREADS) {
         const int i = offset + threadIdx.x, mine = i < blocks ? counts[i] : 0;
         int upto = sum_upto(mine, lane);
         if (lane == 31) scratch[warp] = upto;
         __syncthreads();
-        int total = 0;
-        for (int w = 0; w < WARPS; w++) {
-            if (w < warp) upto += scratch[w];
-            total += scratch[w];
-        }
-        if (i < blocks) counts[i] = before + upto - mine;
-        before += total;
+        const Sums sums = over_warps(scratch, lane, warp);
+        if (i < blocks) counts[i] = before + sums.before + upto - mine;
+        before += sums.all;
         __syncthreads();
     }
 }
@@ -234,54 +238,77 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     MARK(0);
 
     // 1. The cut: the wanted-th largest of the best of neighbours, to the precision of a bin.
-    constexpr int FIRST = 4;  // 16 bytes of bests a thread keeps from the first look to the second
+    constexpr int FIRST = CODED ? 2 : 4;  // 16 bytes of bests a thread keeps from the first look to the second
     uint4 kept_best[FIRST];
     const int packs = padded / SUB / PACK;
 #pragma unroll
     for (int u = 0; u < FIRST; u++) kept_best[u] = ((const uint4*)my_best)[min(tid + u * THREADS, packs - 1)];
+#pragma unroll 1
     for (int i = tid; i < BINS; i += THREADS) s.counts[i] = 0, s.candidates[i] = 0;
+#pragma unroll 1
     for (int i = tid; i < own * (BLOCK / 32); i += THREADS) bitmap[i] = 0;
+#pragma unroll 1
     for (int i = tid; i < own; i += THREADS) own_count[i] = 0;
     if (tid == 0) {
         s.low = 0x7fffffff, s.high = NONE, s.highest = NONE;
         s.listed = 0, s.found = 0, s.nears = 0, s.winners = 0, s.full = 0;
     }
     __syncthreads();
-    const int nothing = CODED ? 0 : NONE;
-    // Every program finds the cut for itself: that costs less than asking the others.
-    auto for_best = [&](auto use) {
-        auto each = [&](int i, uint4 raw) {
-            int w[PACK];
-            unpack(raw, w);
-#pragma unroll
-            for (int e = 0; e < PACK; e++)
-                if (i < packs && i * PACK + e < many && w[e] != nothing) use(w[e]);
-        };
-#pragma unroll
-        for (int u = 0; u < FIRST; u++) each(tid + u * THREADS, kept_best[u]);
-        for (int i = tid + FIRST * THREADS; i < packs; i += THREADS * FIRST) {
-            uint4 raw[FIRST];
-#pragma unroll
-            for (int u = 0; u < FIRST; u++) raw[u] = ((const uint4*)my_best)[min(i + u * THREADS, packs - 1)];
-#pragma unroll
-            for (int u = 0; u < FIRST; u++) each(i + u * THREADS, raw[u]);
-        }
+    // Every program finds the cut for itself: that costs less than asking the others. First the range, about: bins are
+    // clamped. The highest canonical score is exact.
+#if CODED
+    u32 low2 = ALL, high2 = 0;
+    auto extend = [&](uint4 w) {
+        low2 = __vminu2(low2, __vminu2(__vminu2(w.x, w.y), __vminu2(w.z, w.w)));
+        high2 = __vmaxu2(high2, __vmaxu2(__vmaxu2(w.x, w.y), __vmaxu2(w.z, w.w)));
     };
-    int low = 0x7fffffff, high = NONE;
-    for_best([&](int w) { low = min(low, w), high = max(high, w); });
+    const int full = max(1, many / PACK);
+#else
+    // NONE, less its successor, is the largest.
+    u32 lowest = ALL;
+    int high = NONE;
+    auto extend = [&](uint4 w) {
+        const u32 part[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int e = 0; e < 4; e++) lowest = min(lowest, part[e] - (u32)(NONE + 1)), high = max(high, (int)part[e]);
+    };
+    const int full = packs;
+#endif
+#pragma unroll
+    for (int u = 0; u < FIRST; u++)
+        if (tid + u * THREADS < full) extend(kept_best[u]);
+#pragma unroll 1
+    for (int i = tid + FIRST * THREADS; i < full; i += THREADS) extend(((const uint4*)my_best)[i]);
+#if CODED
+    int low = min(low2 & 0xffff, low2 >> 16), high = max(high2 & 0xffff, high2 >> 16);
+#else
+    int low = lowest == ALL ? 0x7fffffff : (int)(lowest + (u32)(NONE + 1));
+#endif
     low = __reduce_min_sync(ALL, low), high = __reduce_max_sync(ALL, high);
     if (lane == 0) atomicMin(&s.low, low), atomicMax(&s.high, high);
     __syncthreads();
     low = s.low, high = s.high;
 #if CODED
     const int shift = low <= high ? max(0, 32 - __clz(high - low) - log2i(BINS)) : 0;
-    auto bin_of = [&](int w) { return (w - low) >> shift; };
+    auto bin_of = [&](int w) { return min(max((w - low) >> shift, 0), BINS - 1); };
 #else
     const Bins bins(score_of(low), score_of(high));
     auto bin_of = [&](int w) { return bins.of(score_of(w)); };
 #endif
     MARK(1);
-    for_best([&](int w) { atomicAdd(&s.counts[bin_of(w)], 1); });
+    auto count_bests = [&](int i, uint4 raw) {
+        int w[PACK];
+        unpack(raw, w);
+        const int left = many - i * PACK;
+#pragma unroll
+        for (int e = 0; e < PACK; e++)
+            if (e < left && w[e] != (CODED ? 0 : NONE)) atomicAdd(&s.counts[bin_of(w[e])], 1);
+    };
+#pragma unroll
+    for (int u = 0; u < FIRST; u++)
+        if (tid + u * THREADS < packs) count_bests(tid + u * THREADS, kept_best[u]);
+#pragma unroll 1
+    for (int i = tid + FIRST * THREADS; i < packs; i += THREADS) count_bests(i, ((const uint4*)my_best)[i]);
     __syncthreads();
     MARK(2);
     const Found cut_bin = find_bin<BINS, 1>(s.counts, wanted, s.scratch);
@@ -289,9 +316,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     // The wanted-th canonical score is at most one error below that fast score, so a key more than two below cannot be
     // among the best.
     const float margin = limits[row * 2], units = limits[row * 2 + 1];
-    const int found = cut_bin.bin < 0 ? 0 : low + (cut_bin.bin << shift);
-    const float cut = units > 0.0f && found > 0 ? (float)found - margin : -1.0f;
-    auto passes = [&](int w) { return (float)w >= cut; };
+    const int found = cut_bin.bin <= 0 ? 0 : low + (cut_bin.bin << shift);
+    const int cut = units > 0.0f && found > 0 ? (int)ceilf((float)found - margin) : -1;
+    auto passes = [&](int w) { return w >= cut; };
     const float unit = units > 0.0f ? 1.0f / units : 0.0f;
     const Bins fine(((float)found - 32768.0f - margin) * unit, ((float)high - 32768.0f + margin) * unit);
 #else
@@ -313,6 +340,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     {
         constexpr int PACKS = A_BLOCK / PACK, DEEP = 2;
         const int stretch = (own + WARPS - 1) / WARPS * PACKS;  // packs that a warp looks at
+#pragma unroll 1
         for (int i = 0; i < stretch; i += 32 * DEEP) {
             uint4 raw[DEEP];
             int at[DEEP];
@@ -333,16 +361,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
                 for (int e = 0; e < PACK; e++) pass |= is[u] && passes(w[e]) ? 1u << (u * PACK + e) : 0u;
             }
             int to = reserve(&s.listed, __popc(pass));
-#pragma unroll
-            for (int u = 0; u < DEEP; u++)
-#pragma unroll
-                for (int e = 0; e < PACK; e++)
-                    if (pass >> (u * PACK + e) & 1) staged[to++] = (u16)(at[u] * PACK + e);
+            for (; pass; pass &= pass - 1) {
+                const int bit = __ffs(pass) - 1;
+                staged[to++] = (u16)((at[0] + bit / PACK * 32) * PACK + bit % PACK);
+            }
         }
         __syncthreads();
         MARK(4);
         const int kept = s.listed;
-        constexpr int AT_ONCE = THREADS / SHARE, MORE = 5;
+        constexpr int AT_ONCE = THREADS / SHARE, MORE = 3;
+#pragma unroll 1
         for (int i = 0; i < kept; i += AT_ONCE * MORE) {
             auto first_of = [&](int u) {
                 const int at = staged[min(i + u * AT_ONCE + tid / SHARE, kept - 1)];
@@ -357,33 +385,28 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
                 int x[PACK];
                 unpack(raw[u], x);
                 const int j = first_of(u);
-                const bool is = i + u * AT_ONCE + tid / SHARE < kept && j < many * SUB;
+                u64 pass = 0;
 #pragma unroll
-                for (int w = 0; w < WIDE; w++)
-                    takes |= is && j + w >= start && j + w < end && passes(x[w]) ? 1ull << (u * WIDE + w) : 0ull;
+                for (int w = 0; w < WIDE; w++) pass |= (u64)passes(x[w]) << w;
+                const bool is = i + u * AT_ONCE + tid / SHARE < kept && j < many * SUB;
+                const u32 upto = (1u << min(max(end - j, 0), WIDE)) - 1, before = (1u << min(max(start - j, 0), WIDE)) - 1;
+                if (is) takes |= (pass & upto & ~before) << (u * WIDE);
             }
             int at = reserve(&s.found, __popcll(takes));
-#pragma unroll
-            for (int u = 0; u < MORE; u++) {
-                int x[PACK];
-                unpack(raw[u], x);
-                const int j = first_of(u);
-#pragma unroll
-                for (int w = 0; w < WIDE; w++)
-                    if (takes >> (u * WIDE + w) & 1) {
-                        if (at < room) {
-                            position[at] = j + w;
+            for (; takes; takes &= takes - 1, at++) {
+                const int bit = __ffsll(takes) - 1, j = first_of(bit / WIDE) + bit % WIDE;
+                if (at < room) {
+                    position[at] = j;
 #if !CODED
-                            value[at] = x[w];
+                    value[at] = my_fast[j];
 #endif
-                        }
-                        at++;
-                    }
+                }
             }
         }
     }
 #if CODED
     // Keys without a fast score always are.
+#pragma unroll 1
     for (int i = warp * 32; i < start + n - end; i += THREADS) {
         const int at = i + lane, j = at < start ? at : end + at - start;
         const bool is = at < start + n - end && (j / BLOCK) % CLUSTER == rank;
@@ -406,6 +429,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         const bool writes = writes_sum<DEEP, LANES>(lane);
         float query[E];
         load_query(q, (i64)b * q_b + (i64)h * q_h, part, query);
+#pragma unroll 1
         for (int i = tid / LANES * DEEP; i - tid / LANES * DEEP < total; i += THREADS / LANES * DEEP) {
             int j[DEEP];
             float sum[DEEP];
@@ -441,6 +465,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     };
     int highest = CODED ? NONE : high;
     if (!CODED) {
+#pragma unroll 1
         for (int i = tid; i < mine_found; i += THREADS) atomicAdd(&s.candidates[fine.of(score_of(value[i]))], 1);
     } else {
         score_all([&](int i) { return position[i]; }, mine_found, [&](int i, int w) {
@@ -471,6 +496,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         int place = before[j / BLOCK] + __popc(bits[at] & ((1u << (j % 32)) - 1));
 #pragma unroll
         for (int i = 0; i < BLOCK / 32; i++) place += i < at ? __popc(bits[i]) : 0;
+#pragma unroll 1
         for (int i = 0; i < winners; i++) place += s.winner[i] < j;
         push(chosen_position + place % span, place / span, j);
         push(chosen + place % span, place / span, w);
@@ -481,6 +507,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
             atomicOr(bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
             atomicAdd(&own_count[j / BLOCK / CLUSTER], 1);
         };
+#pragma unroll 1
         for (int i = tid; i < mine_found; i += THREADS) {
             const int bin = fine.of(score_of(value[i]));
             if (bin > edge.bin) take(position[i]);
@@ -494,11 +521,13 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         MARK(9);
         cluster_sync();
         MARK(10);
+#pragma unroll 1
         for (int i = tid; i < blocks; i += THREADS) before[i] = pull(own_count + i / CLUSTER, i % CLUSTER);
         int has[CLUSTER];
 #pragma unroll
         for (int r = 0; r < CLUSTER; r++) has[r] = pull(&s.nears, r);
         __syncthreads();
+#pragma unroll 1
         for (int i = tid; i < CLUSTER * NEAR; i += THREADS) {
             const int w = s.near_word[i], j = s.near_position[i];
             bool is = false;
@@ -506,6 +535,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
 #pragma unroll
             for (int r = 0; r < CLUSTER; r++) {
                 is = is || (r == i / NEAR && i % NEAR < has[r]);
+#pragma unroll 1
                 for (int o = 0; o < has[r]; o++) {
                     const int other = s.near_word[r * NEAR + o];
                     better += other > w || (other == w && s.near_position[r * NEAR + o] < j);
@@ -519,10 +549,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         sums_before(before, blocks, s.scratch);
         MARK(11);
         const int winners = s.winners;
+#pragma unroll 1
         for (int i = tid; i < mine_found; i += THREADS) {
             const int j = position[i];
             if (bits_of(j)[j % BLOCK / 32] >> (j % 32) & 1) send(j, value[i], winners);
         }
+#pragma unroll 1
         for (int i = tid; i < winners; i += THREADS)
             if (s.winner[i] / BLOCK % CLUSTER == rank) send(s.winner[i], s.winner_word[i], winners);
     } else {
@@ -531,6 +563,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         u32* equal = (u32*)position;
         auto gather_before = [&] {
             cluster_sync();
+#pragma unroll 1
             for (int i = tid; i < blocks; i += THREADS) before[i] = pull(own_count + i / CLUSTER, i % CLUSTER);
             __syncthreads();
             sums_before(before, blocks, s.scratch);
@@ -558,9 +591,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         }
         u32 prefix = 0;
         int needed = wanted;
+#pragma unroll 1
         for (int shift = 24; shift >= 0; shift -= 8) {
+#pragma unroll 1
             for (int i = tid; i < 256; i += THREADS) s.counts[i] = 0;
             __syncthreads();
+#pragma unroll 1
             for (int i = tid; i < own * BLOCK; i += THREADS) {
                 const int j = key_of(i);
                 const u32 w = j < padded ? (u32)words[j] ^ 0x80000000u : 0;
@@ -572,8 +608,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
             prefix |= (u32)max(digit.bin, 0) << shift, needed -= digit.above;
             cluster_sync();
         }
+#pragma unroll 1
         for (int i = tid; i < own; i += THREADS) own_count[i] = 0;
         __syncthreads();
+#pragma unroll 1
         for (int i = warp * 32; i < own * BLOCK; i += THREADS) {
             const int j = key_of(i + lane);
             const u32 w = j < padded ? (u32)words[j] ^ 0x80000000u : 0;
@@ -585,6 +623,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         }
         gather_before();
         cluster_sync();
+#pragma unroll 1
         for (int i = tid; i < own; i += THREADS) {
             const int block = i * CLUSTER + rank;
             int left = block < blocks ? needed - before[block] : 0, has = 0;
@@ -599,6 +638,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
             own_count[i] = has;
         }
         gather_before();
+#pragma unroll 1
         for (int i = tid; i < own * BLOCK; i += THREADS) {
             const int j = key_of(i);
             if (bits_of(j)[j % BLOCK / 32] >> (j % 32) & 1) send(j, words[j], 0);
@@ -611,7 +651,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     // 5. Attention over ranks [span rank, span (rank + 1)): a team of lanes takes RANKS << LEVELS neighbouring ones.
     const int live = max(0, min(span, wanted - span * rank));
     const float top = score_of(highest);
+#pragma unroll 1
     for (int i = tid; i < live; i += THREADS) indices[(i64)row * wanted + span * rank + i] = chosen_position[i];
+#pragma unroll 1
     for (int i = tid; i < span; i += THREADS) {
         const float t = i < live ? __fmul_rn(__fsub_rn(score_of(chosen[i]), top), (float)factor) : 0.0f;
         chosen[i] = __float_as_int(i < live ? exp2_canonical(t) : 0.0f);
@@ -690,6 +732,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     }
     __syncthreads();
     MARK(14);
+#pragma unroll 1
     for (int d = tid; d <= DIM_V; d += THREADS) {
         float x[WARPS];
 #pragma unroll
@@ -699,6 +742,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     }
     cluster_sync();
     if (rank == 0)
+#pragma unroll 1
         for (int d = tid; d < DIM_V; d += THREADS) {
             float x[CLUSTER], w[CLUSTER];
 #pragma unroll

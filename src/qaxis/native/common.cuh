@@ -9,6 +9,7 @@ constexpr int NONE = -2147483647 - 1;  // the word of no score
 constexpr u32 ALL = 0xffffffffu;
 
 constexpr int log2i(int n) { return n <= 1 ? 0 : 1 + log2i(n / 2); }
+template <bool B> struct Bool { static constexpr bool value = B; };
 constexpr int pow2(int n) { return n <= 1 ? 1 : 2 * pow2((n + 1) / 2); }
 
 // ---- canonical arithmetic -------------------------------------------------------------------------------------------

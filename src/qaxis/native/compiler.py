@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 HARDWARE, COMMON = (Path(__file__).with_name(name) for name in ("hardware.cuh", "common.cuh"))
 #: as ELEM in common.cuh
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: bytes of shared memory that a program may have
+SHARED_LIMIT = 227 * 1024
 
 
 def runs_on(device: torch.device, capability: tuple[int, int]) -> bool:

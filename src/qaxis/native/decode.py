@@ -16,15 +16,13 @@ from ..canonical import exponent_factor, next_power_of_two
 from ..certified import KeyIndex, Step, bounds
 from ..sides import Stored
 from ..validation import check_form, require
-from .compiler import ELEMENTS, compiled, in_16_bytes, readable, runs_on, units
+from .compiler import ELEMENTS, SHARED_LIMIT, compiled, in_16_bytes, readable, runs_on, units
 
 SCORE_KEYS, SCORE_CODES, CHOOSE = (
     Path(__file__).with_name(f"{name}.cu") for name in ("score_keys", "score_codes", "choose")
 )
 #: as in choose.cu
 BLOCK, BINS, NEAR = 512, 1024, 112
-#: bytes of shared memory that a program may have
-SHARED_LIMIT = 227 * 1024
 #: multiprocessors that the emulator pretends to have, as many as an H200
 EMULATED_MULTIPROCESSORS = 132
 

@@ -3,6 +3,7 @@
 // Slow, and meant for checking what a kernel computes: the same text is compiled for a GPU. Shared memory starts as noise.
 // Programs run one after another, those of a cluster together. emulator.py puts this first.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -234,6 +235,7 @@ EMULATED_EXTREMES(i64)
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int __float_as_int(float x) { return emulated::from_bits<int>(emulated::bits_of(x)); }
 inline u32 __float_as_uint(float x) { return emulated::from_bits<u32>(emulated::bits_of(x)); }
@@ -243,7 +245,26 @@ inline int __float2int_rz(float x) { return (int)x; }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __popcll(u64 x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(i64 x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((u32)x); }
+// Of both halves of a word.
+template <class F> u32 halfwise(F f) {
+    u32 x = 0;
+    for (int shift = 0; shift < 32; shift += 16) x |= (u32)(u16)f(shift) << shift;
+    return x;
+}
+inline u32 __vmaxs2(u32 a, u32 b) {
+    return halfwise([=](int s) { return std::max((int16_t)(a >> s), (int16_t)(b >> s)); });
+}
+inline u32 __vminu2(u32 a, u32 b) {
+    return halfwise([=](int s) { return std::min((u16)(a >> s), (u16)(b >> s)); });
+}
+inline u32 __vmaxu2(u32 a, u32 b) {
+    return halfwise([=](int s) { return std::max((u16)(a >> s), (u16)(b >> s)); });
+}
+inline u32 __viaddmin_s16x2_relu(u32 a, u32 b, u32 c) {
+    return halfwise([=](int s) { return std::max(0, (int)std::min((int16_t)((a >> s) + (b >> s)), (int16_t)(c >> s))); });
+}
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 bytes = ((u64)b << 32) | a;
     u32 x = 0;

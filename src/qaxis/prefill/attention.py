@@ -7,6 +7,7 @@ another on the host and no shape depends on data, so the whole can be captured i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from .. import kernels
 from ..budget import Budget, as_budget
 from ..canonical import next_power_of_two
 from ..certified import bounds
-from ..certified.index import index_keys
+from ..certified.index import UPWARD, index_keys
 from ..native.compiler import in_16_bytes, units
 from ..validation import check_form, check_scale, require
 from . import selector
@@ -37,23 +38,24 @@ INTERPRETED = kernels.INTERPRETED
 class PrefillTuning:
     """How the work is cut; no value changes which keys are selected."""
 
-    chunk: int = 1024
+    chunk: int = 2048
     queries: int = 128
-    keys: int = 128
-    loop: int = 4
-    stages: int = 3
+    keys: int = 64
+    loop: int = 32
+    stages: int = 4
     warps: int = 8
     cut: int = 8192
     cut_elements: int = 1024
     sample: int = 256
     slack: int = 16
-    capacity: int = 64
+    listed: int = 100
+    capacity: int = 128
     band: int = 32
     wide_programs: int = 512
-    attend_queries: int = 128
+    attend_queries: int = 64
     attend_keys: int = 64
     attend_stages: int = 3
-    attend_warps: int = 8
+    attend_warps: int = 4
 
 
 class Prefill(NamedTuple):
@@ -76,7 +78,7 @@ def prefill_attention(
     scale: float | None = None,
     causal: bool = True,
     selection: bool = False,
-    backend: str = "triton",
+    backend: str = "auto",
     tuning: PrefillTuning = PrefillTuning(),
 ) -> Prefill:
     """Softmax attention over the keys that :func:`qaxis.topk_indices` selects.
@@ -88,7 +90,8 @@ def prefill_attention(
         scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``.
         causal: if True the queries are the last M of the N positions and see no later key.
         selection: whether to return the bits, N/8 bytes a query.
-        backend: ``"triton"``, or ``"cuda"``: the selection by select.cu, where it runs. Same selection.
+        backend: what selects: ``"triton"`` kernels, or ``"cuda"``, select.cu where it runs (emulated on a CPU);
+            ``"auto"`` is ``"cuda"`` on a GPU. Same selection.
 
     Numbers are not looked at: the caller checks for NaN and Inf.
 
@@ -102,12 +105,14 @@ def prefill_attention(
     require(heads % kv_heads == 0, "q.shape[1]", heads, f"a multiple of k's {kv_heads} heads (GQA)")
     require(not causal or m <= n, "q.shape[2]", m, f"at most the {n} keys, as the queries are the last positions")
     require(batch * heads < 1 << 16, "q.shape[:2]", (batch, heads), "B * H below 2^16")
-    require(backend in ("triton", "cuda"), "backend", backend, "'triton' or 'cuda'")
+    require(backend in ("auto", "cuda", "triton"), "backend", backend, "'auto', 'cuda' or 'triton'")
+    if backend == "auto":
+        backend = "cuda" if q.is_cuda else "triton"
     factor = check_scale(scale, dim)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     group, t = heads // kv_heads, tuning
     tables = _tables(as_budget(budget, n), n, str(q.device))
-    norm = index_keys(k).norm
+    norm = _longest(k)
     chunk = min(t.chunk, m)
     dim_padded, tree = max(16, next_power_of_two(dim)), next_power_of_two(dim)
     out = torch.empty(batch, heads, m, v.shape[3], dtype=q.dtype, device=q.device)
@@ -116,8 +121,9 @@ def prefill_attention(
     )
     all_band = torch.zeros(batch, heads, m, dtype=torch.int32, device=q.device) if selection else None
     room = batch * heads * chunk
-    # Steps of the 16-bit score between the fast score and the canonical, either way.
-    off = int(bounds.UNITS * bounds.rounding(dim) * 1.02 + 2)
+    # Steps of the 15-bit score between the fast score and the canonical, either way: half a step is rounding.
+    off = bounds.UNITS / 2 * bounds.rounding(dim) * 1.02 + 0.51
+    error = math.ceil(2 * off)
     padded = triton.cdiv(n, 256) * 256
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -143,19 +149,19 @@ def prefill_attention(
             CAUSAL=causal, QUERIES=t.queries, KEYS=t.keys, LOOP=t.loop, STAGES=t.stages, DIM=dim_padded,
             WIDE=INTERPRETED, num_warps=t.warps,
         )  # fmt: skip
-        fast_way = None if backend == "triton" else selector.row_selector(q, k, visible, t.capacity)
+        fast_way = None if backend == "triton" else selector.row_selector(q, k, visible, t.capacity, t.listed)
         if fast_way is not None:
-            kernel, chunks = fast_way
-            each, words = in_16_bytes(q), chunks * 8
-            kernel((triton.cdiv(batch * heads * rows, 4), 1, 1), (128, 1, 1), [
+            kernel, thousands, warps, shared = fast_way
+            each, words = in_16_bytes(q), thousands * 32
+            kernel((triton.cdiv(rows, warps), batch * heads, 1), (32 * warps, 1, 1), [
                 q, k, norm, fast, *tables, bits, band, missing, low, high, top,
-                *common, first, n, padded, batch * heads * rows, 2 * off, int(causal),
+                heads, start, rows, first, n, padded, error, int(causal), thousands,
                 *units(q, each), *units(k, each),
-            ])  # fmt: skip
+            ], shared_mem=shared)  # fmt: skip
         else:
             prefill_cut_kernel[(batch * heads * rows,)](
                 q, norm, fast, *tables, bits.view(torch.uint8), positions, band, missing, low, high, top,
-                *common, first, n, padded, words, dim, 2 * off, *q.stride(),
+                *common, first, n, padded, words, dim, error, *q.stride(),
                 CAUSAL=causal, BLOCK=block, SAMPLE=t.sample, SLACK=t.slack, CAPACITY=t.capacity, DIM=tree,
                 num_warps=max(1, block // t.cut_elements),
             )  # fmt: skip
@@ -191,6 +197,15 @@ def selected_positions(bits: torch.Tensor) -> torch.Tensor:
     width = int(each.sum(-1).max())
     position = torch.where(each, torch.arange(n, device=bits.device), n).sort(dim=-1).values[..., :width]
     return torch.where(position == n, -1, position)
+
+
+def _longest(k: torch.Tensor) -> torch.Tensor:
+    """Upper bound on the length of the keys of every head, float32 ``[B, Hkv]``; 0 where it is too small to be told."""
+    if k.dtype == torch.float32:
+        return index_keys(k).norm
+    norm = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(-1) * UPWARD
+    # Squares below float32's smallest are lost: no matter beside a longer key.
+    return torch.where(norm > 1e-15, norm, 0.0)
 
 
 @lru_cache(maxsize=64)

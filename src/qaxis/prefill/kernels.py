@@ -1,4 +1,4 @@
-"""Triton kernels of selection-exact prefill: 16-bit scores, a cut with its band, the band's canonical order, attention.
+"""Triton kernels of selection-exact prefill: 15-bit scores, a cut with its band, the band's canonical order, attention.
 
 A row is one query of one head; ``chunk`` rows of every head are in flight. What a row selects is kept as one bit a key.
 """
@@ -10,8 +10,10 @@ from ..certified.kernels import _score_of, _units_per_score
 from ..kernels import _tree_last, _widen, tl, triton
 
 _UNITS, _SMALLEST, _LARGEST = tl.constexpr(UNITS), tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
-#: 2^23 + 2^15: added to a float32 it leaves an integer, moved up by 2^15, in the lowest bits
-_TO_SIXTEEN_BITS = tl.constexpr(8421376.0)
+#: 2^23 + 2^14: added to a float32 it leaves an integer, moved up by 2^14, in the lowest bits
+_TO_FIFTEEN_BITS = tl.constexpr(8404992.0)
+#: the score 0, and what is behind all scores
+_ZERO, _BEHIND = tl.constexpr(16384), tl.constexpr(32768)
 _NO_SCORE = tl.constexpr(-2147483648)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -29,7 +31,7 @@ def prefill_scores_kernel(
     CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """16-bit scores of QUERIES queries and LOOP times KEYS keys."""
+    """15-bit scores of QUERIES queries and LOOP times KEYS keys."""
     b = tl.program_id(2).to(tl.int64) // heads
     h = tl.program_id(2).to(tl.int64) % heads
     i = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -53,7 +55,7 @@ def prefill_scores_kernel(
             score = tl.dot(wide, tl.trans(_widen(k)), input_precision="ieee")
         else:
             score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        place = (score * units[:, None] + _TO_SIXTEEN_BITS).to(tl.int32, bitcast=True).to(tl.uint16)
+        place = (score * (0.5 * units)[:, None] + _TO_FIFTEEN_BITS).to(tl.int32, bitcast=True).to(tl.uint16)
         tl.store(rows + j[None, :], place, mask=here)
 
 
@@ -107,7 +109,7 @@ def prefill_cut_kernel(
     o = tl.arange(0, BLOCK)
     fast = tl.load(fast_ptr + o, mask=o < seen, other=0).to(tl.int32)
     found = tl.full((), 0, tl.int32)
-    behind = tl.full((), 65536, tl.int32)
+    behind = tl.full((), _BEHIND, tl.int32)
     at_least = seen
     beyond = tl.full((), 0, tl.int32)
     if (wanted < seen) & usable:
@@ -136,7 +138,7 @@ def prefill_cut_kernel(
             # Now at the other side of the k-th, a quarter of the slack away; if that does not end soon, by halving.
             aim = wanted + tl.where(enough >= wanted, -(SLACK // 4), SLACK // 4)
             near = trial.to(tl.float32) + (enough - aim).to(tl.float32) * step
-            near = tl.minimum(tl.maximum(near, 0.0), 65535.0)
+            near = tl.minimum(tl.maximum(near, 0.0), _BEHIND - 1.0)
             guess = tl.where(tries < 6, near, ((found + behind) >> 1).to(tl.float32))
     low = found - error
     high = behind + error
@@ -318,7 +320,7 @@ def _product(q, k, WIDE: tl.constexpr):
 @triton.jit
 def prefill_attend_kernel(
     q_ptr, k_ptr, v_ptr, norm_ptr, bits_ptr, top_ptr, out_ptr,
-    heads, group, start, chunk, m, first, n, words, dim, dim_v, scale, error,
+    heads, group, start, chunk, m, first, n, words, dim, dim_v, scale, off,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDE: tl.constexpr,
@@ -346,9 +348,9 @@ def prefill_attend_kernel(
     wide = _widen(q)
     units = _units_per_score(tl.sqrt(tl.sum(wide * wide, 1)), tl.load(norm_ptr + b * (heads // group) + h // group))
     factor = scale * _LOG2_E
-    one = tl.where(units > 0.0, 1.0 / tl.where(units > 0.0, units, 1.0), 0.0)
-    top = (tl.load(top_ptr + row, mask=here, other=0) - 32768 + error).to(tl.float32) * one
-    if tl.max(tl.where((units > 0.0) & (one * (2.0 * error * factor) < 1.0), 0, 1), 0) > 0:
+    one = tl.where(units > 0.0, 2.0 / tl.where(units > 0.0, units, 1.0), 0.0)
+    top = (tl.load(top_ptr + row, mask=here, other=0) - _ZERO + off) * one
+    if tl.max(tl.where((units > 0.0) & (one * (2.0 * off * factor) < 1.0), 0, 1), 0) > 0:
         # Except where that bound is too far above it.
         top = tl.full((QUERIES,), -1e38, tl.float32)
         for offset in range(0, end, KEYS):
