@@ -9,19 +9,17 @@ from selfcheck import evidence, seal
 from selfcheck.files import ROOT
 
 PLATFORMS = ("NumPy", "PyTorch CPU", "PyTorch CUDA", "Triton interpreter", "Triton GPU")
-#: decimals by claim.value; None prints an integer with separators, "sci" the shortest form
-FORMATS: dict[str, int | None] = {
+#: decimals by claim.value, and by how its name begins
+FORMATS: dict[str, int] = {
     "int8-bytes.ratio": 4, "int8-ppl.change": 3, "int8-ppl.dense_perplexity": 2, "int8-ppl.int8_perplexity": 2,
     "int8-ppl.canary": 0, "entropy.alpha": 3, "entropy.beta": 2, "entropy.r_squared": 3,
     "entropy.entropy_longest": 2, "entropy.support_longest": 1, "flag-off.on_difference": 1,
-    "kv-combined.texts": None, "kv-formats.texts": None, "kv-formats.tokens": None,
-    "certified-speed.repeats": None, "prefill-speed.repeats": None, "prefill-speed.n": None,
-    "prefill-speed.wrong": None, "prefill-speed.compared": None,
     **{f"certified-real.{x}_share": 1 for x in ("keys", "codes", "four")},
     "kv-formats.int8": 3, "kv-formats.int6": 3, "kv-formats.int4": 3,
     **{f"kv-formats.int{b}_ratio": 4 for b in (8, 6, 4)}, "decode-speed.best": 2, "decode-speed.worst": 2,
     "fp-order.closest": 2, "fp-ppl.sparse": 2, "fp-ppl.unit": 4, "fp-ppl.bf16": 4,
 }  # fmt: skip
+TWO_DECIMALS = ("dppl.change", "fp-real.", "kv-combined.", "certified-speed.", "prefill-speed.")
 WAYS = {"keys": "keys", "codes": "codes", "cache": "INT8 cache"}
 SIGNED = (
     "kv-formats.int",
@@ -36,18 +34,15 @@ SIGNED = (
 
 
 def show(key: str, x: float) -> str:
-    """One number as TeX."""
-    digits = FORMATS.get(
-        key,
-        2
-        if key.startswith(("dppl.change", "fp-real.", "kv-combined.", "certified-speed.", "prefill-speed."))
-        else None,
-    )
+    """One number as TeX; a count, or what happens to be whole and has no format, with separators."""
+    if isinstance(x, int):
+        return thousands(x)
+    digits = FORMATS.get(key, 2 if key.startswith(TWO_DECIMALS) else None)
     if digits is not None:
         sign = "+" if key.startswith(SIGNED) and not key.endswith("_ratio") else ""
         return f"{x:{sign}.{digits}f}".replace("-", r"\ensuremath{-}")
     if x == int(x):
-        return f"{int(x):,}".replace(",", r"\,")
+        return thousands(int(x))
     mantissa, exponent = f"{x:.1e}".split("e")
     return rf"\ensuremath{{{mantissa}\cdot 10^{{{int(exponent)}}}}}"
 
@@ -79,7 +74,7 @@ def macros(records: dict[str, dict[str, Any]]) -> dict[str, str]:
                 if v[end] is not None:
                     out[f"{key}.{end}"] = show(key, v[end])
             if v["n"] is not None:
-                out[f"{key}.n"] = f"{v['n']:,}".replace(",", r"\,")
+                out[f"{key}.n"] = thousands(v["n"])
         out[f"{claim}.device"] = escape(record["device"])
         out[f"{claim}.status"] = escape(record["status"])
     for claim_entry in [*seal.claims(), *seal.reported()]:
@@ -90,7 +85,7 @@ def macros(records: dict[str, dict[str, Any]]) -> dict[str, str]:
         out[f"{kind}.sha"] = subject["sha256"][:16]
     out.update(tables(records))
     out["proofs.version"] = escape(records["proofs"]["data"]["coq"])
-    out["checks.total"] = f"{sum(len(set(r['checks'])) for r in records.values()):,}".replace(",", r"\,")
+    out["checks.total"] = thousands(sum(len(set(r["checks"])) for r in records.values()))
     for name, claim in (("versions", "thm1"), ("gpu.versions", "golden-gpu")):
         out[name] = escape(", ".join(f"{k} {v}" for k, v in records[claim]["versions"].items()))
     out["root"] = evidence.chain(list(records.values()))[1][:16]

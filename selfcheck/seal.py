@@ -11,8 +11,7 @@ from .files import ROOT, SelfcheckError, sha256, write_atomic
 
 LOCK = "selfcheck/checks.lock"
 SEALED = (
-    "src/qaxis/*.py", "src/qaxis/certified/*.py", "src/qaxis/native/*.py", "src/qaxis/native/*.cu*",
-    "src/qaxis/native/*.hpp", "src/qaxis/prefill/*.py", "src/qaxis/prefill/*.cu",
+    "src/qaxis/**/*.py", "src/qaxis/**/*.cu*", "src/qaxis/**/*.hpp",
     "selfcheck/*.py", "selfcheck/checks/*.py", "selfcheck/*.toml",
     "selfcheck/golden.json",
     "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "constraints.txt", "pyproject.toml",

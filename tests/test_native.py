@@ -108,10 +108,8 @@ def test_what_the_compiler_says_is_passed_on():
         emulator.compiled('extern "C" __global__ void f(int* p) { *p = nowhere; }', "f", [])
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_compiler)])
 def test_prefill_in_chunks_selects_the_canonical_sets(backend):
-    if backend == "cuda" and not emulator.available():
-        pytest.skip("g++ is needed to emulate CUDA")
     q, k, v = bell(2, 4, 60, 32), bell(2, 2, 300, 32, seed=1), bell(2, 2, 300, 32, seed=2)
     budget = qaxis.Budget(0.1, 8)
     out = prefill_attention(q, k, v, budget, selection=True, backend=backend, tuning=PrefillTuning(chunk=32))
