@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -147,7 +148,25 @@ def run(quick: bool, only: tuple[str, ...], model: str | None, corpus: str | Non
         raise SelfcheckError(f"failed: {', '.join(failed)}")
 
 
+def hear_every_interrupt() -> None:
+    """Raise a KeyboardInterrupt again that Python had to drop.
+
+    One that arrives inside a ``__del__`` or a callback of the garbage collector (Hypothesis has one) cannot leave it:
+    Python reports it as unraisable and goes on. An alarm a moment later raises it where it can.
+    """
+
+    def report(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = report
+
+
 if __name__ == "__main__":
+    hear_every_interrupt()
     try:
         main(standalone_mode=False)
     except SelfcheckError as error:

@@ -190,6 +190,18 @@ def test_interruption_leaves_the_evidence_as_it_was(tree):
     assert path.read_bytes() == before and not list(path.parent.glob("*.staging"))
 
 
+def test_an_interruption_that_python_drops_is_heard():
+    code = (
+        "import signal, time; from selfcheck.__main__ import hear_every_interrupt; hear_every_interrupt()\n"
+        "class Dropping:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "for _ in range(3):\n    try: Dropping(); time.sleep(30); print('lost')\n"
+        "    except KeyboardInterrupt: print('heard')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["heard"] * 3 and done.stderr == ""
+
+
 def test_unwritable_and_full_targets_lose_nothing(tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(SelfcheckError, match="cannot write"):
