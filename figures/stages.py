@@ -24,13 +24,13 @@ def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
         tag = f"B={batch}, N={n}, k={k}"
         for y, row in enumerate(rows):
             parts, left = data["parts"][f"{tag}, {row[3]}"], 0.0
+            # The Triton kernels find the cut while they compact.
+            alone = [parts.get(stage, 0.0) for stage in STAGES]
             # A stage by itself includes the start of a graph; the whole step says how much of the sum that is.
-            shrink = parts["all"] / sum(parts.get(s, 0.0) for s in STAGES)
-            for stage, colour in zip(STAGES, COLOURS, strict=True):
-                # The Triton kernels find the cut while they compact.
-                took = parts.get(stage, 0.0) * shrink
-                axis.barh(y, took, left=left, color=colour, height=0.68, label=stage if y == 0 else None)
-                left += took
+            shrink = parts["all"] / sum(alone)
+            for stage, colour, took in zip(STAGES, COLOURS, alone, strict=True):
+                axis.barh(y, took * shrink, left=left, color=colour, height=0.68, label=stage if y == 0 else None)
+                left += took * shrink
             axis.plot([row[8]] * 2, [y - 0.36, y + 0.36], color="black", linewidth=1.3)
         axis.axvline(rows[0][5], color=GREY, linewidth=1.2, linestyle=(0, (4, 2)))
         axis.set_yticks(range(len(rows)), [WAYS[r[3]] for r in rows])

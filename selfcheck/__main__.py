@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import _thread
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -152,16 +152,20 @@ def hear_every_interrupt() -> None:
     """Raise a KeyboardInterrupt again that Python had to drop.
 
     One that arrives inside a ``__del__`` or a callback of the garbage collector (Hypothesis has one) cannot leave it:
-    Python reports it as unraisable and goes on. An alarm a moment later raises it where it can.
+    Python reports it as unraisable and goes on. A moment later it can be raised where the work is.
     """
+
+    def interrupt_again() -> None:
+        time.sleep(0.01)
+        _thread.interrupt_main()
 
     def report(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            # Not a threading.Thread: the collector may have stopped the work inside one of its locks.
+            _thread.start_new_thread(interrupt_again, ())
         else:
             sys.__unraisablehook__(unraisable)
 
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
     sys.unraisablehook = report
 
 
