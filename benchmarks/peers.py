@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from selfcheck.files import write_atomic
-from selfcheck.subjects import load
+from selfcheck.harness.files import write_atomic
+from selfcheck.inputs.subjects import load
 
 HERE = Path(__file__).parent
 PROMPT, NEXT, TEXTS = 960, 64, 6

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 import qaxis
-from qaxis import canonical
-from qaxis.ranking import allowed_keys
+from qaxis.arithmetic import reference as canonical
+from qaxis.attention.selection import allowed_keys
 
 
 def everything(q: torch.Tensor, k: torch.Tensor, budget: qaxis.Budget, allowed: torch.Tensor) -> torch.Tensor:

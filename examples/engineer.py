@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import qaxis
-from selfcheck.subjects import load_model
+from selfcheck.inputs.subjects import load_model
 
 PROMPT = "In 1969 two people walked on the Moon for the first time. Their names were"
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 import qaxis
-from selfcheck.files import write_atomic
-from selfcheck.subjects import load
+from selfcheck.harness.files import write_atomic
+from selfcheck.inputs.subjects import load
 
 
 @click.command()

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 import qaxis
-from selfcheck import evidence
-from selfcheck.files import ROOT
-from selfcheck.subjects import documents, load_model, texts_of
+from selfcheck.harness import evidence
+from selfcheck.harness.files import ROOT
+from selfcheck.inputs.subjects import documents, load_model, texts_of
 
 
 @click.command()

@@ -6,8 +6,8 @@ import sys
 
 import matplotlib.pyplot as plt
 
-from selfcheck import evidence
-from selfcheck.files import SelfcheckError
+from selfcheck.harness import evidence
+from selfcheck.harness.files import SelfcheckError
 
 from . import entropy, formats, inversions, memory, retrieval, selector, stages, survivors
 from .style import RC, save

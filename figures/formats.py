@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from selfcheck import seal
+from selfcheck.harness import seal
 
 from .style import BLUE, GREEN, GREY, ORANGE, WIDTH
 

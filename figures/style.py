@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from selfcheck.files import ROOT, write_atomic
+from selfcheck.harness.files import ROOT, write_atomic
 
 matplotlib.use("Agg")
 #: Okabe and Ito's palette, distinguishable with colour-vision deficiency

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from selfcheck import evidence
-from selfcheck.files import ROOT, SelfcheckError, write_atomic
+from selfcheck.harness import evidence
+from selfcheck.harness.files import ROOT, SelfcheckError, write_atomic
 
 from . import numbers
 

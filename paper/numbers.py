@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from selfcheck import evidence, seal
-from selfcheck.files import ROOT
+from selfcheck.harness import evidence, seal
+from selfcheck.harness.files import ROOT
 
 PLATFORMS = ("NumPy", "PyTorch CPU", "PyTorch CUDA", "Triton interpreter", "Triton GPU")
 #: decimals by claim.value, and by how its name begins

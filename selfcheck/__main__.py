@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from . import evidence, seal
-from .files import ROOT, SelfcheckError
+from .harness import evidence, seal
+from .harness.files import ROOT, SelfcheckError
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 
@@ -81,7 +81,7 @@ def golden_command() -> None:
     import json
 
     from .checks.golden import GOLDEN, make_golden
-    from .files import write_atomic
+    from .harness.files import write_atomic
 
     write_atomic(GOLDEN, (json.dumps(make_golden(), indent=1, sort_keys=True) + "\n").encode())
     console.print(f"wrote {GOLDEN.relative_to(ROOT)}; seal it with `nox -s seal`")
@@ -106,8 +106,8 @@ def run(quick: bool, only: tuple[str, ...], model: str | None, corpus: str | Non
     console.print("seal intact; importing torch and transformers ...")
     import torch
 
-    from .claim import Context, NotRunError
-    from .run import destination, gpu_destination, merge, run_claim
+    from .harness.claim import Context, NotRunError
+    from .harness.run import destination, gpu_destination, merge, run_claim
 
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise SelfcheckError(f"--device={device!r}: allowed is cpu, or cuda where torch sees a GPU")

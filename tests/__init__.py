@@ -1,3 +1,3 @@
-"""Loaded first: it chooses Triton's interpreter where there is no GPU, before transformers loads Triton without it."""
+"""What is not a claim: bad input, layouts, tampering, mutants."""
 
-import selfcheck.checks  # noqa: F401
+import qaxis  # noqa: F401  before anything loads transformers: it chooses Triton's interpreter

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfcheck.files import ROOT
+from selfcheck.harness.files import ROOT
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from selfcheck.files import ROOT, write_atomic
+from selfcheck.harness.files import ROOT, write_atomic
 
 COPIED = ("src", "selfcheck", "figures", "paper", "tests", "constraints.txt", "pyproject.toml", "noxfile.py")
 TABLE = ROOT / "tests/MUTANTS.md"

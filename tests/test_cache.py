@@ -9,9 +9,9 @@ import torch
 from transformers import Gemma3TextConfig, GenerationConfig, LlamaConfig, MistralConfig
 
 import qaxis
-from qaxis.cache import FORMATS, Format
-from qaxis.growing import Growing
-from qaxis.quantization import Grid, dequantize, pack, quantize, scale_of, unpack
+from qaxis.storage.buffer import Growing
+from qaxis.storage.formats import FORMATS, Format
+from qaxis.storage.grid import Grid, dequantize, pack, quantize, scale_of, unpack
 
 GRIDS = [Grid(b, per, 128 if per == "channel" else 64, zero) for b in range(2, 9) for per in ("channel", "token")
          for zero in ((False, True) if b < 8 else (False,))]  # fmt: skip
@@ -95,7 +95,7 @@ def test_cropping_into_a_group_keeps_its_values(llama):
     cache.crop(-100)
     after = cache.layers[0].dequantized()
     assert all(torch.equal(a[:, :, :156], b) for a, b in zip(before, after, strict=True))
-    assert cache.layers[0].sides[0].parts["tail"].length == 28
+    assert cache.layers[0].sides[0].parts["newest"].length == 28
     for wrong in (5, -1000):
         with pytest.raises(ValueError, match="tokens_to_remove"):
             cache.layers[0].crop(wrong)
@@ -146,8 +146,8 @@ def test_generate_with_beams_batches_and_every_format(llama):
 
 
 def test_streaming_protocol_is_what_token_by_token_gives(llama):
-    from selfcheck.schemes import of_format
-    from selfcheck.streaming import streaming
+    from selfcheck.rivals.schemes import of_format
+    from selfcheck.rivals.streaming import streaming
 
     ids = torch.randint(0, 97, (1, 300), generator=torch.Generator().manual_seed(2))
     for name, form in FORMATS.items():
@@ -253,9 +253,10 @@ def test_save_and_load(llama, name, tmp_path):
 @pytest.mark.parametrize("values", [Grid(8, "token", 64), Grid(8, "channel", 128)], ids=["per-token", "per-channel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_read_the_codes_and_give_the_bits_of_the_dequantised_cache(values, dtype):
-    from qaxis import kernels, kernels_quantized
-    from qaxis.ranking import causal_mask
-    from qaxis.sides import Side
+    from qaxis.attention import triton as kernels
+    from qaxis.attention.selection import causal_mask
+    from qaxis.storage import triton as storage
+    from qaxis.storage.side import Side
 
     g = torch.Generator().manual_seed(0)
     for dim, n, sinks in ((32, 1, 4), (64, 100, 4), (80, 128, 0), (64, 300, 4), (128, 517, 4), (96, 259, 0)):
@@ -268,25 +269,26 @@ def test_kernels_read_the_codes_and_give_the_bits_of_the_dequantised_cache(value
                 side.prepare(x[:, :, start : start + 97])()
         keys, vals = (side.stored() for side in sides)
         plain_k, plain_v = keys.dequantized(), vals.dequantized()
-        assert kernels_quantized.readable(keys, vals) and keys.shape == plain_k.shape
-        assert torch.equal(kernels_quantized.dequantized(keys), plain_k)
-        assert torch.equal(kernels_quantized.dequantized(vals), plain_v)
-        assert torch.equal(kernels_quantized.scores(q, keys), kernels.scores(q, plain_k))
-        allowed, budget = causal_mask(m, n, "cpu"), qaxis.Budget(0.2, 10)
-        indices = kernels_quantized.topk_indices(q, keys, budget, allowed)
-        assert torch.equal(indices, kernels.topk_indices(q, plain_k, budget, allowed))
-        out = kernels_quantized.attend(q, keys, vals, indices, dim**-0.5)
+        assert storage.readable(keys, vals) and keys.shape == plain_k.shape
+        assert torch.equal(storage.dequantized(keys), plain_k)
+        assert torch.equal(storage.dequantized(vals), plain_v)
+        assert torch.equal(kernels.scores(q, keys), kernels.scores(q, plain_k))
+        allowed = causal_mask(m, n, "cpu")
+        k_eff = qaxis.Budget(0.2, 10).of(allowed)
+        indices = kernels.choose(q, keys, allowed, k_eff)
+        assert torch.equal(indices, kernels.choose(q, plain_k, allowed, k_eff))
+        out = kernels.attend(q, keys, vals, indices, dim**-0.5)
         assert torch.equal(out, kernels.attend(q, plain_k, plain_v, indices, dim**-0.5))
 
 
 def test_the_model_reads_the_codes_without_a_dequantised_copy(llama, monkeypatch):
-    from qaxis import sides
+    from qaxis.storage import side
 
     ids = torch.randint(0, 97, (1, 140), generator=torch.Generator().manual_seed(1))
     plain = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     copies = []
-    honest = sides.Stored.dequantized
-    monkeypatch.setattr(sides.Stored, "dequantized", lambda self: copies.append(1) or honest(self))
+    honest = side.Stored.dequantized
+    monkeypatch.setattr(side.Stored, "dequantized", lambda self: copies.append(1) or honest(self))
     results = []
     for backend in ("reference", "triton"):
         copies.clear()

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import qaxis
-from qaxis.certified import Decoder, Tuning, bounds, index_keys
-from qaxis.ranking import canonical_scores
+from qaxis import canonical_scores
+from qaxis.arithmetic import fast_scores as bounds
+from qaxis.decode import index_keys
+from qaxis.decode.triton_step import Decoder, Tuning
 
 
 def bell(*shape: int, seed: int = 0) -> torch.Tensor:

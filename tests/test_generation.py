@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import qaxis
-from qaxis.ranking import causal_mask
+from qaxis.attention.selection import causal_mask
 
 
 def prompt(n=90, batch=1):
@@ -104,12 +104,14 @@ def test_sinks_and_recent_keys_are_kept_inside_the_budget(llama, options):
 
 
 def test_kept_keys_leave_the_rest_to_the_ranking():
-    from qaxis.kept import indices_with_kept
+    from qaxis.attention import backend
+    from qaxis.attention.always import Always
 
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 6, 16, generator=g), torch.randn(2, 2, 50, 16, generator=g)
     allowed = causal_mask(6, 50, "cpu")
-    got = [indices_with_kept(q, k, qaxis.Budget(0, 12), allowed, 2, 3, b) for b in ("reference", "triton")]
+    k_eff = qaxis.Budget(0, 12).of(allowed)
+    got = [backend.select(q, k, allowed, k_eff, backend=b, always=Always(2, 3)) for b in ("reference", "triton")]
     assert torch.equal(*got)
     score = qaxis.canonical_scores(q, k)
     for i in range(6):
@@ -156,12 +158,12 @@ def test_falling_back_is_counted_and_strict_mode_raises(llama):
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_compiled_decode_step_gives_the_same_bits_and_leaves_attention_alone(llama, monkeypatch, compiler):
-    import qaxis.integration
+    from qaxis.models import attention
 
     traced = []
-    plain_attend = qaxis.integration._attend
+    plain_attend = attention.attend
     monkeypatch.setattr(
-        qaxis.integration, "_attend", lambda *a: traced.append(torch.compiler.is_compiling()) or plain_attend(*a)
+        attention, "attend", lambda *a: traced.append(torch.compiler.is_compiling()) or plain_attend(*a)
     )
     ids = prompt(40)
     with qaxis.sparse(llama, 8), torch.inference_mode():

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from paper import numbers
-from selfcheck import evidence, seal, subjects
-from selfcheck.claim import Context
-from selfcheck.files import ROOT, SelfcheckError, write_atomic
-from selfcheck.run import destination
+from selfcheck.harness import evidence, seal
+from selfcheck.harness.claim import Context
+from selfcheck.harness.files import ROOT, SelfcheckError, write_atomic
+from selfcheck.harness.run import destination
+from selfcheck.inputs import subjects
 
 PINNED = {kind: s["sha256"] for kind, s in seal.subjects().items()}
 
@@ -85,7 +86,7 @@ def test_missing_extra_and_unreadable_sealed_files_are_named(tree):
 
 
 def test_every_claim_names_a_check_and_files_that_exist():
-    from selfcheck.run import find_check
+    from selfcheck.harness.run import find_check
 
     for claim in seal.claims():
         assert callable(find_check(claim["check"]))

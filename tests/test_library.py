@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qaxis
-from qaxis import canonical
-from qaxis.rounding import order_error_bound
+from qaxis.arithmetic import reference as canonical
+from qaxis.arithmetic.rounding import order_error_bound
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -73,7 +73,7 @@ def test_scaling_by_a_power_of_two_changes_no_index():
 
 
 def test_split_of_the_work_changes_no_bit():
-    from qaxis import kernels
+    from qaxis.attention import triton as kernels
 
     q, k, v = tensors(n=300)
     index = qaxis.topk_indices(q, k, 290)

@@ -132,9 +132,11 @@ def test_models_that_add_a_bias_to_scores_are_refused(config, bias):
 
 
 def test_selection_mode_stays_within_its_stated_bound():
-    from qaxis.integration import Settings, _masked
-    from qaxis.ranking import causal_mask
-    from qaxis.rounding import selection_output_bound
+    from qaxis.arithmetic.rounding import selection_output_bound
+    from qaxis.attention.logits import Logits
+    from qaxis.attention.selection import causal_mask
+    from qaxis.models.attention import masked
+    from qaxis.models.settings import Settings
 
     for i, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):
         for size in (0.2, 1.0, 3.0):
@@ -143,7 +145,7 @@ def test_selection_mode_stays_within_its_stated_bound():
             k, v = torch.randn(2, 1, 2, 90, 64, generator=g).to(dtype)
             budget = qaxis.Budget(0.1, 20)
             exact = qaxis.topk_attention(q, k, v, budget, backend="reference").output
-            fast, _ = _masked(q, k, v, causal_mask(90, 90, "cpu"), 64**-0.5, Settings(budget), None, None)
+            fast, _ = masked(q, k, v, causal_mask(90, 90, "cpu"), Logits(64**-0.5), Settings(budget))
             worst = float((exact.double() - fast.double()).abs().max())
             bound = selection_output_bound(q, k, v, 64**-0.5, 20)
             assert 0 < worst <= bound and (dtype != torch.float32 or bound < 1e-2)

@@ -10,11 +10,11 @@ import torch
 from transformers import LlamaConfig
 
 import qaxis
-from qaxis.cache import FORMATS
-from qaxis.ranking import causal_mask
+from qaxis.attention.selection import causal_mask
+from qaxis.storage.formats import FORMATS
 
-from ..claim import Context, NotRunError, Result, value
-from ..seeded import DTYPES, KINDS, make
+from ..harness.claim import Context, NotRunError, Result, value
+from ..inputs.seeded import DTYPES, KINDS, make
 
 #: (batch, heads, kv heads, queries, keys, head_dim)
 SHAPES = (
@@ -124,14 +124,15 @@ def int8_twin(context: Context) -> Result:
 
 def _codes_give_the_same(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Kernels on the stored codes, sinks and open group included, against kernels on the dequantised tensors."""
-    from qaxis import kernels, kernels_quantized
+    from qaxis.attention import triton as kernels
 
     cache = qaxis.Int8Cache(LlamaConfig(num_hidden_layers=1))
     cache.update(k, v, 0)
     keys, values = (side.stored() for side in cache.layers[0].sides)  # type: ignore[union-attr]
-    allowed, budget, scale = causal_mask(q.shape[2], k.shape[2], q.device), qaxis.Budget(0.1, 20), q.shape[3] ** -0.5
-    indices = kernels_quantized.topk_indices(q, keys, budget, allowed)
-    out = kernels_quantized.attend(q, keys, values, indices, scale)
+    allowed, scale = causal_mask(q.shape[2], k.shape[2], q.device), q.shape[3] ** -0.5
+    k_eff = qaxis.Budget(0.1, 20).of(allowed)
+    indices = kernels.choose(q, keys, allowed, k_eff)
+    out = kernels.attend(q, keys, values, indices, scale)
     k, v = keys.dequantized(), values.dequantized()
-    same = torch.equal(indices, kernels.topk_indices(q, k, budget, allowed))
+    same = torch.equal(indices, kernels.choose(q, k, allowed, k_eff))
     return same and torch.equal(out, kernels.attend(q, k, v, indices, scale))

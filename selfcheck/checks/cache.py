@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import qaxis
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 
 
 def int8_bytes(context: Context) -> Result:

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 import qaxis
-from qaxis import native
-from qaxis.certified import Decoder, KeyIndex, index_cache, index_keys
-from qaxis.quantization import Grid
-from qaxis.rounding import product_error_bound
-from qaxis.sides import Side, Stored
+from qaxis import decode
+from qaxis.arithmetic.rounding import product_error_bound
+from qaxis.decode import KeyIndex, index_cache, index_keys
+from qaxis.decode.triton_step import Decoder
+from qaxis.storage.grid import Grid
+from qaxis.storage.side import Side, Stored
 
-from .. import approximate_decoding
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
+from ..rivals import approximate_decoding
 
 WAYS = ("keys", "codes", "cache")
 #: the two implementations of the step
-BOTH: dict[str, Callable[..., Any]] = {"Triton": Decoder, "CUDA": native.Decoder}
+BOTH: dict[str, Callable[..., Any]] = {"Triton": Decoder, "CUDA": decode.Decoder}
 KINDS = (
     "normal", "equal keys", "near ties", "ties at the edge", "wide range", "outlier channel", "outlier key",
     "coarse steps", "half steps", "one direction", "zero query", "tiny",

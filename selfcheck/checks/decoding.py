@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 import qaxis
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 
 STEPS = 25
 #: layers, hidden size, head_dim, intermediate size: Llama shapes with random weights, 32 query and 8 KV heads

@@ -9,7 +9,7 @@ import transformers as tf
 
 import qaxis
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 
 TOKENS = 60
 SMALL: dict[str, Any] = {

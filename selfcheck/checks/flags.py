@@ -13,8 +13,8 @@ import torch
 
 import qaxis
 
-from ..claim import Context, Result, value
-from ..files import ROOT
+from ..harness.claim import Context, Result, value
+from ..harness.files import ROOT
 
 USES = ("prompt", "padded batch", "generate", "static cache", "assisted")
 OPTIONS: dict[str, dict[str, Any]] = {

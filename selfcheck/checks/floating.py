@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings, target
 from hypothesis import strategies as st
 
 import qaxis
-from qaxis import canonical
-from qaxis.rounding import order_error_bound
+from qaxis.arithmetic import reference as canonical
+from qaxis.arithmetic.rounding import order_error_bound
 
-from ..claim import Context, NotRunError, Result, value
-from ..seeded import DTYPES, bell, integers
-from ..selectors import other_scores, selecting
+from ..harness.claim import Context, NotRunError, Result, value
+from ..inputs.seeded import DTYPES, bell, integers
+from ..rivals.selectors import other_scores, selecting
 
 DIMS = (2, 16, 64, 128, 256)
 #: what the terms of a score do: mixed signs, all positive, sum far below its terms, many magnitudes

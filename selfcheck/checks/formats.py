@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 import qaxis
-from qaxis.cache import FORMATS, Format
-from qaxis.quantization import Grid
+from qaxis.storage.formats import FORMATS, Format
+from qaxis.storage.grid import Grid
 
-from ..claim import Context, Result, value
-from ..schemes import Scheme, before_rope, hadamard, of_format, per_channel, per_token
-from ..streaming import streaming
+from ..harness.claim import Context, Result, value
+from ..rivals.schemes import Scheme, before_rope, hadamard, of_format, per_channel, per_token
+from ..rivals.streaming import streaming
 
 #: (upper end of the interval of the perplexity change in per cent, ratio of bytes) that a format has to meet
 TARGETS = {"int8": (0.05, 0.5078125), "int6": (0.3, 0.40), "int4": (1.0, 0.29)}

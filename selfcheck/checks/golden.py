@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 import qaxis
-from qaxis import canonical
-from qaxis.attention import reference_attend
+from qaxis.arithmetic import reference as canonical
+from qaxis.attention import reference
+from qaxis.attention.logits import Logits
 
-from .. import witness
-from ..claim import Context, NotRunError, Result, value
-from ..files import ROOT
-from ..seeded import DTYPES, KINDS, make
+from ..harness.claim import Context, NotRunError, Result, value
+from ..harness.files import ROOT
+from ..inputs import witness
+from ..inputs.seeded import DTYPES, KINDS, make
 
 GOLDEN = ROOT / "selfcheck/golden.json"
 DIMS = (32, 64, 80, 96, 128, 256)
@@ -63,7 +64,7 @@ def stages(qkv: tuple[torch.Tensor, ...], budget: qaxis.Budget, backend: str) ->
     result = qaxis.topk_attention(q, k, v, budget, backend=backend)
     last = result.indices[:, :, -1:].clamp(min=0)
     if backend == "triton":
-        from qaxis import kernels
+        from qaxis.attention import triton as kernels
 
         score = kernels.scores(q[:, :, -1:], k, last)
     else:
@@ -177,7 +178,7 @@ def _gpu(context: Context) -> None:
 
 def splits(context: Context) -> Result:
     """Block sizes, warps, batch place and key order change no bit; decode and chunks are rows of prefill."""
-    from qaxis import kernels
+    from qaxis.attention import triton as kernels
 
     _gpu(context)
     wrong: list[str] = []
@@ -259,7 +260,7 @@ def real_tensors(context: Context) -> Result:
 
 def exp2_exhaustive(context: Context) -> Result:
     """Every float32 in [-150, 128]: distance from the correctly rounded 2^t, and Triton against PyTorch."""
-    from qaxis import kernels
+    from qaxis.arithmetic.triton import exp2_of
 
     _gpu(context)
     worst = differ = total = 0
@@ -274,7 +275,7 @@ def exp2_exhaustive(context: Context) -> Result:
         # Positive floats: the distance in ulp is the distance of the bit patterns.
         gap = (ours.view(torch.int32).to(torch.int64) - right.view(torch.int32).to(torch.int64)).abs()
         worst = max(worst, int(gap.max()))
-        differ += int((kernels.exp2(t).view(torch.int32) != ours.view(torch.int32)).sum())
+        differ += int((exp2_of(t).view(torch.int32) != ours.view(torch.int32)).sum())
         total += t.numel()
     values = {
         "worst": value(worst, "ulp", n=total), "inputs": value(total, "inputs", n=total),
@@ -286,7 +287,7 @@ def exp2_exhaustive(context: Context) -> Result:
 
 def ablation(context: Context) -> Result:
     """Turn each rule off and count the output elements that then differ between two correct computations."""
-    from qaxis import kernels
+    from qaxis.attention import triton as kernels
 
     _gpu(context)
     q, k, v = make("normal", (2, 8, 2, 4, 4096, 128), torch.float32, 77)
@@ -302,8 +303,8 @@ def ablation(context: Context) -> Result:
     def count(rule: str, compared: str, a: torch.Tensor, b: torch.Tensor) -> None:
         rows.append([rule, compared, int((a.cpu() != b.cpu()).sum()), a.numel()])
 
-    reference = reference_attend(q, k, v, index, 128**-0.5)
-    count("all rules on", "PyTorch CPU, Triton GPU", reference, kernels.attend(gq, gk, gv, gindex, 128**-0.5))
+    by_pytorch = reference.attend(q, k, v, index, Logits(128**-0.5))
+    count("all rules on", "PyTorch CPU, Triton GPU", by_pytorch, kernels.attend(gq, gk, gv, gindex, 128**-0.5))
     count(
         "contraction allowed (scores)",
         "Triton GPU, fused or not",

@@ -6,9 +6,10 @@ import itertools
 
 import torch
 
-from qaxis.native import Decoder, emulator
+from qaxis.cuda import emulator
+from qaxis.decode import Decoder
 
-from ..claim import Context, NotRunError, Result
+from ..harness.claim import Context, NotRunError, Result
 from .certified import KINDS, attacked
 
 

@@ -7,10 +7,10 @@ import itertools
 import torch
 
 import qaxis
-from qaxis.native import emulator
+from qaxis.cuda import emulator
 from qaxis.prefill import prefill_attention, selected_positions
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 from .certified import KINDS, attack
 
 #: largest difference from canonical outputs, over the largest value, that the tensor cores' sums are allowed

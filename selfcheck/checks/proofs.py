@@ -8,8 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ..claim import Context, NotRunError, Result, value
-from ..files import ROOT
+from ..harness.claim import Context, NotRunError, Result, value
+from ..harness.files import ROOT
 
 SOURCE = ROOT / "paper/proofs/QueryAxis.v"
 #: what Coq's own real numbers rest on; anything else would be an axiom of ours

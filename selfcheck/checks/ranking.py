@@ -6,7 +6,7 @@ import torch
 
 import qaxis
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 from .floating import brute_top
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 import qaxis
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 
 LENGTHS = (512, 2048, 8000)
 #: prompts a cell

@@ -8,7 +8,7 @@ import numpy as np
 
 import qaxis
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 
 
 def entropy(context: Context) -> Result:

@@ -12,9 +12,9 @@ import torch
 from transformers import DynamicCache
 
 import qaxis
-from qaxis.cache import FORMATS
+from qaxis.storage.formats import FORMATS
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 
 FULL = "bfloat16"
 CACHES = (FULL, *FORMATS)

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 
 import qaxis
-from qaxis import certified, native
-from qaxis.certified import KeyIndex
+from qaxis.decode import Decoder, KeyIndex
+from qaxis.decode.cuda import NativeStep, step_for
+from qaxis.decode.triton_step import Decoder as TritonDecoder
 from qaxis.prefill import prefill_attention, selected_positions
-from qaxis.sides import Stored
+from qaxis.storage.side import Stored
 
-from .. import approximate_decoding
-from ..claim import Context, NotRunError, Result, value
+from ..harness.claim import Context, NotRunError, Result, value
+from ..rivals import approximate_decoding
 from .certified import ways
 
 if torch.cuda.is_available():
-    from .. import dense_decoding
-    from ..graph_timing import capture, microseconds
+    from ..harness.timing import capture, microseconds
+    from ..rivals import dense_decoding
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 #: batch, N, k; bfloat16
@@ -92,7 +93,7 @@ def _timed(
         exact = expected
         if isinstance(keys, Stored):
             exact = qaxis.topk_attention(q, keys.dequantized(), vals.dequantized(), wanted)
-        decoder, other = (c.Decoder(batch, HEADS, n, DIM, wanted, "cuda") for c in (native, certified))
+        decoder, other = (make(batch, HEADS, n, DIM, wanted, "cuda") for make in (Decoder, TritonDecoder))
         step = decoder(q, keys, vals, index)
         same = torch.equal(step.indices, exact.indices) and torch.equal(step.output, exact.output)
         rescored = float(step.rescored.float().sum(-1).mean())
@@ -131,13 +132,13 @@ def _approximate(
 
 
 def _stages(
-    fast: native.NativeStep | None, slow: certified.Decoder, q: torch.Tensor, keys: Any, values: Any, index: KeyIndex
+    fast: NativeStep | None, slow: TritonDecoder, q: torch.Tensor, keys: Any, values: Any, index: KeyIndex
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """What of a step can be repeated by itself, and of choose.cu ("rest") the share of each stage, by its own clock."""
     batch, heads = q.shape[:2]
     scale = q.shape[3] ** -0.5
     if fast is not None:
-        profiled = native.step_for(q, keys, values, index, fast.wanted, profile=True)
+        profiled = step_for(q, keys, values, index, fast.wanted, profile=True)
         assert profiled is not None
         for _ in range(3):
             profiled.score(q, keys, index)
@@ -158,7 +159,7 @@ def _stages(
         "compact": lambda: slow.compact(q, keys.shape[1], index, start, end),
         "rescore": lambda: slow.rescore(q, keys),
         "choose": lambda: slow.choose(batch, heads),
-        "attend": lambda: slow.attend(indices, score, values, scale, heads // keys.shape[1]),
+        "attend": lambda: slow.attend(indices, score, values, scale),
     }, {}
 
 

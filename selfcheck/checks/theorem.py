@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import qaxis
 
-from ..claim import Context, Result, value
+from ..harness.claim import Context, Result, value
 
 Vector = list[Fraction]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from .attention import TopKAttention, topk_attention
+from .arithmetic import interpreter as _interpreter  # noqa: F401  first: chosen before transformers loads Triton
+from .attention.api import TopKAttention, canonical_scores, topk_attention, topk_indices, unit_query
 from .budget import Budget
-from .cache import Int8Cache
-from .entropy import EntropyScaling, attention_entropy, fit_entropy_scaling
-from .integration import disable, enable, sparse
-from .observing import observe_attention
-from .perplexity import PerplexityChange, paired_change, perplexity, token_losses
-from .ranking import canonical_scores, topk_indices, unit_query
-from .recording import Recording, record
+from .measures.entropy import EntropyScaling, attention_entropy, fit_entropy_scaling
+from .measures.perplexity import PerplexityChange, paired_change, perplexity, token_losses
+from .models.cache import Int8Cache
+from .models.enable import disable, enable, sparse
+from .models.observing import observe_attention
+from .models.recording import Recording, record
 
 __version__ = "0.1.0"
 

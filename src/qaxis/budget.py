@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from .validation import require
+from .validation import is_integer, require
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,16 @@ class Budget:
     def __post_init__(self) -> None:
         ok = isinstance(self.coverage, (int, float)) and not isinstance(self.coverage, bool)
         require(ok and 0 <= self.coverage <= 1, "coverage", self.coverage, "a number in [0, 1]")
-        ok = isinstance(self.minimum, int) and not isinstance(self.minimum, bool)
-        require(ok and self.minimum >= 1, "minimum", self.minimum, "an integer of at least 1")
+        require(is_integer(self.minimum) and self.minimum >= 1, "minimum", self.minimum, "an integer of at least 1")
 
     def k_eff(self, n: int) -> int:
         """Number of keys kept out of ``n``."""
-        require(isinstance(n, int) and n >= 1, "n", n, "an integer of at least 1")
+        require(is_integer(n) and n >= 1, "n", n, "an integer of at least 1")
         return int(self.table(n)[n])
+
+    def of(self, allowed: torch.Tensor) -> torch.Tensor:
+        """``k_eff`` of every query of a mask ``allowed [..., N]`` of the keys it sees, int64 ``[...]``."""
+        return self.table(allowed.shape[-1], allowed.device)[allowed.sum(-1)]
 
     def table(self, n_max: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """``k_eff`` of every n from 0 to ``n_max`` as int64 ``[n_max + 1]`` on ``device``; ``k_eff(0)`` is 0."""
@@ -64,7 +67,6 @@ def as_budget(budget: Budget | int, n: int | None = None) -> Budget:
     """
     if isinstance(budget, Budget):
         return budget
-    ok = isinstance(budget, int) and not isinstance(budget, bool)
     allowed = "a qaxis.Budget or an integer of at least 1" if n is None else f"a qaxis.Budget or an integer in 1..{n}"
-    require(ok and budget >= 1 and (n is None or budget <= n), "budget", budget, allowed)
+    require(is_integer(budget) and budget >= 1 and (n is None or budget <= n), "budget", budget, allowed)
     return Budget(coverage=0.0, minimum=int(budget))

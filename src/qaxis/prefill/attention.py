@@ -14,24 +14,21 @@ from typing import NamedTuple
 
 import torch
 
-from .. import kernels
+from ..arithmetic import fast_scores
+from ..arithmetic.reference import next_power_of_two
+from ..arithmetic.triton import INTERPRETED, triton
 from ..budget import Budget, as_budget
-from ..canonical import next_power_of_two
-from ..certified import bounds
-from ..certified.index import UPWARD, index_keys
-from ..native.compiler import in_16_bytes, units
+from ..cuda.compiler import in_16_bytes, units
+from ..decode.index import UPWARD, index_keys
 from ..validation import check_form, check_scale, require
-from . import selector
-from .kernels import (
+from . import cuda
+from .triton import (
     prefill_attend_kernel,
     prefill_band_kernel,
     prefill_cut_kernel,
     prefill_scores_kernel,
     prefill_wide_band_kernel,
-    triton,
 )
-
-INTERPRETED = kernels.INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def prefill_attention(
     all_band = torch.zeros(batch, heads, m, dtype=torch.int32, device=q.device) if selection else None
     room = batch * heads * chunk
     # Steps of the 15-bit score between the fast score and the canonical, either way: half a step is rounding.
-    off = bounds.UNITS / 2 * bounds.rounding(dim) * 1.02 + 0.51
+    off = fast_scores.UNITS / 2 * fast_scores.rounding(dim) * 1.02 + 0.51
     error = math.ceil(2 * off)
     padded = triton.cdiv(n, 256) * 256
 
@@ -149,7 +146,7 @@ def prefill_attention(
             CAUSAL=causal, QUERIES=t.queries, KEYS=t.keys, LOOP=t.loop, STAGES=t.stages, DIM=dim_padded,
             WIDE=INTERPRETED, num_warps=t.warps,
         )  # fmt: skip
-        fast_way = None if backend == "triton" else selector.row_selector(q, k, visible, t.capacity, t.listed)
+        fast_way = None if backend == "triton" else cuda.row_selector(q, k, visible, t.capacity, t.listed)
         if fast_way is not None:
             kernel, thousands, warps, shared = fast_way
             each, words = in_16_bytes(q), thousands * 32

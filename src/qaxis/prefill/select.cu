@@ -7,7 +7,7 @@
 //
 // Loops are rolled: unrolled over scores in registers, this was held by the instruction cache.
 //
-// native/compiler.py puts common.cuh before this and defines, besides what is said there: GROUP (query heads of a key head),
+// cuda/compiler.py puts canonical.cuh before this and defines, besides what is said there: GROUP (query heads of a key head),
 // CAPACITY (of the list), SLACK (scores between the two sides that are few enough to list), WARPS.
 
 constexpr int LANES = DIM / E, COLUMNS = 32 / LANES, DEEP = 4, EACH = CAPACITY / 32;

@@ -1,0 +1,1 @@
+"""What runs the claims: the seal over the files, the run, the evidence it leaves."""

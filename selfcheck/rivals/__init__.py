@@ -1,0 +1,1 @@
+"""Other ways to select, quantise and decode, short and for comparison only."""

@@ -1,0 +1,55 @@
+"""Fast scores: quicker than the canonical ones, and how far from them they can be.
+
+In a kernel a fast score is kept as a 16-bit integer ``floor(s * UNITS / range) + 2^15`` where ``range`` is at least
+``|q| max|k|``, so every key of a row has one error bound and one comparison decides. The bound has three parts:
+
+* ``rounding``: the matrix product and the canonical tree. Each of the D additions of a product, whichever order a
+  tensor core takes and whether it rounds or truncates, loses at most ``2^-21`` of ``sum |q_d k_d| <= |q||k|``
+  (a float32 accumulator with one bit fewer than it has, twice over), and the tree loses less than 32 such parts.
+* ``residual``: what the codes of a key leave out, by Cauchy-Schwarz ``|q| max|k - code|``; 0 if the codes are the
+  cache.
+* ``split``: the query, scaled by a group's scales, as two 8-bit parts leaves ``largest / (127 * 254 * 2)`` a channel,
+  against codes of at most 128.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+
+#: integers of the 16-bit score between 0 and the largest possible score
+UNITS = 32700.0
+#: a row whose range is outside these is scored canonically throughout
+SMALLEST, LARGEST = 1e-20, 1e37
+#: what two 8-bit parts of a query leave out, times the largest code: per channel and unit of the largest scaled query
+SPLIT = 128 / (127 * 254 * 2) * 1.02
+
+
+def rounding(dim: int) -> float:
+    """Relative error of a fast score against the canonical, of ``|q| max|k|``."""
+    return (dim + 32) * 2.0**-21
+
+
+def product_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Scores by matrix product, float32 ``[B, H, M, N]``, within ``rounding.product_error_bound`` of the canonical.
+
+    Where partial sums could leave float32 the bound says nothing: there the canonical scores are
+    computed, and refused if they overflow.
+    """
+    batch, heads, m, dim = q.shape
+    largest = float(
+        torch.linalg.vector_norm(q.double(), dim=-1).amax() * torch.linalg.vector_norm(k.double(), dim=-1).amax()
+    )
+    if largest > 1e38:
+        out = reference.scores(q, k)
+        reference.check_scores(out)
+        return out
+    # TF32 or bf16 products, if the caller enabled them globally, would break the bound.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        grouped = q.reshape(batch, k.shape[1], -1, dim)
+        return torch.matmul(grouped, k.transpose(-1, -2)).reshape(batch, heads, m, k.shape[2])
+    finally:
+        torch.set_float32_matmul_precision(precision)

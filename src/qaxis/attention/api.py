@@ -1,0 +1,125 @@
+"""The public calls on tensors: the query axis, its scores, the exact top-k along it, attention over them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..arithmetic import reference as canonical
+from ..budget import Budget, as_budget
+from ..validation import check_finite, check_form, check_qkv, check_scale
+from . import backend as door
+from .logits import Logits
+from .selection import allowed_keys
+
+
+class TopKAttention(NamedTuple):
+    """Result of :func:`topk_attention`."""
+
+    #: ``[B, H, M, Dv]`` in the dtype of the queries
+    output: torch.Tensor
+    #: int64 ``[B, H, M, k_eff]``, ascending positions, padded with -1
+    indices: torch.Tensor
+
+
+def unit_query(q: torch.Tensor) -> torch.Tensor:
+    """The query axis ``u_Q = q / |q|`` of Theorem 1, over the last dimension.
+
+    Args:
+        q: float32, float16 or bfloat16 ``[..., D]``.
+
+    Returns:
+        float32 ``[..., D]``, each row of unit length up to rounding.
+
+    Raises:
+        ValueError: if a row is zero (it has no axis), or on NaN, Inf or another dtype.
+    """
+    check_form("q", q)
+    check_finite(q=q)
+    wide = q.float()
+    # Dividing by the largest magnitude first keeps the squares from over- and underflowing.
+    largest = wide.abs().amax(dim=-1, keepdim=True)
+    zero = largest[..., 0] == 0
+    if bool(zero.any()):
+        where = tuple(zero.nonzero()[0].tolist())
+        raise ValueError(f"q[{where}]=0: allowed is a non-zero query, a zero vector has no axis")
+    wide = wide / largest
+    return wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+
+
+def canonical_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Raw scores <q, k> in canonical arithmetic (``qaxis.arithmetic``, rules 1 and 2).
+
+    Args:
+        q: ``[B, H, M, D]``; float32, float16 or bfloat16.
+        k: ``[B, Hkv, N, D]``, same dtype and device; H a multiple of Hkv (GQA).
+
+    Returns:
+        float32 ``[B, H, M, N]``, no softmax scale applied.
+
+    Raises:
+        ValueError: on mismatched shapes, dtypes or devices, NaN or Inf, or scores that overflow.
+    """
+    check_qkv(q, k)
+    out = canonical.scores(q, k)
+    canonical.check_scores(out)
+    return out
+
+
+def topk_indices(
+    q: torch.Tensor, k: torch.Tensor, budget: Budget | int, *, causal: bool = True, backend: str = "auto"
+) -> torch.Tensor:
+    """Positions of the k_eff keys that score highest along each query's axis (Theorem 1).
+
+    Args:
+        q: ``[B, H, M, D]``; float32, float16 or bfloat16. A zero query ties all keys: lowest positions win.
+        k: ``[B, Hkv, N, D]``, same dtype and device; H a multiple of Hkv (GQA).
+        budget: a :class:`~qaxis.Budget`, or an int in 1..N.
+        causal: if True the queries are the last M of the N positions and see no later key.
+        backend: ``"reference"`` (PyTorch, any device), ``"triton"`` or ``"auto"``.
+
+    Returns:
+        int64 ``[B, H, M, k_eff]``, ascending; rows with a smaller budget end in -1. The set is that of
+        the canonical scores, ties going to the lower position, whichever backend computed it.
+
+    Raises:
+        ValueError: naming the argument, on anything outside the above.
+    """
+    check_qkv(q, k, causal=causal)
+    door.check_backend(backend)
+    allowed = allowed_keys(q, k, causal)
+    k_eff = as_budget(budget, k.shape[2]).of(allowed)
+    return door.select(q, k, allowed, k_eff, backend=backend)
+
+
+def topk_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    budget: Budget | int,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    backend: str = "auto",
+) -> TopKAttention:
+    """Softmax attention over the k_eff keys that score highest along each query's axis.
+
+    Args:
+        q: ``[B, H, M, D]``; float32, float16 or bfloat16.
+        k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. Same dtype and device; H a multiple of Hkv (GQA).
+        budget: a :class:`~qaxis.Budget`, or an int in 1..N.
+        scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``. It cannot change the selection.
+        causal: if True the queries are the last M of the N positions and see no later key.
+        backend: ``"reference"``, ``"triton"`` or ``"auto"``. All return the same bits.
+
+    Raises:
+        ValueError: naming the argument, on anything outside the above.
+    """
+    check_qkv(q, k, v, causal=causal)
+    door.check_backend(backend)
+    logits = Logits(check_scale(scale, q.shape[-1]))
+    allowed = allowed_keys(q, k, causal)
+    k_eff = as_budget(budget, k.shape[2]).of(allowed)
+    indices = door.select(q, k, allowed, k_eff, backend=backend)
+    return TopKAttention(door.attend(q, k, v, indices, logits, backend=backend), indices)

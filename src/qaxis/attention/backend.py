@@ -1,0 +1,87 @@
+"""The one door between what attention means and what computes it: selection and attention, on any backend.
+
+Every backend gives the same bits. Keys and values are tensors or caches; what a backend cannot read as it is stored is
+dequantised first.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ..storage.side import Stored
+from ..validation import require
+from . import reference, selection
+from .always import NONE, Always, choose_beside
+from .logits import Logits
+
+BACKENDS = ("auto", "reference", "triton")
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a name that is no backend's."""
+    require(backend in BACKENDS, "backend", backend, "'auto', 'reference' or 'triton'")
+
+
+def runs_on_triton(backend: str, device: torch.device) -> bool:
+    """Whether kernels compute it: ``"auto"`` is Triton for tensors on a GPU, the reference elsewhere."""
+    return backend == "triton" or (backend == "auto" and device.type == "cuda")
+
+
+def _as_tensor(x: torch.Tensor | Stored) -> torch.Tensor:
+    return dequantized(x) if isinstance(x, Stored) else x
+
+
+def dequantized(x: Stored) -> torch.Tensor:
+    """All tokens ``[B, Hkv, N, D]`` in the model's dtype; on a GPU 8 bits take one kernel, of the same bits."""
+    if x.device.type == "cuda":
+        # Triton exists for Linux only: without a GPU nothing here needs it.
+        from ..storage import triton as kernels
+
+        if kernels.readable(x):
+            return kernels.dequantized(x)
+    return x.dequantized()
+
+
+def select(
+    q: torch.Tensor, keys: torch.Tensor | Stored, allowed: torch.Tensor, k_eff: torch.Tensor,
+    *, backend: str = "auto", always: Always = NONE,
+) -> torch.Tensor:  # fmt: skip
+    """Positions of the ``k_eff`` best of the ``allowed`` keys of every query, int64 ``[B, H, M, width]``.
+
+    Args:
+        q: ``[B, H, M, D]``. keys: ``[B, Hkv, N, D]``.
+        allowed: bool, ``[B|1, H|1, M|1, N]``; keys a query may see.
+        k_eff: int64, broadcastable to ``[B, H, M]``; how many of them it keeps.
+        always: keys that are kept in any case; they count towards k_eff.
+
+    Returns:
+        ascending positions, padded with -1.
+    """
+    if runs_on_triton(backend, q.device):
+        from ..storage.triton import readable
+        from . import triton as kernels
+
+        choose = partial(kernels.choose, keys=keys if readable(keys) else _as_tensor(keys))
+    else:
+        choose = partial(selection.choose, k=_as_tensor(keys))
+    if always == NONE:
+        return choose(q, allowed=allowed, k_eff=k_eff)
+    return choose_beside(lambda q, allowed, k_eff: choose(q, allowed=allowed, k_eff=k_eff), q, allowed, k_eff, always)
+
+
+def attend(
+    q: torch.Tensor, keys: torch.Tensor | Stored, values: torch.Tensor | Stored, indices: torch.Tensor, logits: Logits,
+    *, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype."""
+    # Soft caps and sinks have no kernel of their own: PyTorch computes them on every device, with the same bits.
+    if logits.plain and runs_on_triton(backend, q.device):
+        from ..storage.triton import readable
+        from . import triton as kernels
+
+        if not readable(keys, values):
+            keys, values = _as_tensor(keys), _as_tensor(values)
+        return kernels.attend(q, keys, values, indices, logits.scale)
+    return reference.attend(q, _as_tensor(keys), _as_tensor(values), indices, logits)

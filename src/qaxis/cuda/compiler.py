@@ -1,0 +1,87 @@
+"""Compiles CUDA C++ at first use, by the NVRTC that CUDA builds of torch carry; without a GPU, for emulated.hpp."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..arithmetic import fast_scores
+from ..arithmetic.reference import EXP2_COEFFICIENTS, ROUND_MAGIC
+from . import emulator
+
+log = logging.getLogger(__name__)
+HARDWARE = Path(__file__).with_name("hardware.cuh")
+CANONICAL = Path(__file__).parent.parent / "arithmetic" / "canonical.cuh"
+#: as ELEM in canonical.cuh
+ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: bytes of shared memory that a program may have
+SHARED_LIMIT = 227 * 1024
+
+
+def runs_on(device: torch.device, capability: tuple[int, int]) -> bool:
+    """Whether kernels that need this compute capability run there; on a CPU they are emulated."""
+    if device.type == "cpu":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= capability
+
+
+def in_16_bytes(x: torch.Tensor) -> int:
+    """Numbers of the kernels' dtype in one load; E in canonical.cuh."""
+    return 4 if x.dtype == torch.float32 else 8
+
+
+def readable(each: int, dims: tuple[int, ...], *tensors: torch.Tensor | None) -> bool:
+    """Whether 2 to 32 lanes share a row of every one of ``dims`` numbers, and all tensors are read by whole loads."""
+    if not all(dim & (dim - 1) == 0 and 2 * each <= dim <= 32 * each for dim in dims):
+        return False
+    return all(
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(s % each == 0 and s // each < 1 << 31 for s in x.stride()[:3])
+        for x in tensors
+        if x is not None and x.numel()
+    )
+
+
+def units(x: torch.Tensor, each: int) -> list[int]:
+    """Strides in loads of ``each`` numbers, as the kernels take them."""
+    return [s // each for s in x.stride()[:3]]
+
+
+def literal(x: float) -> str:
+    """``x`` as a float32 literal of C++, exactly."""
+    return f"{float.hex(x)}f"
+
+
+def defines(**constants: int) -> list[str]:
+    """Macros of one variant, as options of the compiler."""
+    fixed = {f"C{7 - i}": literal(c) for i, c in enumerate(EXP2_COEFFICIENTS)}
+    fixed |= {"MAGIC": literal(ROUND_MAGIC), "UNITS": literal(fast_scores.UNITS)}
+    fixed |= {"SMALLEST": f"{fast_scores.SMALLEST}f", "LARGEST": f"{fast_scores.LARGEST}f"}
+    fixed |= {name.upper(): str(x) for name, x in constants.items()}
+    return [f"-D{name}={x}" for name, x in fixed.items()]
+
+
+@lru_cache(maxsize=256)
+def compiled(file: Path, name: str, dynamic: int, device: torch.device, **constants: int) -> Any:
+    """Kernel ``name`` of ``file``, called as ``kernel(grid, block, args, shared_mem)``, that at most ``dynamic``.
+
+    None, with the reason logged, if it cannot be compiled.
+    """
+    try:
+        if device.type == "cpu":
+            return emulator.compiled(CANONICAL.read_text("utf-8") + file.read_text("utf-8"), name, defines(**constants))
+        text = "".join(part.read_text("utf-8") for part in (HARDWARE, CANONICAL, file))
+        # 177: a constant that the kernel at hand does not use.
+        options = ["--std=c++17", "-default-device", "-diag-suppress=177", *defines(**constants)]
+        with torch.cuda.device(device):
+            kernel = torch.cuda._compile_kernel(text, name, nvcc_options=options)
+            kernel.set_shared_memory_config(dynamic)
+        return kernel
+    except (AttributeError, OSError, RuntimeError) as error:
+        log.warning("%s cannot be used, the slower Triton kernels are: %s", file.name, error)
+        return None

@@ -1,0 +1,101 @@
+// Canonical scores of all keys, at the speed at which they can be read.
+//
+// compiler.py puts hardware.cuh and canonical.cuh before this and defines, besides what is said there: GROUP (query heads of a
+// key head), SUB (neighbours whose best is kept).
+
+constexpr int HEADS = pow2(GROUP), LANES = DIM / E, COLUMNS = 32 / LANES;
+constexpr int LOADS = HEADS >= 8 ? 2 : HEADS == 4 ? 4 : 8, SUMS = HEADS * LOADS, STEP = LOADS * COLUMNS;  // keys at a time
+constexpr int TILE = STEP > 32 ? STEP : 32, STAGES = 16 / LOADS, LEFT = SUMS > LANES ? SUMS / LANES : 1;
+
+// Words [rows, padded] and the best of every SUB neighbours. A warp takes TILE keys, STEP at a time, for all heads of a
+// group. The loop is not unrolled: its instructions would not fit into the cache that holds them.
+extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
+    const void* q, const void* k, int* word, int* best, int heads, int kv_heads, int n, int padded,
+    int q_b, int q_h, int k_b, int k_h, int k_n) {
+    const int lane = threadIdx.x % 32, part = lane % LANES, column = lane / LANES;
+    const int b = blockIdx.y / kv_heads, g = blockIdx.y % kv_heads;
+    // Heads lie in the slots where tree_over_lanes wants them; loads do not, so that the lanes of a key read one row.
+    const int first = first_sum<SUMS, LANES>(lane), first_head = first / LOADS;
+    const bool mine = writes_sum<SUMS, LANES>(lane);
+    float query[HEADS][E];
+#pragma unroll
+    for (int slot = 0; slot < HEADS; slot++) {
+#pragma unroll
+        for (int e = 0; e < E; e++) query[slot][e] = 0.0f;
+        const int h = slot ^ first_head;
+        if (h < GROUP) load_query(q, (i64)b * q_b + (i64)(g * GROUP + h) * q_h, part, query[slot]);
+    }
+    const char* keys = (const char*)k + (((i64)b * k_b + (i64)g * k_h) + part) * 16;
+    const int bytes = k_n * 16, warps = gridDim.x * (blockDim.x / 32);
+    const i64 policy = read_once();
+    __shared__ uint4 ring[4][STAGES][LOADS][32];
+    auto& mine_of = ring[threadIdx.x / 32];
+    auto key_of = [&](int step) {  // the first of a step: steps of a tile follow each other
+        const int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 + step / (TILE / STEP) * warps;
+        return tile * TILE + step % (TILE / STEP) * STEP;
+    };
+    auto fetch = [&](int step) {
+        const int j = key_of(step) + column;
+#pragma unroll
+        for (int u = 0; u < LOADS; u++)
+            request16(&mine_of[step % STAGES][u][lane], keys + (i64)min(j + u * COLUMNS, n - 1) * bytes, policy);
+        end_request();
+    };
+    int j = key_of(0), highest[LEFT];
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) fetch(step);
+#pragma unroll 1
+    for (int step = 0; j < padded; step++) {
+        fetch(step + STAGES - 1);
+        await<STAGES - 1>();
+        uint4 now[LOADS];
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) now[u] = mine_of[step % STAGES][u][lane];
+        float sum[SUMS];
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) {
+            float x[E];
+            widen(now[u], x);
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) {
+                float product[E];
+#pragma unroll
+                for (int e = 0; e < E; e++) product[e] = __fmul_rn(query[h][e], x[e]);
+                tree<E>(product);
+                sum[h * LOADS + u] = product[0];
+            }
+        }
+        tree_over_lanes<SUMS, LANES, log2i(HEADS)>(sum, lane);
+        const bool opens = SUB <= STEP || j % SUB == 0, closes = SUB <= STEP || (j + STEP) % SUB == 0;
+#pragma unroll
+        for (int i = 0; i < LEFT; i++) {
+            const int h = (first + i) / LOADS, c = (first + i) % LOADS * COLUMNS + column;
+            const int w = j + c < n ? word_of(sum[i]) : NONE;
+            if (mine && h < GROUP) word[((i64)b * heads + g * GROUP + h) * padded + j + c] = w;
+            highest[i] = opens ? w : max(highest[i], w);
+        }
+        if (closes) {
+            // A key's number is its load's, then its place in the load: bits that lie in the lane or in `first`.
+#pragma unroll
+            for (int bit = 0; (1 << bit) < SUB && (1 << bit) < STEP; bit++) {
+                const int low = bit - log2i(COLUMNS), s = log2i(SUMS) - 1 - low;
+                int other[LEFT];
+#pragma unroll
+                for (int i = 0; i < LEFT; i++) {
+                    if (bit < log2i(COLUMNS)) other[i] = __shfl_xor_sync(ALL, highest[i], LANES << bit);
+                    else if (low < log2i(LEFT)) other[i] = highest[i ^ (1 << low)];
+                    else other[i] = __shfl_xor_sync(ALL, highest[i], 1 << s);
+                }
+#pragma unroll
+                for (int i = 0; i < LEFT; i++) highest[i] = max(highest[i], other[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < LEFT; i++) {
+                const int h = (first + i) / LOADS, c = (first + i) % LOADS * COLUMNS + column;
+                if (mine && h < GROUP && c % SUB == 0)
+                    best[(((i64)b * heads + g * GROUP + h) * padded + j + c) / SUB] = highest[i];
+            }
+        }
+        j = key_of(step + 1);
+    }
+}

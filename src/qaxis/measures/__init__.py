@@ -1,0 +1,1 @@
+"""What is measured of a model: attention entropy and its scaling, perplexity and its change."""

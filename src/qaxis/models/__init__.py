@@ -1,0 +1,1 @@
+"""qaxis in transformers: the only package that knows that library."""
