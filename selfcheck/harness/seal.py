@@ -84,4 +84,4 @@ def verify(root: Path = ROOT) -> None:
 def digests_of(claim: dict[str, Any], root: Path = ROOT) -> dict[str, str]:
     """Current digests of the files a claim's evidence depends on, as ``{path: SHA-256}``."""
     sealed = set(expand(SEALED, root))
-    return {name: sha256(root / name) for name in expand(claim["depends"], root) if name in sealed}
+    return {name: sha256(root / name) for name in expand(claim.get("depends", []), root) if name in sealed}

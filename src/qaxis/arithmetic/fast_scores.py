@@ -22,6 +22,8 @@ from . import reference
 UNITS = 32700.0
 #: a row whose range is outside these is scored canonically throughout
 SMALLEST, LARGEST = 1e-20, 1e37
+#: bounds are stored a little too large, so that their own rounding cannot make them too small
+UPWARD = 1 + 2.0**-10
 #: what two 8-bit parts of a query leave out, times the largest code: per channel and unit of the largest scaled query
 SPLIT = 128 / (127 * 254 * 2) * 1.02
 
@@ -29,6 +31,13 @@ SPLIT = 128 / (127 * 254 * 2) * 1.02
 def rounding(dim: int) -> float:
     """Relative error of a fast score against the canonical, of ``|q| max|k|``."""
     return (dim + 32) * 2.0**-21
+
+
+def largest_norm(x: torch.Tensor) -> torch.Tensor:
+    """Upper bound on the length of the vectors ``[B, Hkv, n, D]`` of a head, float32 ``[B, Hkv]``."""
+    if x.shape[2] == 0:
+        return torch.zeros(x.shape[:2], device=x.device)
+    return (torch.linalg.vector_norm(x.double(), dim=-1).amax(-1) * UPWARD).float()
 
 
 def product_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arithmetic.fast_scores import UPWARD, largest_norm
 from ..arithmetic.reference import power_of_two
 from ..storage.grid import Grid
 from ..storage.side import Side, Stored
-
-#: bounds are stored a little too large, so that their own rounding cannot make them too small
-UPWARD = 1 + 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,6 @@ class KeyIndex:
     codes: Stored | None = None
 
 
-def _largest_norm(x: torch.Tensor) -> torch.Tensor:
-    """Upper bound on the length of the vectors ``[B, Hkv, n, D]`` of a head, float32 ``[B, Hkv]``."""
-    if x.shape[2] == 0:
-        return torch.zeros(x.shape[:2], device=x.device)
-    return (torch.linalg.vector_norm(x.double(), dim=-1).amax(-1) * UPWARD).float()
-
-
 def _steps(stored: Stored) -> torch.Tensor:
     if stored.scales.shape[2] == 0:
         return torch.zeros(*stored.scales.shape[:2], stored.dim, device=stored.scales.device)
@@ -46,7 +37,7 @@ def _steps(stored: Stored) -> torch.Tensor:
 
 def index_keys(k: torch.Tensor, *, codes: bool = False) -> KeyIndex:
     """Index of keys ``k [B, Hkv, N, D]``; with ``codes`` it holds half of a bfloat16 key more, and scores faster."""
-    norm = _largest_norm(k)
+    norm = largest_norm(k)
     zero = torch.zeros_like(norm)
     if not codes:
         return KeyIndex(norm, zero, torch.zeros(*norm.shape, k.shape[3], device=k.device))
@@ -59,17 +50,17 @@ def index_keys(k: torch.Tensor, *, codes: bool = False) -> KeyIndex:
     for start in range(0, whole, 1 << 14):
         part = slice(start, min(start + (1 << 14), whole))
         left_out = k[:, :, part].float() - _whole(stored, part)
-        residual = torch.maximum(residual, _largest_norm(left_out))
+        residual = torch.maximum(residual, largest_norm(left_out))
     return KeyIndex((norm + residual) * UPWARD, residual, _steps(stored), stored)
 
 
 def index_cache(stored: Stored) -> KeyIndex:
     """Index of keys that are an 8-bit cache themselves: the codes are the keys, nothing is left out."""
     n = stored.codes.shape[2]
-    norm = torch.maximum(_largest_norm(stored.first), _largest_norm(stored.newest if stored.newest is not None
+    norm = torch.maximum(largest_norm(stored.first), largest_norm(stored.newest if stored.newest is not None
                                                                    else stored.first))  # fmt: skip
     for start in range(0, n, 1 << 14):
-        norm = torch.maximum(norm, _largest_norm(_whole(stored, slice(start, min(start + (1 << 14), n)))))
+        norm = torch.maximum(norm, largest_norm(_whole(stored, slice(start, min(start + (1 << 14), n)))))
     return KeyIndex(norm, torch.zeros_like(norm), _steps(stored), stored)
 
 

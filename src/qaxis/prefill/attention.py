@@ -19,7 +19,6 @@ from ..arithmetic.reference import next_power_of_two
 from ..arithmetic.triton import INTERPRETED, triton
 from ..budget import Budget, as_budget
 from ..cuda.compiler import in_16_bytes, units
-from ..decode.index import UPWARD, index_keys
 from ..validation import check_form, check_scale, require
 from . import cuda
 from .triton import (
@@ -199,8 +198,8 @@ def selected_positions(bits: torch.Tensor) -> torch.Tensor:
 def _longest(k: torch.Tensor) -> torch.Tensor:
     """Upper bound on the length of the keys of every head, float32 ``[B, Hkv]``; 0 where it is too small to be told."""
     if k.dtype == torch.float32:
-        return index_keys(k).norm
-    norm = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(-1) * UPWARD
+        return fast_scores.largest_norm(k)
+    norm = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(-1) * fast_scores.UPWARD
     # Squares below float32's smallest are lost: no matter beside a longer key.
     return torch.where(norm > 1e-15, norm, 0.0)
 
