@@ -1,0 +1,64 @@
+"""Without a GPU: who imports qaxis first has Triton's interpreter chosen, who imported Triton first is told so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from selfcheck.harness.files import ROOT
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
+
+USES = {
+    "prefill": "from qaxis.prefill import prefill_attention\nout = prefill_attention(q.expand(-1, -1, 4, -1), k, k, 9)[0]",
+    "decode": "from qaxis.decode import Decoder, index_keys\nout = Decoder(1, 2, 50, 48, 9, 'cpu')(q, k, k, index_keys(k))[0]",
+    "attention": "out = qaxis.topk_attention(q, k, k, 9, backend='triton').output",
+}  # fmt: skip
+CODE = """
+{first}
+import torch, qaxis
+g = torch.Generator().manual_seed(0)
+q, k = torch.randn(1, 2, 1, 48, generator=g), torch.randn(1, 2, 50, 48, generator=g)
+{use}
+exact = qaxis.topk_attention(q, k, k, 9).output
+assert torch.allclose(out[:, :, -1:], exact, atol=1e-5), "another result"
+"""
+
+
+def run(use: str, first: str, **environment: str) -> tuple[int, str]:
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE.format(first=first, use=USES[use])],
+        env={**env, **environment, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_qaxis_first_and_nothing_in_the_environment(use):
+    code, said = run(use, "")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("value", ["1", "true", "on", "yes"])
+def test_the_variable_is_read_as_triton_reads_it(value):
+    code, said = run("prefill", "import triton", TRITON_INTERPRET=value)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("first", ["import triton", "from transformers import LlamaForCausalLM"])
+def test_triton_first_is_one_clear_sentence(use, first):
+    code, said = run(use, first)
+    assert code == 1 and said.startswith("RuntimeError: triton was imported before its interpreter was chosen")
+    assert "import qaxis before triton and transformers" in said
+
+
+@pytest.mark.parametrize("use", ["prefill", "attention"])
+def test_an_interpreter_that_was_turned_off_is_named(use):
+    code, said = run(use, "", TRITON_INTERPRET="0")
+    assert code == 1 and said.startswith("ValueError: q.device='cpu'") and "TRITON_INTERPRET" in said
