@@ -50,7 +50,11 @@ CACHE, QUANTIZATION, KERNELS_QUANTIZED = (
 )
 DIRECT = CACHE + "test_kernels_read_the_codes_and_give_the_bits_of_the_dequantised_cache"
 GENERATION, WINDOW = "test_generation.py::", "test_families.py::test_selection_stays_inside_the_window"
-MODELS, ALWAYS, RECORDING = "src/qaxis/models/attention.py", "src/qaxis/attention/always.py", "src/qaxis/models/recording.py"
+MODELS, ALWAYS, RECORDING = (
+    "src/qaxis/models/attention.py",
+    "src/qaxis/attention/always.py",
+    "src/qaxis/models/recording.py",
+)
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"

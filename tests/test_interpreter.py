@@ -14,10 +14,10 @@ from selfcheck.harness.files import ROOT
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
 
 USES = {
-    "prefill": "from qaxis.prefill import prefill_attention\nout = prefill_attention(q.expand(-1, -1, 4, -1), k, k, 9)[0]",
-    "decode": "from qaxis.decode import Decoder, index_keys\nout = Decoder(1, 2, 50, 48, 9, 'cpu')(q, k, k, index_keys(k))[0]",
+    "prefill": "import qaxis.prefill\nout = qaxis.prefill.prefill_attention(q.expand(-1, -1, 4, -1), k, k, 9)[0]",
+    "decode": "import qaxis.decode as d\nout = d.Decoder(1, 2, 50, 48, 9, 'cpu')(q, k, k, d.index_keys(k))[0]",
     "attention": "out = qaxis.topk_attention(q, k, k, 9, backend='triton').output",
-}  # fmt: skip
+}
 CODE = """
 {first}
 import torch, qaxis
@@ -50,7 +50,13 @@ def test_the_variable_is_read_as_triton_reads_it(value):
     assert code == 0, said
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("first", ["import triton", "import transformers.models.llama.modeling_llama"])
+def test_kernels_that_call_nothing_of_tritons_run_in_any_order(first):
+    code, said = run("attention", first)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("use", ["prefill", "decode"])
 @pytest.mark.parametrize("first", ["import triton", "from transformers import LlamaForCausalLM"])
 def test_triton_first_is_one_clear_sentence(use, first):
     code, said = run(use, first)

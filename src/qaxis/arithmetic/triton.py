@@ -21,7 +21,7 @@ __all__ = [
 
 #: whether kernels run in Triton's interpreter, on a CPU; Triton reads TRITON_INTERPRET when a kernel is defined
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-#: Triton's own functions were defined for a GPU before its interpreter was chosen: kernels that call them cannot run
+#: Triton's own functions (tl.sum and others) were defined for a GPU, before its interpreter was chosen
 LOADED_TOO_EARLY = INTERPRETED and isinstance(tl.sum, triton.JITFunction)
 
 _C7, _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(c) for c in EXP2_COEFFICIENTS)
@@ -110,14 +110,14 @@ def log2(n: int) -> int:
     return n.bit_length() - 1
 
 
-def check_device(name: str, x: torch.Tensor) -> None:
-    """Whether kernels run where ``x`` is.
+def check_device(name: str, x: torch.Tensor, *, calls_library: bool = False) -> None:
+    """Check that kernels run where ``x`` is; ``calls_library``: kernels that call Triton's own functions.
 
     Raises:
         ValueError: for a tensor on a GPU while kernels are interpreted, or the reverse.
-        RuntimeError: if Triton was loaded before its interpreter was chosen.
+        RuntimeError: if Triton's own functions were defined before its interpreter was chosen.
     """
-    if LOADED_TOO_EARLY:
+    if calls_library and LOADED_TOO_EARLY:
         raise RuntimeError(
             "triton was imported before its interpreter was chosen, which this machine without a GPU needs: "
             "import qaxis before triton and transformers, or set TRITON_INTERPRET=1 in the environment"
