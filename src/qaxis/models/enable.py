@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..attention.always import Always
 from ..attention.backend import check_backend
+from ..budget import Budget
 from ..validation import is_integer, require
 from . import attention as _registered  # noqa: F401  registers the implementation that enable() names
 from .settings import (
@@ -99,37 +100,17 @@ def enable(
         ValueError: for a model without such attention, one that adds a bias to its scores (ALiBi, relative
             positions), or an argument out of range.
     """
-    require(exactness in EXACTNESS, "exactness", exactness, f"one of {EXACTNESS}")
-    check_backend(backend)
-    for name, n in (("first_dense", first_dense), ("sinks", sinks), ("recent", recent)):
-        require(is_integer(n) and n >= 0, name, n, "an integer of at least 0")
-    bias = _score_bias(model.config.get_text_config())
-    require(
-        bias is None, "model", type(model).__name__,
-        f"a model whose logits are positive multiples of <q, k>; it adds {bias}, which differs between keys, so that "
-        "the order of <q, k> is no longer the order of the logits (paper, section 2)",
-    )  # fmt: skip
+    _check_model(model)
     modules = attention_modules(model)
-    require(bool(modules), "model", type(model).__name__, "a model with attention layers behind AttentionInterface")
+    always = Always(sinks, recent)
+    _check_options(exactness, backend, first_dense, always)
     check_layers(budget, len(modules))
     settings = []
     for module in modules:
         chosen = layer_budget(budget, int(module.layer_idx), first_dense)  # type: ignore[arg-type]
-        require(
-            chosen is None or chosen.minimum >= sinks + recent, "sinks + recent", sinks + recent,
-            f"at most the budget's minimum {chosen.minimum if chosen else 0}: kept keys count towards k_eff",
-        )  # fmt: skip
-        settings.append(Settings(chosen, exactness, backend, Always(sinks, recent), strict))
-    previous = model.config._attn_implementation
-    if previous != NAME:
-        model.set_attn_implementation(NAME)
-        require(
-            model.config._attn_implementation == NAME,
-            "model",
-            type(model).__name__,
-            "a model that lets its attention implementation be set",
-        )
-        model.__dict__[_PREVIOUS] = _Previous(previous)
+        _check_room(chosen, always)
+        settings.append(Settings(chosen, exactness, backend, always, strict))
+    _switch_on(model)
     _remove_hooks(model)
     for module, each in zip(modules, settings, strict=True):
         set_settings(module, each)
@@ -137,6 +118,44 @@ def enable(
         kept = model.__dict__.setdefault(_PREVIOUS, _Previous(NAME))
         kept.hooks = [module.register_forward_hook(_Strict(module)) for module in modules]
     return model
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not positive multiples of <q, k>, or whose attention cannot be replaced."""
+    bias = _score_bias(model.config.get_text_config())
+    require(
+        bias is None, "model", type(model).__name__,
+        f"a model whose logits are positive multiples of <q, k>; it adds {bias}, which differs between keys, so that "
+        "the order of <q, k> is no longer the order of the logits (paper, section 2)",
+    )  # fmt: skip
+    known = bool(attention_modules(model))
+    require(known, "model", type(model).__name__, "a model with attention layers behind AttentionInterface")
+
+
+def _check_options(exactness: str, backend: str, first_dense: int, always: Always) -> None:
+    require(exactness in EXACTNESS, "exactness", exactness, f"one of {EXACTNESS}")
+    check_backend(backend)
+    for name, n in (("first_dense", first_dense), *always._asdict().items()):
+        require(is_integer(n) and n >= 0, name, n, "an integer of at least 0")
+
+
+def _check_room(budget: Budget | None, always: Always) -> None:
+    """Refuse a budget that does not hold what is always kept."""
+    total = always.sinks + always.recent
+    require(
+        budget is None or budget.minimum >= total, "sinks + recent", total,
+        f"at most the budget's minimum {budget.minimum if budget else 0}: kept keys count towards k_eff",
+    )  # fmt: skip
+
+
+def _switch_on(model: PreTrainedModel) -> None:
+    """Let transformers call qaxis, and remember what it called before."""
+    previous = model.config._attn_implementation
+    if previous != NAME:
+        model.set_attn_implementation(NAME)
+        done = model.config._attn_implementation == NAME
+        require(done, "model", type(model).__name__, "a model that lets its attention implementation be set")
+        model.__dict__[_PREVIOUS] = _Previous(previous)
 
 
 def _remove_hooks(model: PreTrainedModel) -> None:

@@ -100,6 +100,51 @@ def _measure(call: Call, record: LayerRecord) -> None:
         record.everything_calls += int(bool((call.kept == allowed).all()))
 
 
+class _Recorder:
+    """Fills a :class:`Recording` from the calls of one model and from hooks on it."""
+
+    def __init__(self, model: PreTrainedModel, masks: bool) -> None:
+        self.recording, self.masks = Recording(), masks
+        self.modules = attention_modules(model)
+        self.seen = {id(m): calls_of(m) for m in self.modules}
+        self.started = self.spent = 0.0
+
+    def see(self, call: Call) -> None:
+        """Measure one attention call; the time that takes is not the model's."""
+        if id(call.module) not in self.seen:
+            return
+        begun = time.perf_counter()
+        with torch.no_grad():
+            layer = self.recording.layers.setdefault(call.layer, LayerRecord())
+            _measure(call, layer)
+            if self.masks:
+                kept = call.allowed if call.kept is None else call.kept
+                layer.masks.append(kept.expand(*call.query.shape[:3], call.key.shape[2]).clone())
+        self.spent += time.perf_counter() - begun
+
+    def before(self, module: Any, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        if isinstance(ids, torch.Tensor):
+            self.recording.tokens += ids.shape[0] * ids.shape[1]
+            _synchronize(ids)
+        self.spent, self.started = 0.0, time.perf_counter()
+
+    def after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        _synchronize(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        self.recording.seconds += time.perf_counter() - self.started - self.spent
+
+    def around(self, module: Any, args: Any, output: Any) -> None:
+        calls = calls_of(module)
+        self.recording.fallbacks += calls == self.seen[id(module)]
+        self.seen[id(module)] = calls
+
+
+def _synchronize(x: torch.Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
 @contextmanager
 def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording]:
     """Record every forward pass of a model on which qaxis is enabled, without changing a bit of its output.
@@ -116,57 +161,16 @@ def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording
     """
     enabled = model.config._attn_implementation == NAME
     require(enabled, "model", type(model).__name__, "a model with qaxis enabled (qaxis.enable or qaxis.sparse)")
-    modules = attention_modules(model)
-    seen = {id(m): calls_of(m) for m in modules}
-    recording = Recording()
-    started, spent = 0.0, 0.0
-
-    def see(call: Call) -> None:
-        nonlocal spent
-        if id(call.module) not in seen:
-            return
-        begun = time.perf_counter()
-        with torch.no_grad():
-            layer = recording.layers.setdefault(call.layer, LayerRecord())
-            _measure(call, layer)
-            if masks:
-                kept = call.allowed if call.kept is None else call.kept
-                layer.masks.append(kept.expand(*call.query.shape[:3], call.key.shape[2]).clone())
-        spent += time.perf_counter() - begun
-
-    def synchronize(x: torch.Tensor) -> None:
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        nonlocal started, spent
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        if isinstance(ids, torch.Tensor):
-            recording.tokens += ids.shape[0] * ids.shape[1]
-            synchronize(ids)
-        spent, started = 0.0, time.perf_counter()
-
-    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        synchronize(hidden)
-        recording.seconds += time.perf_counter() - started - spent
-
-    def around(module: Any, args: Any, output: Any) -> None:
-        calls = calls_of(module)
-        recording.fallbacks += calls == seen[id(module)]
-        seen[id(module)] = calls
-
-    decoder = model.get_decoder()
+    recorder, decoder = _Recorder(model, masks), model.get_decoder()
     hooks = [
-        decoder.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.register_forward_hook(after, with_kwargs=True),
-        *(m.register_forward_hook(around) for m in modules),
+        decoder.register_forward_pre_hook(recorder.before, with_kwargs=True),
+        decoder.register_forward_hook(recorder.after, with_kwargs=True),
+        *(m.register_forward_hook(recorder.around) for m in recorder.modules),
     ]
-    recorders.append(see)
+    recorders.append(recorder.see)
     try:
-        yield recording
+        yield recorder.recording
     finally:
-        recorders.remove(see)
+        recorders.remove(recorder.see)
         for hook in hooks:
             hook.remove()
