@@ -99,7 +99,7 @@ def measured(context: Context, model: Any, plan: list[tuple[int, str]]) -> Resul
             "rows": value(rows, "rows"),
             "wrong": value(wrong, "rows", n=rows),
             "longest": value(max(tokens for tokens, _ in plan), "tokens"),
-        },  # fmt: skip
+        },
         cases=rows,
         data={"failures": failures},
         checks=[f"{call}, {tokens} tokens" for tokens, call in plan],
