@@ -5,6 +5,7 @@ from __future__ import annotations
 import qaxis
 
 from ..harness.claim import Context, Result, value
+from .changes import as_value, in_words
 
 
 def int8_bytes(context: Context) -> Result:
@@ -19,7 +20,13 @@ def int8_bytes(context: Context) -> Result:
     # Below one byte a number something is not stored; above the published ratio the claim fails. The four tokens
     # kept in full weigh more in the quick profile's short windows.
     most = 0.515 if context.quick else 0.5078125
-    return Result(0.5 < ratio <= most, "counted from storage", headline, values, runs.cache_elements)
+    return Result(
+        passed=0.5 < ratio <= most,
+        verdict="counted from storage",
+        headline=headline,
+        values=values,
+        cases=runs.cache_elements,
+    )
 
 
 def int8_perplexity(context: Context) -> Result:
@@ -28,11 +35,15 @@ def int8_perplexity(context: Context) -> Result:
     change = qaxis.paired_change(runs.dense, runs.cached["int8"], seed=context.seed)
     canary = qaxis.paired_change(runs.dense[:2], runs.cached["canary"], seed=context.seed)
     values = {
-        "change": value(change.percent, "%", n=change.texts, low=change.low, high=change.high),
+        "change": as_value(change),
         "dense_perplexity": value(change.base, "", n=change.tokens),
         "int8_perplexity": value(change.changed, "", n=change.tokens),
-        "canary": value(canary.percent, "%", n=canary.texts, low=canary.low, high=canary.high),
+        "canary": as_value(canary),
     }
-    headline = f"{change.percent:+.3f} % [{change.low:+.3f}, {change.high:+.3f}] over {change.texts} texts"
-    passed = change.high <= 0.714 and canary.percent > 10 and change.percent != 0
-    return Result(passed, f"canary (2 bits) {canary.percent:+.0f} %", headline, values, change.tokens)
+    return Result(
+        passed=change.high <= 0.714 and canary.percent > 10 and change.percent != 0,
+        verdict=f"canary (2 bits) {canary.percent:+.0f} %",
+        headline=f"{in_words(change)} over {change.texts} texts",
+        values=values,
+        cases=change.tokens,
+    )

@@ -13,7 +13,7 @@ import qaxis
 from qaxis import decode
 from qaxis.arithmetic.rounding import product_error_bound
 from qaxis.decode import KeyIndex, index_cache, index_keys
-from qaxis.decode.triton_step import Decoder
+from qaxis.decode.triton_step import TritonStep
 from qaxis.storage.grid import Grid
 from qaxis.storage.side import Side, Stored
 
@@ -22,7 +22,7 @@ from ..rivals import approximate_decoding
 
 WAYS = ("keys", "codes", "cache")
 #: the two implementations of the step
-BOTH: dict[str, Callable[..., Any]] = {"Triton": Decoder, "CUDA": decode.Decoder}
+BOTH: dict[str, Callable[..., Any]] = {"Triton": TritonStep, "CUDA": decode.Decoder}
 KINDS = (
     "normal", "equal keys", "near ties", "ties at the edge", "wide range", "outlier channel", "outlier key",
     "coarse steps", "half steps", "one direction", "zero query", "tiny",
@@ -104,7 +104,7 @@ def agreement(context: Context) -> Result:
     else:
         shapes = [((1, 4, 2, 300, 32), 20, wide), ((1, 8, 2, 500, 32), 200, wide)]
         kinds, repeats = KINDS[::4] if context.quick else KINDS, 1
-        decoders = {"Triton": Decoder}
+        decoders = {"Triton": TritonStep}
     plan = [
         (kind, shape, wanted, dtype)
         for kind, (shape, wanted, dtypes) in itertools.product(kinds, shapes)
@@ -138,7 +138,7 @@ def attacked(
                 if (by, shape) not in made:
                     made[by, shape] = make(b, h, n, d, wanted, context.device)
                 decoder = made[by, shape]
-                if by == "CUDA" and decoder.native(q, keys, values, index) is None:
+                if by == "CUDA" and decoder.cuda_step(q, keys, values, index) is None:
                     continue
                 step = decoder(q, keys, values, index)
                 differ = int((step.indices != expected.indices).any(-1).sum())
@@ -204,7 +204,7 @@ def survivors(context: Context) -> Result:
             for name, keys, values, index in itertools.islice(ways(k, v), 2):
                 for by, make in BOTH.items():
                     decoder = make(1, q.shape[1], n, q.shape[3], wanted, q.device)
-                    if by == "CUDA" and decoder.native(q, keys, values, index) is None:
+                    if by == "CUDA" and decoder.cuda_step(q, keys, values, index) is None:
                         continue
                     step = decoder(q, keys, values, index)
                     wrong += int((step.indices != exact.indices).any(-1).sum())

@@ -6,21 +6,26 @@ import copy
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
 import qaxis
 
 from ..harness.claim import Context, Result, value
+from ..inputs import random_llama
+from ..rivals.attending import attending, register
 
 STEPS = 25
-#: layers, hidden size, head_dim, intermediate size: Llama shapes with random weights, 32 query and 8 KV heads
-SHAPES = {"16 layers, D = 64": (16, 2048, 64, 8192), "32 layers, D = 128": (32, 4096, 128, 14336)}
+#: Llama shapes
+SHAPES = {
+    "16 layers, D = 64": {"layers": 16, "hidden": 2048, "head_dim": 64, "intermediate": 8192},
+    "32 layers, D = 128": {"layers": 32, "hidden": 4096, "head_dim": 128, "intermediate": 14336},
+}
 
 
 def _skip(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -28,22 +33,13 @@ def _skip(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return torch.zeros_like(query).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("selfcheck_skip", _skip)
-AttentionMaskInterface.register("selfcheck_skip", sdpa_mask)
+register("selfcheck_skip", _skip)
 
 
-@contextmanager
-def _way(model: Any, name: str) -> Iterator[None]:
+def _way(model: Any, name: str) -> AbstractContextManager[Any]:
     if name == "qaxis":
-        with qaxis.sparse(model, qaxis.Budget(), strict=True):
-            yield
-        return
-    before = model.config._attn_implementation
-    model.set_attn_implementation({"dense": "sdpa", "skip": "selfcheck_skip"}[name])
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+        return qaxis.sparse(model, qaxis.Budget(), strict=True)
+    return attending(model, {"dense": "sdpa", "skip": "selfcheck_skip"}[name])
 
 
 def _filled(model: Any, tokens: int) -> DynamicCache:
@@ -78,40 +74,42 @@ def _step_times(model: Any, tokens: int, steps: int, seed: int) -> dict[str, flo
     return {name: statistics.median(x) for name, x in times.items()}
 
 
+def _row(name: str, tokens: int, took: dict[str, float]) -> dict[str, Any]:
+    """Tokens a second dense and with qaxis, their ratio, and the share of attention in either step."""
+    share = {way: max(0.0, 1 - took["skip"] / took[way]) for way in ("dense", "qaxis")}
+    return {
+        "model": name, "tokens": tokens, "dense": 1 / took["dense"], "qaxis": 1 / took["qaxis"],
+        "ratio": took["dense"] / took["qaxis"], "dense_share": share["dense"], "qaxis_share": share["qaxis"],
+    }  # fmt: skip
+
+
 @torch.inference_mode()
 def decode_speed(context: Context) -> Result:
     """Tokens per second of a decoding step, dense and qaxis in the same run, with the attention share."""
     steps = 3 if context.quick else STEPS
-    rows: list[list[Any]] = []
+    rows: list[dict[str, Any]] = []
     smol = copy.deepcopy(context.subjects.model).to(torch.bfloat16)
-    plan: list[tuple[str, Any, tuple[int, ...]]] = [("SmolLM2-135M", smol, (1024, 4096, 8000))]
-    shapes = {} if context.quick else SHAPES
-    for name, (layers, hidden, dim, inner) in shapes.items():
-        config = LlamaConfig(
-            vocab_size=32000, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, head_dim=dim,
-            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=1 << 18,
-        )  # fmt: skip
-        plan.append((name, config, (8192, 32768, 131072)))
-    for name, model, lengths in context.progress(plan, "models"):
-        if isinstance(model, LlamaConfig):
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(torch.bfloat16)
-            try:
-                with torch.device(context.device):
-                    model = LlamaForCausalLM(model).eval()
-            finally:
-                torch.set_default_dtype(before)
+    plan: list[tuple[str, Callable[[], Any], tuple[int, ...]]] = [("SmolLM2-135M", lambda: smol, (1024, 4096, 8000))]
+    for name, shape in {} if context.quick else SHAPES.items():
+        plan.append((name, partial(random_llama.build, context.device, **shape), (8192, 32768, 131072)))
+    for name, make, lengths in context.progress(plan, "models"):
+        model = make()
         for tokens in lengths:
-            t = _step_times(model, tokens, steps, context.seed)
-            share = [max(0.0, 1 - t["skip"] / t[way]) for way in ("dense", "qaxis")]
-            rows.append([name, tokens, 1 / t["dense"], 1 / t["qaxis"], t["dense"] / t["qaxis"], *share])
+            rows.append(_row(name, tokens, _step_times(model, tokens, steps, context.seed)))
             torch.cuda.empty_cache()
-    values: dict[str, Any] = {
-        "best": value(max(r[4] for r in rows), "times dense", n=len(rows)),
-        "worst": value(min(r[4] for r in rows), "times dense", n=len(rows)),
-        "steps": value(steps, "steps"),
-    }
-    headline = "; ".join(f"{r[0]} N={r[1]}: {r[2]:.1f} dense, {r[3]:.1f} qaxis tokens/s" for r in rows)
-    sane = all(r[2] > 0 and r[3] > 0 and 0 <= r[5] <= 1 for r in rows)
-    checks = [f"{r[0]}, N={r[1]}" for r in rows]
-    return Result(sane, "measured", headline, values, len(rows), {"rows": rows}, checks)
+    ratios = [r["ratio"] for r in rows]
+    return Result(
+        passed=all(r["dense"] > 0 and r["qaxis"] > 0 and 0 <= r["dense_share"] <= 1 for r in rows),
+        verdict="measured",
+        headline="; ".join(
+            f"{r['model']} N={r['tokens']}: {r['dense']:.1f} dense, {r['qaxis']:.1f} qaxis tokens/s" for r in rows
+        ),
+        values={
+            "best": value(max(ratios), "times dense", n=len(rows)),
+            "worst": value(min(ratios), "times dense", n=len(rows)),
+            "steps": value(steps, "steps"),
+        },
+        cases=len(rows),
+        data={"rows": rows},
+        checks=[f"{r['model']}, N={r['tokens']}" for r in rows],
+    )

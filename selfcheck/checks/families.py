@@ -137,14 +137,18 @@ def wrong_rows(family: str, exactness: str = "bitwise", device: str = "cpu") -> 
 @torch.inference_mode()
 def families(context: Context) -> Result:
     """The table of families."""
-    table, failures, checks = [], [], []
+    table: list[dict[str, Any]] = []
+    failures, checks = [], []
     for family, (_, particular) in context.progress(list(FAMILIES.items()), "families"):
         off = off_difference(family, context.device)
         between, dense = whole_budget(family, context.device)
         decode = decode_difference(family, context.device)
         counted = [wrong_rows(family, exactness, context.device) for exactness in ("bitwise", "selection")]
         wrong, rows = (sum(x) for x in zip(*counted, strict=True))
-        table.append([family, particular, off, between, dense, decode, wrong, rows])
+        table.append(
+            {"family": family, "particular": particular, "off": off, "every_key": between, "dense": dense,
+             "decode": decode, "wrong": wrong, "rows": rows}
+        )  # fmt: skip
         checks += [f"{family}, {what}" for what in ("off", "every key", "decode", "ranking")]
         if off != 0 or between != 0 or dense > 1e-4 or decode > 1e-4 or wrong:
             failures.append(
@@ -152,15 +156,20 @@ def families(context: Context) -> Result:
             )
     values = {
         "families": value(len(table), "families", n=len(table)),
-        "off": value(max(r[2] for r in table), "logits", n=len(table)),
-        "every_key": value(max(r[3] for r in table), "logits", n=len(table)),
-        "dense": value(max(r[4] for r in table), "of the largest logit", n=len(table)),
-        "decode": value(max(r[5] for r in table), "of the largest logit", n=len(table)),
-        "wrong": value(sum(r[6] for r in table), "rows", n=sum(r[7] for r in table)),
+        "off": value(max(r["off"] for r in table), "logits", n=len(table)),
+        "every_key": value(max(r["every_key"] for r in table), "logits", n=len(table)),
+        "dense": value(max(r["dense"] for r in table), "of the largest logit", n=len(table)),
+        "decode": value(max(r["decode"] for r in table), "of the largest logit", n=len(table)),
+        "wrong": value(sum(r["wrong"] for r in table), "rows", n=sum(r["rows"] for r in table)),
     }
     headline = f"{len(table)} families: off max|dlogit| = {values['off']['value']:g}, {values['wrong']['value']:g} of "
     headline += f"{values['wrong']['n']} rows ranked otherwise than by the model"
     return Result(
-        not failures, failures[0] if failures else "stock when off, the model's ranking when on", headline, values,
-        len(checks), {"rows": table}, checks,
-    )  # fmt: skip
+        passed=not failures,
+        verdict=failures[0] if failures else "stock when off, the model's ranking when on",
+        headline=headline,
+        values=values,
+        cases=len(checks),
+        data={"rows": table},
+        checks=checks,
+    )

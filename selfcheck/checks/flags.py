@@ -15,6 +15,7 @@ import qaxis
 
 from ..harness.claim import Context, Result, value
 from ..harness.files import ROOT
+from ..rivals.attending import attending
 
 USES = ("prompt", "padded batch", "generate", "static cache", "assisted")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -65,54 +66,68 @@ def into(model: Any, state: str, ids: torch.Tensor) -> None:
             raise KeyError("raised on purpose")
 
 
-@torch.inference_mode()
-def flag_table(context: Context) -> Result:
-    """max|dlogit| for every dtype, implementation and use."""
-    on_gpu = context.device != "cpu"
-    window, new = (512, 64) if on_gpu else (48, 4)
-    base = context.subjects.model
-    ids = context.subjects.texts[0][:, :window]
-    rows, checks, worst, logits, on = [], [], 0.0, 0, float("inf")
-    plan = list(itertools.product((torch.float32, torch.bfloat16), ("eager", "sdpa")))
-    for dtype, implementation in context.progress(plan, "dtypes x implementations"):
-        model = base if dtype == torch.float32 else copy.deepcopy(base).to(dtype)
-        before = model.config._attn_implementation
-        model.set_attn_implementation(implementation)
-        row: list[Any] = [str(dtype)[6:], implementation]
-        stock = {name: use(model, name, ids, new) for name in USES}
-        gaps = dict.fromkeys(USES, 0.0)
-        with qaxis.sparse(model, qaxis.Budget(0.05, 8), exactness="selection"):
-            on = min(on, float((model(ids).logits[0] - stock["prompt"]).abs().max()))
-        for state in STATES:
-            into(model, state, ids)
-            for name in USES:
-                got = use(model, name, ids, new)
-                same = got.shape == stock[name].shape and torch.equal(got, stock[name])
-                gap = float((got - stock[name]).abs().max()) if got.shape == stock[name].shape else float("inf")
-                gaps[name] = max(gaps[name], gap if same or gap > 0 else 1e-45)
-                checks.append(f"{row[0]}, {implementation}, {state}, {name}")
-                logits += got.numel()
-        model.set_attn_implementation(before)
-        rows.append([*row, *gaps.values()])
-        worst = max(worst, *gaps.values())
+def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max|a - b|, 0 only if every bit is equal."""
+    if a.shape != b.shape:
+        return float("inf")
+    gap = float((a - b).abs().max())
+    return gap if gap > 0 or torch.equal(a, b) else 1e-45
+
+
+def _cells(model: Any, ids: torch.Tensor, new: int) -> tuple[dict[str, float], float, int]:
+    """(max|dlogit| of every use after every state, max|dlogit| while on, logits compared) of one model."""
+    stock = {name: use(model, name, ids, new) for name in USES}
+    gaps, logits = dict.fromkeys(USES, 0.0), 0
+    with qaxis.sparse(model, qaxis.Budget(0.05, 8), exactness="selection"):
+        on = float((model(ids).logits[0] - stock["prompt"]).abs().max())
+    for state in STATES:
+        into(model, state, ids)
+        for name in USES:
+            got = use(model, name, ids, new)
+            gaps[name] = max(gaps[name], _gap(got, stock[name]))
+            logits += got.numel()
+    return gaps, on, logits
+
+
+def _import_changes_nothing() -> bool:
+    """Whether a model in a fresh process has the same logits with and without ``import qaxis``."""
     digests = {
         subprocess.run(
             [sys.executable, "-c", IMPORT_ONLY, how], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
         for how in ("with", "without")
     }
-    imported = len(digests) == 1 and len(next(iter(digests))) == 64
-    checks.append("imported, never enabled")
+    return len(digests) == 1 and len(next(iter(digests))) == 64
+
+
+@torch.inference_mode()
+def flag_table(context: Context) -> Result:
+    """max|dlogit| for every dtype, implementation and use."""
+    window, new = (48, 4) if context.device == "cpu" else (512, 64)
+    base, ids = context.subjects.model, context.subjects.texts[0][:, :window]
+    rows: list[dict[str, Any]] = []
+    checks, logits, on = ["imported, never enabled"], 0, float("inf")
+    plan = list(itertools.product((torch.float32, torch.bfloat16), ("eager", "sdpa")))
+    for dtype, implementation in context.progress(plan, "dtypes x implementations"):
+        model = base if dtype == torch.float32 else copy.deepcopy(base).to(dtype)
+        with attending(model, implementation):
+            gaps, changed, compared = _cells(model, ids, new)
+        on, logits = min(on, changed), logits + compared
+        rows.append({"dtype": str(dtype)[6:], "implementation": implementation, "gaps": gaps})
+        checks += [f"{str(dtype)[6:]}, {implementation}, {state}, {name}" for state in STATES for name in USES]
+    imported = _import_changes_nothing()
+    worst, cells = max(gap for row in rows for gap in row["gaps"].values()), len(rows) * len(USES)
     values = {
-        "max_difference": value(worst, "logits", n=logits), "cells": value(len(rows) * len(USES), "cells"),
+        "max_difference": value(worst, "logits", n=logits), "cells": value(cells, "cells"),
         "generated": value(new, "tokens"), "on_difference": value(on, "logits"),
         "imported": value(0.0 if imported else 1.0, "digests"),
     }  # fmt: skip
-    headline = (
-        f"max|dlogit| = {worst:g} in {len(rows) * len(USES)} cells x {len(STATES)} states, {new} tokens generated"
-    )
     return Result(
-        worst == 0 and imported and on > 1e-3,
-        "identical when off, different when on" if imported else "importing qaxis changes a model", headline, values,
-        len(checks), {"rows": rows, "uses": list(USES)}, checks,
-    )  # fmt: skip
+        passed=worst == 0 and imported and on > 1e-3,
+        verdict="identical when off, different when on" if imported else "importing qaxis changes a model",
+        headline=f"max|dlogit| = {worst:g} in {cells} cells x {len(STATES)} states, {new} tokens generated",
+        values=values,
+        cases=len(checks),
+        data={"rows": rows, "uses": list(USES)},
+        checks=checks,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +20,7 @@ from qaxis.arithmetic.rounding import order_error_bound
 from ..harness.claim import Context, NotRunError, Result, value
 from ..inputs.seeded import DTYPES, bell, integers
 from ..rivals.selectors import other_scores, selecting
+from .changes import as_value, in_words
 
 DIMS = (2, 16, 64, 128, 256)
 #: what the terms of a score do: mixed signs, all positive, sum far below its terms, many magnitudes
@@ -96,6 +98,28 @@ def compare(q: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> dict[str, np.n
     return {name: x[keep] for name, x in found.items()}
 
 
+def _searched(
+    dim: int, dtype: torch.dtype, data: str, count: int, start: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(what :func:`compare` finds of pairs of one kind, what is wrong with it in words)."""
+    aims = [(x, "ulp") for x in ULPS] + [(x, "bound") for x in AROUND]
+    drawn = [pairs(dim, dtype, data, count, x, unit, start + j) for j, (x, unit) in enumerate(aims)]
+    q, a, b = (torch.cat(part) for part in zip(*drawn, strict=True))
+    found, said = compare(q, a, b), []
+    above, lost = found["gap"] > found["bound"], found["raw_wrong"] | found["unit_wrong"]
+    if (wrong := int((above & lost).sum())) or not above.any():
+        said.append(f"{wrong} pairs above the bound lost their order ({int(above.sum())} above)")
+    # Scaling the query by a power of two: exact, so the bits are those of the score, scaled.
+    for exponent in (-20, 20):
+        factor = 2.0**exponent
+        plain = canonical.pair_scores(q.float(), a.float())
+        if not torch.equal(canonical.pair_scores(q.float() * factor, a.float()), plain * factor):
+            said.append(f"2^{exponent} changed a bit")
+    if dtype == torch.float32 and not lost.any():
+        said.append("no order lost below the bound, the pairs are no near ties")
+    return found, said
+
+
 def order_bound(context: Context) -> Result:
     """Search for violations of Theorem 3; count inversions on either side of the bound."""
     count = 64 if context.quick else 512
@@ -106,54 +130,40 @@ def order_bound(context: Context) -> Result:
     failures, names = [], []
     for i, (dim, dtype, data) in enumerate(context.progress(plan, "near ties")):
         name = f"{str(dtype)[6:]}, dim {dim}, {data}"
-        aims = [(x, "ulp") for x in ULPS] + [(x, "bound") for x in AROUND]
-        drawn = [
-            pairs(dim, dtype, data, count, x, unit, context.seed + 100 * i + j) for j, (x, unit) in enumerate(aims)
-        ]
-        q, a, b = (torch.cat(part) for part in zip(*drawn, strict=True))
-        found = compare(q, a, b)
-        above = found["gap"] > found["bound"]
-        if (wrong := int((above & (found["raw_wrong"] | found["unit_wrong"])).sum())) or not above.any():
-            failures.append(f"{name}: {wrong} pairs above the bound lost their order ({int(above.sum())} above)")
-        # Scaling the query by a power of two: exact, so the bits are those of the score, scaled.
-        for exponent in (-20, 20):
-            factor = 2.0**exponent
-            plain = canonical.pair_scores(q.float(), a.float())
-            if not torch.equal(canonical.pair_scores(q.float() * factor, a.float()), plain * factor):
-                failures.append(f"{name}: 2^{exponent} changed a bit")
+        found, said = _searched(dim, dtype, data, count, context.seed + 100 * i)
+        failures += [f"{name}: {what}" for what in said]
         names += [f"order, {name}", f"powers of two, {name}"]
         if dtype == torch.float32:
-            if not (found["raw_wrong"] | found["unit_wrong"]).any():
-                failures.append(f"{name}: no order lost below the bound, the pairs are no near ties")
             by_dim[dim].append(found)
         for key, x in found.items():
             total.setdefault(key, []).append(x)
     every = {key: np.concatenate(x) for key, x in total.items()}
-    below = every["gap"] <= every["bound"]
+    below, lost = every["gap"] <= every["bound"], every["raw_wrong"] | every["unit_wrong"]
     inverted = {k: int((below & every[f"{k}_inverted"]).sum()) for k in ("raw", "unit")}
-    lost = every["raw_wrong"] | every["unit_wrong"]
-    closest = float((every["gap"] / every["bound"])[lost].max())
     searched, reached, failure = _attack(context)
-    if failure:
-        failures.append(failure)
+    failures += [failure] if failure else []
+    closest = max(float((every["gap"] / every["bound"])[lost].max()), reached)
+    above = int((~below).sum())
     values = {
-        "pairs": value(len(below), "pairs", n=len(below)),
-        "above": value(int((~below).sum()), "pairs", n=len(below)),
-        "violations": value(int((~below & lost).sum()), "pairs", n=int((~below).sum())),
+        "pairs": value(len(below), "pairs", n=len(below)), "above": value(above, "pairs", n=len(below)),
+        "violations": value(int((~below & lost).sum()), "pairs", n=above),
         "raw_inverted": value(inverted["raw"], "pairs", n=int(below.sum())),
         "unit_inverted": value(inverted["unit"], "pairs", n=int(below.sum())),
-        "closest": value(max(closest, reached), "of the bound"),
-        "searched": value(searched, "examples", n=searched),
-    }
+        "closest": value(closest, "of the bound"), "searched": value(searched, "examples", n=searched),
+    }  # fmt: skip
     headline = (
-        f"0 of {int((~below).sum())} pairs above the bound; below it {inverted['raw']} inverted raw, "
-        f"{inverted['unit']} by unit query; worst at {max(closest, reached):.2f} of the bound"
+        f"{values['violations']['value']} of {above} pairs above the bound; below it {inverted['raw']} inverted raw, "
+        f"{inverted['unit']} by unit query; worst at {closest:.2f} of the bound"
     )
-    curves = [_curve(dim, found) for dim, found in by_dim.items()]
     return Result(
-        not failures, failures[0] if failures else "order kept above the bound",
-        headline if not failures else f"{len(failures)} failures", values, len(below), {"curves": curves}, names,
-    )  # fmt: skip
+        passed=not failures,
+        verdict=failures[0] if failures else "order kept above the bound",
+        headline=headline,
+        values=values,
+        cases=len(below),
+        data={"curves": [_curve(dim, found) for dim, found in by_dim.items()]},
+        checks=names,
+    )
 
 
 def _curve(dim: int, parts: list[dict[str, np.ndarray]]) -> dict[str, Any]:
@@ -166,7 +176,8 @@ def _curve(dim: int, parts: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         inside = (ulps >= low) & (ulps < high)
         if n := int(inside.sum()):
             raw, unit = (float(joined[f"{k}_wrong"][inside].mean()) for k in ("raw", "unit"))
-            rows.append([round(float(np.sqrt(low * high)), 5), n, round(raw, 6), round(unit, 6)])
+            middle = round(float(np.sqrt(low * high)), 5)
+            rows.append({"gap": middle, "pairs": n, "raw": round(raw, 6), "unit": round(unit, 6)})
     share = joined["bound"] / joined["ulp"]
     return {"dim": dim, "rows": rows, "bound_low": float(share.min()), "bound_high": float(share.max())}
 
@@ -225,6 +236,8 @@ def _attack(context: Context) -> tuple[int, float, str]:
 
 #: other ranking scores: normalised first in float32; canonical but rounded to bfloat16, as the published heap key
 OTHERS = ("unit", "bf16")
+#: texts whose perplexity is measured with each
+TEXTS = 10
 
 
 def brute_top(scores: torch.Tensor, k_eff: int) -> torch.Tensor:
@@ -233,44 +246,65 @@ def brute_top(scores: torch.Tensor, k_eff: int) -> torch.Tensor:
     return best.sort(dim=-1).values
 
 
+@dataclass
+class _Swaps:
+    """Of some queries: how many have another set by each other score, by how many keys, and whether Theorem 3 holds."""
+
+    queries: int = 0
+    changed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OTHERS, 0))
+    swapped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OTHERS, 0))
+    inside: bool = True
+
+    def count(self, q: torch.Tensor, k: torch.Tensor, k_eff: int) -> None:
+        canon = qaxis.canonical_scores(q, k)
+        truth = brute_top(canon, k_eff)
+        self.queries += truth[..., 0].numel()
+        mask = torch.zeros_like(canon, dtype=torch.bool).scatter_(-1, truth, True)
+        bound = order_error_bound(q, k)
+        for other in OTHERS:
+            got = brute_top(other_scores(q, k, other), k_eff)
+            chosen = torch.zeros_like(mask).scatter_(-1, got, True)
+            self.changed[other] += int((chosen != mask).any(-1).sum())
+            self.swapped[other] += int((chosen & ~mask).sum())
+            if other == "unit":
+                # Theorem 3 on real data: a key that left is within the two bounds of one that came.
+                left, came = mask & ~chosen, chosen & ~mask
+                low = torch.where(left, canon.double() - 2 * bound, -torch.inf).amax(-1)
+                high = torch.where(came, canon.double() + 2 * bound, torch.inf).amin(-1)
+                self.inside &= bool((low <= high).all())
+
+
 def real_changes(context: Context) -> Result:
     """Queries of the model whose top-k set changes under another ranking score, by dtype."""
     budget = qaxis.Budget()
     values: dict[str, Any] = {}
-    rows: list[list[Any]] = []
-    checks = []
-    below_all = True
+    rows: list[dict[str, Any]] = []
+    checks, inside = [], True
     for dtype in DTYPES:
-        changed, swapped, n = dict.fromkeys(OTHERS, 0), dict.fromkeys(OTHERS, 0), 0
-        for layer, q, k, _ in context.progress(context.runs.captured, f"layers, {str(dtype)[6:]}"):
-            q, k = q[:, :, -256::4].to(dtype), k.to(dtype)
-            k_eff = budget.k_eff(k.shape[2])
-            canon = qaxis.canonical_scores(q, k)
-            truth = brute_top(canon, k_eff)
-            n += truth[..., 0].numel()
-            mask = torch.zeros_like(canon, dtype=torch.bool).scatter_(-1, truth, True)
-            bound = order_error_bound(q, k)
-            for other in OTHERS:
-                got = brute_top(other_scores(q, k, other), k_eff)
-                chosen = torch.zeros_like(mask).scatter_(-1, got, True)
-                changed[other] += int((chosen != mask).any(-1).sum())
-                swapped[other] += int((chosen & ~mask).sum())
-                if other == "unit":
-                    # Theorem 3 on real data: a key that left is within the two bounds of one that came.
-                    left, came = mask & ~chosen, chosen & ~mask
-                    low = torch.where(left, canon.double() - 2 * bound, -torch.inf).amax(-1)
-                    high = torch.where(came, canon.double() + 2 * bound, torch.inf).amin(-1)
-                    below_all &= bool((low <= high).all())
-            checks += [f"{str(dtype)[6:]}, layer {layer}, {o}" for o in OTHERS]
-        short = str(dtype)[6:]
+        swaps, short = _Swaps(), str(dtype)[6:]
+        for layer, q, k, _ in context.progress(context.runs.captured, f"layers, {short}"):
+            swaps.count(q[:, :, -256::4].to(dtype), k.to(dtype), budget.k_eff(k.shape[2]))
+            checks += [f"{short}, layer {layer}, {o}" for o in OTHERS]
+        inside &= swaps.inside
+        n = swaps.queries
         for other in OTHERS:
-            values[f"{short}_{other}"] = value(100 * changed[other] / n, "% of queries", n=n)
-            values[f"{short}_{other}_keys"] = value(swapped[other] / n, "keys a query", n=n)
-        rows.append([short, n, changed["unit"], changed["bf16"]])
-    headline = "; ".join(f"{r[0]}: unit {100 * r[2] / r[1]:.2f} %, bf16 key {100 * r[3] / r[1]:.1f} %" for r in rows)
-    # Rounding the score to eight bits must change something, or nothing was compared.
-    passed = below_all and all(r[3] > 0 for r in rows)
-    return Result(passed, "changes only inside the bound", headline, values, rows[0][1] * 3, {"rows": rows}, checks)
+            values[f"{short}_{other}"] = value(100 * swaps.changed[other] / n, "% of queries", n=n)
+            values[f"{short}_{other}_keys"] = value(swaps.swapped[other] / n, "keys a query", n=n)
+        rows.append({"dtype": short, "queries": n, **swaps.changed})
+    headline = "; ".join(
+        f"{r['dtype']}: unit {100 * r['unit'] / r['queries']:.2f} %, bf16 key {100 * r['bf16'] / r['queries']:.1f} %"
+        for r in rows
+    )
+    return Result(
+        # Rounding the score to eight bits must change something, or nothing was compared.
+        passed=inside and all(r["bf16"] > 0 for r in rows),
+        verdict="changes only inside the bound" if inside else "a set changed beyond the bound",
+        headline=headline,
+        values=values,
+        cases=sum(r["queries"] for r in rows),
+        data={"rows": rows},
+        checks=checks,
+    )
 
 
 def perplexity_effect(context: Context) -> Result:
@@ -278,23 +312,23 @@ def perplexity_effect(context: Context) -> Result:
     if context.device == "cpu":
         raise NotRunError("this claim needs a GPU (--device cuda)")
     model = context.subjects.model
-    texts = context.texts(2 if context.quick else 15, 512 if context.quick else 8192)
+    texts = context.texts(2 if context.quick else TEXTS, 512 if context.quick else 8192)
     losses: dict[str, list[torch.Tensor]] = {"dense": [], "canonical": [], "unit": [], "bf16": []}
     for t, name in context.progress(list(itertools.product(range(len(texts)), losses)), "forward passes"):
         with selecting(model, name):
             losses[name].append(qaxis.token_losses(model, texts[t]))
     values: dict[str, Any] = {}
     sparse = qaxis.paired_change(losses["dense"], losses["canonical"], seed=context.seed)
-    values["sparse"] = value(sparse.percent, "%", n=sparse.texts, low=sparse.low, high=sparse.high)
+    values["sparse"] = as_value(sparse)
     values["tokens"] = value(texts[0].shape[1], "tokens")
-    for other in OTHERS:
-        change = qaxis.paired_change(losses["canonical"], losses[other], seed=context.seed)
-        values[other] = value(change.percent, "%", n=change.texts, low=change.low, high=change.high)
-    headline = ", ".join(
-        f"{k} {v['value']:+.4f} % [{v['low']:+.4f}, {v['high']:+.4f}]" for k, v in values.items() if k in OTHERS
-    )
+    changes = {o: qaxis.paired_change(losses["canonical"], losses[o], seed=context.seed) for o in OTHERS}
+    values |= {other: as_value(change) for other, change in changes.items()}
     differs = any(float((a - b).abs().max()) > 0 for a, b in zip(losses["canonical"], losses["bf16"], strict=True))
     return Result(
-        differs and sparse.percent > 0, "the selections differ", headline, values, len(texts) * 4,
+        passed=differs and sparse.percent > 0,
+        verdict="the selections differ" if differs else "the selections are the same",
+        headline=", ".join(f"{other} {in_words(change, 4)}" for other, change in changes.items()),
+        values=values,
+        cases=len(texts) * len(losses),
         checks=[f"{name}, text {t}" for t in range(len(texts)) for name in losses],
-    )  # fmt: skip
+    )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 import qaxis
+from qaxis.attention.selection import indices_to_mask
+from qaxis.measures.perplexity import PerplexityChange
 from qaxis.storage.formats import FORMATS, Format
 from qaxis.storage.grid import Grid
 
 from ..harness.claim import Context, Result, value
+from ..inputs.capture import Captured, capture, first_middle_last
+from ..inputs.passes import bytes_in_bfloat16
 from ..rivals.schemes import Scheme, before_rope, hadamard, of_format, per_channel, per_token
 from ..rivals.streaming import streaming
+from .changes import as_row, as_value, in_words
 
 #: (upper end of the interval of the perplexity change in per cent, ratio of bytes) that a format has to meet
 TARGETS = {"int8": (0.05, 0.5078125), "int6": (0.3, 0.40), "int4": (1.0, 0.29)}
@@ -21,6 +28,8 @@ CANARY = "2 bits, per token"
 COMPARED = 256
 #: texts for the rows of others; those of the package are measured on all
 OTHERS = 8
+#: texts that go through the model together: attention in blocks of queries is many small launches on a GPU
+TOGETHER = 4
 
 
 def schemes(model: Any, tokens: int, dim: int) -> dict[str, Scheme]:
@@ -53,144 +62,144 @@ def schemes(model: Any, tokens: int, dim: int) -> dict[str, Scheme]:
     }
 
 
+@dataclass
+class _Lost:
+    """What the passes of one way gave."""
+
+    #: of every text
+    losses: list[torch.Tensor] = field(default_factory=list)
+    #: largest distance of a logit from the dense model's, and how often both had the same best token
+    gap: float = 0.0
+    agree: int = 0
+    compared: int = 0
+    ratio: float = 1.0
+
+    def add(self, losses: torch.Tensor, logits: torch.Tensor, stock: torch.Tensor) -> None:
+        self.losses += list(losses)
+        self.gap = max(self.gap, float((logits - stock).abs().max()))
+        self.agree += int((logits.argmax(-1) == stock.argmax(-1)).sum())
+        self.compared += logits.shape[0] * logits.shape[1]
+
+
 @torch.inference_mode()
 def _run(model: Any, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses, logits of the last tokens), one pass."""
+    """(losses ``[texts, N - 1]``, logits of the last tokens) of ``ids [texts, N]``, one pass."""
     hidden = model.get_decoder()(
         input_ids=ids, past_key_values=cache, use_cache=cache is not None
     ).last_hidden_state  # fmt: skip
     head, losses = model.get_output_embeddings(), []
     for start in range(0, ids.shape[1] - 1, 512):
         stop = min(start + 512, ids.shape[1] - 1)
-        logits = head(hidden[:, start:stop])[0].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, start + 1 : stop + 1], reduction="none"))
-    return torch.cat(losses).double().cpu(), head(hidden[:, -COMPARED:])[0].float()
+        logits = head(hidden[:, start:stop]).float().transpose(1, 2)
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[:, start + 1 : stop + 1], reduction="none"))
+    return torch.cat(losses, 1).double().cpu(), head(hidden[:, -COMPARED:]).float()
 
 
-def _captured(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(last 64 queries, keys, values) of the first, a middle and the last layer."""
-    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    layers = model.config.num_hidden_layers
-    keep = {0, layers // 2, layers - 1}
-
-    def observe(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        if layer in keep:
-            found.append((q[:, :, -64:].clone(), k.clone(), v.clone()))
-
-    with torch.inference_mode(), qaxis.observe_attention(model, observe):
-        model.get_decoder()(input_ids=ids, use_cache=False)
-    return found
-
-
-def _same_keys(captured: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], scheme: Scheme) -> float:
+def _same_keys(captured: list[Captured], scheme: Scheme) -> float:
     """Share of the default budget's keys that are the same when the keys are quantised."""
     shares = []
-    for q, k, _ in captured:
+    for _, q, k, _ in captured:
         true, other = (
             qaxis.topk_indices(q, x.to(q.dtype), qaxis.Budget(), backend="reference") for x in (k, scheme.keys(k))
         )
-        kept = (torch.zeros(*q.shape[:3], k.shape[2] + 1, dtype=torch.bool, device=q.device) for _ in range(2))
-        one, two = (
-            mask.scatter_(-1, i.where(i >= 0, k.shape[2]), True)[..., :-1]
-            for mask, i in zip(kept, (true, other), strict=True)
-        )
+        one, two = (indices_to_mask(i, k.shape[2]) for i in (true, other))
         shares.append(float((one & two).sum() / one.sum()))
     return sum(shares) / len(shares)
 
 
-def _ratio(config: Any, cache: qaxis.Int8Cache) -> float:
-    """Bytes stored over those of a bfloat16 cache, as a bfloat16 model would count them: whatever the type the
-    model runs in, tokens kept in full take two bytes a number."""
-    twin, numbers = qaxis.Int8Cache(config, format=cache.format), 0
-    for i, layer in enumerate(cache.layers):
-        keys, values = layer.dequantized()  # type: ignore[union-attr]
-        twin.update(keys.bfloat16(), values.bfloat16(), i)
-        numbers += keys.numel() + values.numel()
-    return twin.stored_bytes() / (2 * numbers)
+def _measured(
+    context: Context, ways: dict[str, Scheme | Format], texts: list[torch.Tensor], others: int
+) -> tuple[list[torch.Tensor], dict[str, _Lost]]:
+    """(dense losses, what each way gave): formats of the package on all texts, the others on the first ``others``."""
+    model, base = context.subjects.model, _Lost()
+    lost = {name: _Lost() for name in ways}
+    parts = [torch.cat(texts[i : i + TOGETHER]) for i in range(0, len(texts), TOGETHER)]
+    for i, ids in enumerate(context.progress(parts, "texts")):
+        losses, stock = _run(model, ids)
+        base.add(losses, stock, stock)
+        for name, how in ways.items():
+            some = ids if name in FORMATS else ids[: max(0, others - i * TOGETHER)]
+            if not len(some):
+                continue
+            if isinstance(how, Scheme):
+                with streaming(model, how):
+                    lost[name].add(*_run(model, some), stock[: len(some)])
+                lost[name].ratio = how.ratio
+            else:
+                cache = qaxis.Int8Cache(model.config, format=how)
+                lost[name].add(*_run(model, some, cache), stock[: len(some)])
+                held, numbers = bytes_in_bfloat16(model.config, cache)
+                lost[name].ratio = held / (2 * numbers)
+    return base.losses, lost
+
+
+def _by_length(base: list[torch.Tensor], lost: dict[str, _Lost], tokens: int, seed: int) -> list[dict[str, Any]]:
+    """Change of each format of the package over the first n tokens."""
+    rows: list[dict[str, Any]] = []
+    for n in (512, 1024, 2048, 4096, 8192):
+        for name in FORMATS if n <= tokens else ():
+            before, after = ([x[: n - 1] for x in side] for side in (base, lost[name].losses))
+            rows.append({"tokens": n, "format": name, **as_row(qaxis.paired_change(before, after, seed=seed))})
+    return rows
+
+
+def _against_targets(
+    changes: dict[str, PerplexityChange], lost: dict[str, _Lost]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(values of the package's formats, those that miss their target in words)."""
+    values, missed = {}, []
+    for name, (limit, most) in TARGETS.items():
+        change, stored = changes[name], lost[f"{name}, whole window"].ratio
+        met = change.high <= limit and stored <= most
+        values[name] = as_value(change)
+        values[f"{name}_ratio"] = value(stored, "of bf16 bytes")
+        values[f"{name}_met"] = value(int(met), "1 if the target is met")
+        if not met:
+            missed.append(f"{name}: {change.high:+.3f} % at {stored:.4f}, allowed {limit} % at {most}")
+    return values, missed
 
 
 def table(context: Context) -> Result:
     """Bytes, perplexity change, logits, top-1 and top-k set agreement of every format."""
     tokens, count, others = (256, 3, 2) if context.quick else (8192, 40, OTHERS)
     model, texts = context.subjects.model, context.texts(count, tokens)
-    config = model.config
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    ways: dict[str, Any] = dict(schemes(model, tokens, dim))
-    captured = _captured(model, texts[0])
-    same = {name: _same_keys(captured, scheme) for name, scheme in ways.items()}
-    ways.update({f"{name}, whole window": format for name, format in FORMATS.items()})
-    base: list[torch.Tensor] = []
-    lost: dict[str, list[torch.Tensor]] = {name: [] for name in ways}
-    gap, agree, ratios = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0), {}
-    for t, ids in enumerate(context.progress(texts, "texts")):
-        losses, stock = _run(model, ids)
-        base.append(losses)
-        for name, how in ways.items():
-            if t >= others and name not in FORMATS:
-                continue
-            if isinstance(how, Scheme):
-                with streaming(model, how):
-                    losses, logits = _run(model, ids)
-                ratios[name] = how.ratio
-            else:
-                cache = qaxis.Int8Cache(config, format=how)
-                losses, logits = _run(model, ids, cache)
-                ratios[name] = _ratio(config, cache)
-                del cache
-            lost[name].append(losses)
-            gap[name] = max(gap[name], float((logits - stock).abs().max()))
-            agree[name] += int((logits.argmax(-1) == stock.argmax(-1)).sum())
-    rows: list[list[Any]] = []
-    failures: list[str] = []
-    values: dict[str, Any] = {
-        "texts": value(count, "texts"),
-        "others": value(others, "texts"),
-        "tokens": value(tokens, "tokens"),
+    dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    streamed = schemes(model, tokens, dim)
+    captured = capture(model, texts[0], first_middle_last(model), queries=64)
+    ways: dict[str, Scheme | Format] = {**streamed, **{f"{name}, whole window": f for name, f in FORMATS.items()}}
+    base, lost = _measured(context, ways, texts, others)
+    changes = {
+        name: qaxis.paired_change(base[: len(one.losses)], one.losses, seed=context.seed) for name, one in lost.items()
     }
-    for name, how in ways.items():
-        n = len(lost[name])
-        change = qaxis.paired_change(base[:n], lost[name], seed=context.seed)
-        share = 100 * agree[name] / (n * min(COMPARED, tokens))
-        protocol = "decoding" if isinstance(how, Scheme) else "whole window"
-        rows.append(
-            [name.removesuffix(", whole window"), protocol, n, ratios[name], change.percent, change.low, change.high,
-             gap[name], share, 100 * same[name] if name in same else None]
-        )  # fmt: skip
-        if name in FORMATS:
-            limit, most = TARGETS[name]
-            stored = ratios[f"{name}, whole window"]
-            values[name] = value(change.percent, "%", n=n, low=change.low, high=change.high)
-            values[f"{name}_ratio"] = value(stored, "of bf16 bytes")
-            met = change.high <= limit and stored <= most
-            values[f"{name}_met"] = value(int(met), "1 if the target is met")
-            if not met and not context.quick:
-                failures.append(f"{name}: {change.high:+.3f} % at {stored:.4f}, allowed {limit} % at {most}")
-        elif name == CANARY:
-            values["canary"] = value(change.percent, "%", n=n, low=change.low, high=change.high)
-    by_length = []
-    for n in (512, 1024, 2048, 4096, 8192):
-        for name in FORMATS if n <= tokens else ():
-            before, after = ([x[: n - 1] for x in side] for side in (base, lost[name]))
-            part = qaxis.paired_change(before, after, seed=context.seed)
-            by_length.append([n, name, part.percent, part.low, part.high])
-    if values["canary"]["value"] < 10:
-        failures.append(f"canary {values['canary']['value']:+.1f} %: stored values are not read")
-    headline = "; ".join(
-        f"{name} {values[f'{name}_ratio']['value']:.4f}, {values[name]['value']:+.3f} % "
-        f"[{values[name]['low']:+.3f}, {values[name]['high']:+.3f}]"
-        for name in FORMATS
-    )
-    verdict = failures[0] if failures else f"targets met; canary {values['canary']['value']:+.0f} %"
+    rows: list[dict[str, Any]] = [
+        {"format": name.removesuffix(", whole window"), "protocol": "decoding" if name in streamed else "whole window",
+         "texts": changes[name].texts, "ratio": one.ratio, **as_row(changes[name]), "gap": one.gap,
+         "top1": 100 * one.agree / one.compared,
+         "same": 100 * _same_keys(captured, streamed[name]) if name in streamed else None}
+        for name, one in lost.items()
+    ]  # fmt: skip
+    own, missed = _against_targets(changes, lost)
+    values = {"texts": value(count, "texts"), "others": value(others, "texts"), "tokens": value(tokens, "tokens"),
+              **own, "canary": as_value(changes[CANARY])}  # fmt: skip
+    failures = [] if context.quick else missed
+    if changes[CANARY].percent < 10:
+        failures.append(f"canary {changes[CANARY].percent:+.1f} %: stored values are not read")
     return Result(
-        not failures, verdict, headline, values, sum(r[2] for r in rows), {"rows": rows, "lengths": by_length},
-        [f"{r[0]}, {r[1]}" for r in rows],
-    )  # fmt: skip
+        passed=not failures,
+        verdict=failures[0] if failures else f"targets met; canary {changes[CANARY].percent:+.0f} %",
+        headline="; ".join(
+            f"{name} {own[f'{name}_ratio']['value']:.4f}, {in_words(changes[name])}" for name in FORMATS
+        ),
+        values=values,
+        cases=sum(r["texts"] for r in rows),
+        data={"rows": rows, "lengths": _by_length(base, lost, tokens, context.seed)},
+        checks=[f"{r['format']}, {r['protocol']}" for r in rows],
+    )
 
 
-def combined(context: Context) -> Result:
-    """Top-k selection and quantisation together, against the sum of their costs; whole windows."""
-    tokens, count = (256, 3) if context.quick else (8192, 8)
-    model, texts = context.subjects.model, context.texts(count, tokens)
+def _combinations(context: Context, texts: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Losses dense, sparse, and of each format without and with selection, whole windows."""
+    model = context.subjects.model
     lost: dict[str, list[torch.Tensor]] = {"dense": [], "sparse": []}
     lost.update({f"{name}{both}": [] for name in FORMATS for both in ("", " sparse")})
     budget = qaxis.Budget(minimum=16) if context.quick else qaxis.Budget()
@@ -203,36 +212,38 @@ def combined(context: Context) -> Result:
                     losses.append(qaxis.token_losses(model, ids, cache=cache))
             else:
                 losses.append(qaxis.token_losses(model, ids, cache=cache))
-            del cache
-    values: dict[str, Any] = {"texts": value(count, "texts")}
-    rows: list[list[Any]] = []
+    return lost
 
-    def measured(key: str, base: list[torch.Tensor], changed: list[torch.Tensor]) -> list[float]:
-        change = qaxis.paired_change(base, changed, seed=context.seed)
-        values[key] = value(change.percent, "%", n=count, low=change.low, high=change.high)
-        return [change.percent, change.low, change.high]
 
-    sparse = measured("sparse", lost["dense"], lost["sparse"])
-    inside = []
+def combined(context: Context) -> Result:
+    """Top-k selection and quantisation together, against the sum of their costs; whole windows."""
+    tokens, count = (256, 3) if context.quick else (8192, 8)
+    lost = _combinations(context, context.texts(count, tokens))
+    change = partial(qaxis.paired_change, seed=context.seed)
+    sparse = change(lost["dense"], lost["sparse"])
+    values: dict[str, Any] = {"texts": value(count, "texts"), "sparse": as_value(sparse)}
+    rows: list[dict[str, Any]] = []
+    inside: list[str] = []
     for name in FORMATS:
-        alone = measured(name, lost["dense"], lost[name])
-        both = measured(f"{name}_both", lost["dense"], lost[f"{name} sparse"])
         # What the two cost one after another, if neither knew of the other: in nats, their sum.
         added = [a + b - c for a, b, c in zip(lost[name], lost["sparse"], lost["dense"], strict=True)]
-        total = measured(f"{name}_sum", lost["dense"], added)
-        beyond = measured(f"{name}_beyond", added, lost[f"{name} sparse"])
-        if both[1] <= total[0] <= both[2]:
+        alone, both = change(lost["dense"], lost[name]), change(lost["dense"], lost[f"{name} sparse"])
+        total, beyond = change(lost["dense"], added), change(added, lost[f"{name} sparse"])
+        if both.low <= total.percent <= both.high:
             inside.append(name)
-        rows.append([name, sparse, alone, total, both, beyond])
-    headline = "; ".join(f"{r[0]}: sum {r[3][0]:+.2f} %, measured {r[4][0]:+.2f} %" for r in rows)
+        values |= {name: as_value(alone), f"{name}_both": as_value(both), f"{name}_sum": as_value(total),
+                   f"{name}_beyond": as_value(beyond)}  # fmt: skip
+        rows.append({"format": name, "sparse": as_row(sparse), "alone": as_row(alone), "sum": as_row(total),
+                     "both": as_row(both), "beyond": as_row(beyond)})  # fmt: skip
     values["inside"] = value(len(inside), "formats", n=len(rows))
-    verdict = f"the sum lies in the interval of the measured cost for {', '.join(inside) or 'none'}"
     return Result(
-        sparse[0] != 0 and all(r[2][0] != 0 for r in rows),
-        verdict,
-        headline,
-        values,
-        count * len(lost),
-        {"rows": rows},
-        [r[0] for r in rows],
+        passed=sparse.percent != 0 and all(r["alone"]["change"] != 0 for r in rows),
+        verdict=f"the sum lies in the interval of the measured cost for {', '.join(inside) or 'none'}",
+        headline="; ".join(
+            f"{r['format']}: sum {r['sum']['change']:+.2f} %, measured {r['both']['change']:+.2f} %" for r in rows
+        ),
+        values=values,
+        cases=count * len(lost),
+        data={"rows": rows},
+        checks=[r["format"] for r in rows],
     )

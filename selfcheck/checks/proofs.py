@@ -57,5 +57,12 @@ def coq(context: Context) -> Result:
         "axioms": value(len(axioms), "axioms of Coq's real numbers"),
     }
     headline = f"{len(stated)} statements accepted by Coq {version}" if verdict == "accepted" else "not accepted"
-    data = {"coq": version, "needed": list(NEEDED), "axioms": sorted(axioms)}
-    return Result(verdict == "accepted" and bool(axioms), verdict, headline, values, len(stated), data, stated)
+    return Result(
+        passed=verdict == "accepted" and bool(axioms),
+        verdict=verdict,
+        headline=headline,
+        values=values,
+        cases=len(stated),
+        data={"coq": version, "needed": list(NEEDED), "axioms": sorted(axioms)},
+        checks=stated,
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import qaxis
 
 from ..harness.claim import Context, Result, value
+from .changes import as_row, as_value
 
 
 def entropy(context: Context) -> Result:
@@ -29,7 +30,10 @@ def entropy(context: Context) -> Result:
     data = {"lengths": runs.lengths, "entropy": np.round(runs.entropy, 6).tolist()}
     # Descriptive: the law is reported as found. What may not happen is an impossible entropy.
     possible = bool((runs.entropy > 0).all() and (runs.entropy < np.log(runs.lengths)).all())
-    return Result(possible, "entropies lie in (0, log N)", headline, values, runs.entropy.size, data)
+    verdict = "entropies lie in (0, log N)" if possible else "an entropy outside (0, log N)"
+    return Result(
+        passed=possible, verdict=verdict, headline=headline, values=values, cases=runs.entropy.size, data=data
+    )
 
 
 def perplexity_cost(context: Context) -> Result:
@@ -40,11 +44,17 @@ def perplexity_cost(context: Context) -> Result:
     for n in lengths:
         part = slice(n // 2 - 1, n - 1)
         change = qaxis.paired_change([x[part] for x in runs.dense], [x[part] for x in runs.sparse], seed=context.seed)
-        values[f"change{n}"] = value(change.percent, "%", n=change.texts, low=change.low, high=change.high)
-        rows.append([n, change.percent, change.low, change.high])
+        values[f"change{n}"] = as_value(change)
+        rows.append({"n": n, **as_row(change)})
     # Up to 64 keys the budget keeps every key: there, sparse must be the dense model up to rounding.
     whole = max(float((a[:63] - b[:63]).abs().max()) for a, b in zip(runs.dense, runs.sparse, strict=True))
     values["whole_budget_difference"] = value(whole, "nats", n=63 * len(runs.dense))
     changed = any(float((a - b).abs().max()) > 1e-3 for a, b in zip(runs.dense, runs.sparse, strict=True))
-    headline = ", ".join(f"N={n}: {percent:+.2f} %" for n, percent, _, _ in rows)
-    return Result(whole < 1e-2 and changed, "equal where k_eff = N", headline, values, len(rows), {"rows": rows})
+    return Result(
+        passed=whole < 1e-2 and changed,
+        verdict=f"where k_eff = N losses differ by at most {whole:.1e} nats",
+        headline=", ".join(f"N={r['n']}: {r['change']:+.2f} %" for r in rows),
+        values=values,
+        cases=len(rows),
+        data={"rows": rows},
+    )

@@ -6,6 +6,7 @@ import copy
 import random
 import statistics
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,20 +67,20 @@ def memory(context: Context) -> Result:
             values[f"{name}_share"] = value(one["kept"] / found[FULL]["kept"], "of bfloat16's")
     counted = all(one["stored"] == one["kept"] for name, one in found.items() if name != FULL)
     lean = all(values[f"{name}_steps"]["value"] < values[f"{FULL}_steps"]["value"] for name in FORMATS)
-    verdict = "the device's count is the cache's own; " if counted else "the counts disagree; "
-    headline = ", ".join(f"{name} {one['kept'] / 2**20:.1f} MiB" for name, one in found.items())
+    said = "the device's count is the cache's own; " if counted else "the counts disagree; "
     return Result(
-        counted and lean, verdict + ("steps peak lower" if lean else "steps peak no lower"), headline, values,
-        len(found) * new, {name: {k: one[k] for k in ("trace", "peaks")} for name, one in found.items()}, list(found),
-    )  # fmt: skip
+        passed=counted and lean,
+        verdict=said + ("steps peak lower" if lean else "steps peak no lower"),
+        headline=", ".join(f"{name} {one['kept'] / 2**20:.1f} MiB" for name, one in found.items()),
+        values=values,
+        cases=len(found) * new,
+        data={name: {k: one[k] for k in ("trace", "peaks")} for name, one in found.items()},
+        checks=list(found),
+    )
 
 
-@torch.inference_mode()
-def speed(context: Context) -> Result:
-    """Seconds of a decoding step with each cache, dense and qaxis, interleaved; and tokens that agree when greedy."""
-    tokens, steps, prompts, new = (256, 3, 2, 4) if context.quick else (8000, 25, 16, 64)
-    model = copy.deepcopy(context.subjects.model).to(torch.bfloat16)
-    (ids,) = context.texts(1, tokens)
+def _step_times(model: Any, ids: torch.Tensor, steps: int, context: Context) -> dict[tuple[str, str], list[float]]:
+    """Seconds of single steps after ``ids``, by (cache, way), interleaved in random order."""
     caches = {name: _cache(model, name) for name in CACHES}
     for cache in caches.values():
         model(ids, past_key_values=cache, logits_to_keep=1)
@@ -87,32 +88,49 @@ def speed(context: Context) -> Result:
     order, one = random.Random(context.seed), ids[:, -1:]
     for step in context.progress(range(steps + 2), "steps"):
         for name, way in order.sample(list(times), len(times)):
-            cache = caches[name]
-            if way == "qaxis":
-                qaxis.enable(model, qaxis.Budget())
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            model(one, past_key_values=cache)
-            torch.cuda.synchronize()
-            if step >= 2:
-                times[name, way].append(time.perf_counter() - begun)
-            qaxis.disable(model)
-            cache.crop(-1)
-    del caches
-    length = min(tokens, 2048)
-    batch = torch.cat([x[:, :length] for x in context.texts(prompts, length)])
+            with qaxis.sparse(model, qaxis.Budget()) if way == "qaxis" else nullcontext():
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+                model(one, past_key_values=caches[name])
+                torch.cuda.synchronize()
+                if step >= 2:
+                    times[name, way].append(time.perf_counter() - begun)
+            caches[name].crop(-1)
+    return times
+
+
+def _agreed(model: Any, batch: torch.Tensor, new: int) -> dict[str, float]:
+    """Of ``new`` greedy tokens a prompt, the share with each cache before the first that is not the full cache's."""
     plain = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    greedy = {n: model.generate(batch, past_key_values=_cache(model, n), **plain)[:, length:] for n in CACHES}
-    same = {n: greedy[n] == greedy[FULL] for n in FORMATS}
+    greedy = {n: model.generate(batch, past_key_values=_cache(model, n), **plain)[:, batch.shape[1] :] for n in CACHES}
+    # After the first that differs the two texts are different prompts.
+    return {n: 100 * float((greedy[n] == greedy[FULL]).cumprod(1).float().mean()) for n in CACHES}
+
+
+@torch.inference_mode()
+def speed(context: Context) -> Result:
+    """Seconds of a decoding step with each cache, dense and qaxis, interleaved; and tokens that agree when greedy."""
+    tokens, steps, prompts, new = (256, 3, 2, 4) if context.quick else (8000, 25, 16, 64)
+    model = copy.deepcopy(context.subjects.model).to(torch.bfloat16)
+    times = _step_times(model, context.texts(1, tokens)[0], steps, context)
+    length = min(tokens, 2048)
+    agreed = _agreed(model, torch.cat([x[:, :length] for x in context.texts(prompts, length)]), new)
     values: dict[str, Any] = {"steps": value(steps, "steps"), "prompts": value(prompts, "prompts")}
-    rows: list[list[Any]] = []
+    rows: list[dict[str, Any]] = []
     for name in CACHES:
-        rates = [1 / statistics.median(times[name, way]) for way in ("dense", "qaxis")]
-        # Tokens before the first one that differs: after it the two texts are different prompts.
-        agreed = 100.0 if name == FULL else 100 * float(same[name].cumprod(1).float().mean())
-        rows.append([name, *rates, agreed])
-        values[f"{name}_dense"] = value(rates[0], "tokens/s", n=steps)
-        values[f"{name}_qaxis"] = value(rates[1], "tokens/s", n=steps)
-        values[f"{name}_agreed"] = value(agreed, "% of tokens", n=prompts * new)
-    headline = "; ".join(f"{r[0]} {r[1]:.1f} dense, {r[2]:.1f} qaxis tokens/s, {r[3]:.0f} % agree" for r in rows)
-    return Result(all(r[1] > 0 and r[2] > 0 for r in rows), "measured", headline, values, len(rows), {"rows": rows})
+        dense, sparse = (1 / statistics.median(times[name, way]) for way in ("dense", "qaxis"))
+        rows.append({"cache": name, "dense": dense, "qaxis": sparse, "agreed": agreed[name]})
+        values[f"{name}_dense"] = value(dense, "tokens/s", n=steps)
+        values[f"{name}_qaxis"] = value(sparse, "tokens/s", n=steps)
+        values[f"{name}_agreed"] = value(agreed[name], "% of tokens", n=prompts * new)
+    return Result(
+        passed=all(r["dense"] > 0 and r["qaxis"] > 0 for r in rows),
+        verdict="measured",
+        headline="; ".join(
+            f"{r['cache']} {r['dense']:.1f} dense, {r['qaxis']:.1f} qaxis tokens/s, {r['agreed']:.0f} % agree"
+            for r in rows
+        ),
+        values=values,
+        cases=len(rows),
+        data={"rows": rows},
+    )

@@ -12,8 +12,8 @@ import torch
 
 import qaxis
 from qaxis.decode import Decoder, KeyIndex
-from qaxis.decode.cuda import NativeStep, step_for
-from qaxis.decode.triton_step import Decoder as TritonDecoder
+from qaxis.decode.cuda import CudaStep, step_for
+from qaxis.decode.triton_step import TritonStep
 from qaxis.prefill import prefill_attention, selected_positions
 from qaxis.storage.side import Stored
 
@@ -93,11 +93,11 @@ def _timed(
         exact = expected
         if isinstance(keys, Stored):
             exact = qaxis.topk_attention(q, keys.dequantized(), vals.dequantized(), wanted)
-        decoder, other = (make(batch, HEADS, n, DIM, wanted, "cuda") for make in (Decoder, TritonDecoder))
+        decoder, other = Decoder(*q.shape[:2], n, DIM, wanted, "cuda"), TritonStep(*q.shape[:2], n, DIM, wanted, "cuda")
         step = decoder(q, keys, vals, index)
         same = torch.equal(step.indices, exact.indices) and torch.equal(step.output, exact.output)
         rescored = float(step.rescored.float().sum(-1).mean())
-        fast = decoder.native(q, keys, vals, index)
+        fast = decoder.cuda_step(q, keys, vals, index)
         # Once all keys or their codes; once more what is rescored (the CUDA kernels score keys canonically at once),
         # and the values of what is kept, by every query head.
         item, again = 1 if name == "cache" else 2, 0.0 if name == "keys" and fast is not None else rescored
@@ -132,13 +132,13 @@ def _approximate(
 
 
 def _stages(
-    fast: NativeStep | None, slow: TritonDecoder, q: torch.Tensor, keys: Any, values: Any, index: KeyIndex
+    fast: CudaStep | None, slow: TritonStep, q: torch.Tensor, keys: Any, values: Any, index: KeyIndex
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """What of a step can be repeated by itself, and of choose.cu ("rest") the share of each stage, by its own clock."""
     batch, heads = q.shape[:2]
     scale = q.shape[3] ** -0.5
     if fast is not None:
-        profiled = step_for(q, keys, values, index, fast.wanted, profile=True)
+        profiled = step_for(q, keys, values, index, fast.shape.k_eff, profile=True)
         assert profiled is not None
         for _ in range(3):
             profiled.score(q, keys, index)

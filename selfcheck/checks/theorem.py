@@ -120,11 +120,11 @@ def _collect(
     }
     headline = f"identical in {len(plan)} properties x {examples} cases, {sets} sets"
     return Result(
-        not failures,
-        failures[0] if failures else "order and sets identical",
-        headline if not failures else f"{len(failures)} of {len(plan)} properties fail",
-        values,
-        sets,
+        passed=not failures,
+        verdict=failures[0] if failures else "order and sets identical",
+        headline=headline if not failures else f"{len(failures)} of {len(plan)} properties fail",
+        values=values,
+        cases=sets,
         checks=[name for name, _, _ in plan],
     )
 
@@ -313,8 +313,12 @@ def stops(context: Context) -> Result:
         "stops": value(len(found), "counterexamples", n=len(found)),
         "refused": value(refused, "calls", n=3),
     }
-    data = {"counterexamples": [[name, text] for name, text in found.items()]}
-    headline = "; ".join(f"{name}: {text}" for name, text in found.items())
     return Result(
-        len(found) == 5 and refused == 3, "a counterexample each", headline, values, len(found), data, list(found)
+        passed=len(found) == 5 and refused == 3,
+        verdict=f"{len(found)} of 5 shrunk, {refused} of 3 calls refused",
+        headline="; ".join(f"{name}: {text}" for name, text in found.items()),
+        values=values,
+        cases=len(found),
+        data={"counterexamples": [{"stop": name, "case": text} for name, text in found.items()]},
+        checks=list(found),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ..inputs.passes import Runs, measure
 from ..inputs.subjects import Subjects, documents, load, texts_of
 
 
@@ -14,11 +15,12 @@ class NotRunError(Exception):
     """This machine cannot run the check. The claim is then not run, never passed."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Result:
     """A check's measurement.
 
-    ``values`` maps a name to {value, unit, n, low, high}; ``data`` feeds figures; ``checks`` names the
+    ``verdict`` says in words what was found right or wrong, ``headline`` has the numbers. ``values`` maps a name to
+    {value, unit, n, low, high}; ``data`` feeds figures and tables, its rows are dicts; ``checks`` names the
     parametrised checks inside this one, each of which tests something different.
     """
 
@@ -67,8 +69,6 @@ class Context:
         return texts_of(self.subjects.tokenizer, documents(self.corpus_name)[0], self.device, count, tokens)
 
     @cached_property
-    def runs(self) -> Any:
+    def runs(self) -> Runs:
         """The forward passes that several claims share: dense, sparse, INT8, entropies."""
-        from ..inputs.passes import measure
-
-        return measure(self)
+        return measure(self.subjects.model, self.subjects.texts, self.tokens, self.progress)

@@ -60,7 +60,8 @@ def run_claim(claim: dict[str, Any], context: Context) -> dict[str, Any]:
     except (SelfcheckError, NotRunError):
         raise
     except Exception as error:
-        result = Result(False, f"{type(error).__name__}: {error}"[:500], "did not finish", {}, 0)
+        said = f"{type(error).__name__}: {error}"[:500]
+        result = Result(passed=False, verdict=said, headline="did not finish", values={}, cases=0)
     loaded = context.__dict__.get("subjects")
     pinned = {kind: s["sha256"] for kind, s in seal.subjects().items()}
     names = {"model": context.model_name, "corpus": context.corpus_name}

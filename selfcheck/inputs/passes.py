@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import qaxis
 from qaxis.storage.formats import Format
 from qaxis.storage.grid import Grid
 
-from ..harness.claim import Context
+from .capture import Capture, Captured, first_middle_last
 
 #: queries measured just below each context length
 QUERIES = 8
@@ -24,13 +26,13 @@ class Runs:
     lengths: list[int]
     #: [texts, lengths] mean over layers, heads and queries, nats
     entropy: np.ndarray
-    dense: list[torch.Tensor]
-    sparse: list[torch.Tensor]
-    cached: dict[str, list[torch.Tensor]]
-    cache_bytes: int
-    cache_elements: int
-    #: (layer, q, k, v) of the first text
-    captured: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]
+    dense: list[torch.Tensor] = field(default_factory=list)
+    sparse: list[torch.Tensor] = field(default_factory=list)
+    cached: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in CACHES})
+    cache_bytes: int = 0
+    cache_elements: int = 0
+    #: of the first text
+    captured: list[Captured] = field(default_factory=list)
 
 
 def lengths_upto(tokens: int) -> list[int]:
@@ -38,56 +40,54 @@ def lengths_upto(tokens: int) -> list[int]:
     return [1 << e for e in range(6, tokens.bit_length()) if 1 << e <= tokens]
 
 
-def measure(context: Context) -> Runs:
+def measure(
+    model: Any, texts: list[torch.Tensor], tokens: int, progress: Callable[[Iterable[Any], str], Iterable[Any]]
+) -> Runs:
     """Run every text four times; progress is reported per pass."""
-    subjects = context.subjects
-    model, texts = subjects.model, subjects.texts
-    lengths = lengths_upto(context.tokens)
-    layers = model.config.num_hidden_layers
-    keep = {0, layers // 2, layers - 1}
-    captured: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    entropies = np.zeros((len(texts), len(lengths)))
-    dense, sparse = [], []
-    cached: dict[str, list[torch.Tensor]] = {name: [] for name in CACHES}
-    cache_bytes = cache_elements = 0
+    lengths = lengths_upto(tokens)
+    runs = Runs(lengths, np.zeros((len(texts), len(lengths))))
     # The canary only has to come out far worse: two texts show that.
     plan = [(t, p) for t in range(len(texts)) for p in ("dense", "sparse", *CACHES) if p != "canary" or t < 2]
-    for t, step in context.progress(plan, "forward passes"):
-        ids = texts[t]
-        if step == "dense":
-
-            def observe(
-                layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, t: int = t
-            ) -> None:
-                for j, n in enumerate(lengths):
-                    h = qaxis.attention_entropy(q[:, :, n - QUERIES : n], k[:, :, :n], scale=scale)
-                    entropies[t, j] += float(h.mean()) / layers
-                if t == 0 and layer in keep:
-                    captured.append((layer, q.clone(), k.clone(), v.clone()))
-
-            with torch.inference_mode(), qaxis.observe_attention(model, observe):
-                dense.append(qaxis.token_losses(model, ids))
-        elif step == "sparse":
+    for t, way in progress(plan, "forward passes"):
+        if way == "dense":
+            runs.dense.append(_dense(runs, model, texts[t], t))
+        elif way == "sparse":
             with qaxis.sparse(model, qaxis.Budget(), exactness="selection"):
-                sparse.append(qaxis.token_losses(model, ids))
+                runs.sparse.append(qaxis.token_losses(model, texts[t]))
         else:
-            cache = qaxis.Int8Cache(model.config, format=CACHES[step])
-            cached[step].append(qaxis.token_losses(model, ids, cache=cache))
-            if step == "int8" and t == 0:
-                cache_bytes = _bytes_in_bfloat16(model.config, cache)
-                cache_elements = _elements(cache)
-    return Runs(lengths, entropies, dense, sparse, cached, cache_bytes, cache_elements, captured)
+            cache = qaxis.Int8Cache(model.config, format=CACHES[way])
+            runs.cached[way].append(qaxis.token_losses(model, texts[t], cache=cache))
+            if way == "int8" and t == 0:
+                runs.cache_bytes, runs.cache_elements = bytes_in_bfloat16(model.config, cache)
+    return runs
 
 
-def _bytes_in_bfloat16(config: Any, cache: qaxis.Int8Cache) -> int:
-    """What the cache of a bfloat16 model holds: the tokens it keeps in full take two bytes a number, not four."""
-    twin = qaxis.Int8Cache(config)
+def _dense(runs: Runs, model: Any, ids: torch.Tensor, t: int) -> torch.Tensor:
+    """Losses of one text; its entropies go to row ``t``, queries and keys of the first text to ``captured``."""
+    layers = model.config.num_hidden_layers
+
+    def entropies(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        for j, n in enumerate(runs.lengths):
+            h = qaxis.attention_entropy(q[:, :, n - QUERIES : n], k[:, :, :n], scale=scale)
+            runs.entropy[t, j] += float(h.mean()) / layers
+
+    seen = Capture(first_middle_last(model))
+    with torch.inference_mode(), ExitStack() as looking:
+        for observer in (entropies, seen) if t == 0 else (entropies,):
+            looking.enter_context(qaxis.observe_attention(model, observer))
+        losses = qaxis.token_losses(model, ids)
+    runs.captured += seen.found
+    return losses
+
+
+def bytes_in_bfloat16(config: Any, cache: qaxis.Int8Cache) -> tuple[int, int]:
+    """(bytes that the cache of a bfloat16 model would hold, numbers in it).
+
+    Whatever type this model runs in: tokens that are kept in full take two bytes a number.
+    """
+    twin, numbers = qaxis.Int8Cache(config, format=cache.format), 0
     for i, layer in enumerate(cache.layers):
         keys, values = layer.dequantized()  # type: ignore[union-attr]
         twin.update(keys.bfloat16(), values.bfloat16(), i)
-    return twin.stored_bytes()
-
-
-def _elements(cache: qaxis.Int8Cache) -> int:
-    """Numbers a full-precision cache would hold: keys and values of every layer."""
-    return sum(x.numel() for layer in cache.layers for x in layer.dequantized())  # type: ignore[union-attr]
+        numbers += keys.numel() + values.numel()
+    return twin.stored_bytes(), numbers

@@ -6,6 +6,7 @@ import bz2
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,36 @@ def load_model(name: str | None, device: str) -> tuple[Any, Any, str]:
     return model.eval().to(device), tokenizer, digest
 
 
+class _Kept:
+    """An iterator's items, each made once however often they are walked through."""
+
+    def __init__(self, source: Iterator[str]) -> None:
+        self.source, self.items = source, list[str]()
+
+    def __iter__(self) -> Iterator[str]:
+        at = 0
+        while True:
+            if at == len(self.items):
+                following = next(self.source, None)
+                if following is None:
+                    return
+                self.items.append(following)
+            yield self.items[at]
+            at += 1
+
+
+@lru_cache(maxsize=2)
+def _articles(path: Path) -> _Kept:
+    # Several claims want texts of their own length, and parsing the markup takes seconds.
+    return _Kept(_parsed(path))
+
+
 def articles(path: Path) -> Iterator[str]:
     """Plain text of the whole articles of a MediaWiki dump (.bz2)."""
+    return iter(_articles(path))
+
+
+def _parsed(path: Path) -> Iterator[str]:
     import mwparserfromhell
     import mwxml
 

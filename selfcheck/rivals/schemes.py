@@ -26,8 +26,8 @@ class Scheme:
 
     keys: Change
     values: Change
-    key_step: int
-    value_step: int
+    key_tokens: int
+    value_tokens: int
     #: bits a number takes, keys and values, scales included
     key_bits: float
     value_bits: float
@@ -56,13 +56,9 @@ def of_format(format: Format, dim: int) -> Scheme:
     """A format of the package as a scheme."""
     keys, values = format.keys, format.values
     return Scheme(
-        _through(keys, format.sinks), _through(values, format.sinks), _step(keys), _step(values),
+        _through(keys, format.sinks), _through(values, format.sinks), keys.tokens, values.tokens,
         _bits(keys, dim), _bits(values, dim),
     )  # fmt: skip
-
-
-def _step(grid: Grid) -> int:
-    return grid.group_size if grid.per == "channel" else 1
 
 
 def _levels(x: torch.Tensor, dim: int, bits: int, zero: bool) -> torch.Tensor:

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 import qaxis
 from qaxis.arithmetic import reference as canonical
 from qaxis.attention.selection import causal_mask
+
+from .attending import attending, register
 
 ROWS = 1024
 
@@ -60,8 +60,7 @@ def _forward(which: str) -> Any:
 
 
 for _which in ("unit", "bf16"):
-    AttentionInterface.register(f"selfcheck_{_which}", _forward(_which))
-    AttentionMaskInterface.register(f"selfcheck_{_which}", sdpa_mask)
+    register(f"selfcheck_{_which}", _forward(_which))
 
 
 @contextmanager
@@ -73,9 +72,5 @@ def selecting(model: Any, name: str) -> Iterator[None]:
         with qaxis.sparse(model, qaxis.Budget(), exactness="selection"):
             yield
     else:
-        before = model.config._attn_implementation
-        model.set_attn_implementation(f"selfcheck_{name}")
-        try:
+        with attending(model, f"selfcheck_{name}"):
             yield
-        finally:
-            model.set_attn_implementation(before)

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
+from .attending import attending, register
 from .schemes import Scheme
 
 NAME = "selfcheck_streaming"
@@ -25,9 +24,9 @@ _schemes: list[Scheme] = []
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
-def _mixed(x: torch.Tensor, quantised: torch.Tensor, step: int, start: int, stop: int) -> torch.Tensor:
+def _mixed(x: torch.Tensor, quantised: torch.Tensor, together: int, start: int, stop: int) -> torch.Tensor:
     """Tokens up to ``stop`` as queries from ``start`` on see them, ``start`` being the beginning of a group."""
-    if step == 1:
+    if together == 1:
         return quantised[:, :, :stop]
     return torch.cat([quantised[:, :, :start], x[:, :, start:stop]], dim=2)
 
@@ -37,37 +36,37 @@ def _forward(
 ) -> tuple[torch.Tensor, None]:
     scale, scheme = kwargs.get("scaling"), _schemes[-1]
     assert query.shape[2] == key.shape[2], "the whole window at once, without a cache"
-    keys, values = scheme.keys(key), scheme.values(value)
+    n, group = query.shape[2], query.shape[1] // key.shape[1]
+    # A head each, once: SDPA has no fast kernel for float32 that shares keys between heads.
+    keys, values, key, value = (
+        x.repeat_interleave(group, dim=1) for x in (scheme.keys(key), scheme.values(value), key, value)
+    )
     out = torch.empty_like(query)
-    n = query.shape[2]
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
         causal = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
-        k = _mixed(key, keys, scheme.key_step, start, stop)
-        v = _mixed(value, values, scheme.value_step, start, stop)
-        out[:, :, start:stop] = sdpa(query[:, :, start:stop], k, v, attn_mask=causal, scale=scale, enable_gqa=True)
+        k = _mixed(key, keys, scheme.key_tokens, start, stop)
+        v = _mixed(value, values, scheme.value_tokens, start, stop)
+        out[:, :, start:stop] = sdpa(query[:, :, start:stop], k, v, attn_mask=causal, scale=scale)
         if stop - start == BLOCK:
             # The last query of a group comes with the token that completes it.
             k, v = keys[:, :, :stop], values[:, :, :stop]
-            out[:, :, stop - 1 : stop] = sdpa(query[:, :, stop - 1 : stop], k, v, scale=scale, enable_gqa=True)
+            out[:, :, stop - 1 : stop] = sdpa(query[:, :, stop - 1 : stop], k, v, scale=scale)
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, _forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+register(NAME, _forward)
 
 
 @contextmanager
 def streaming(model: Any, scheme: Scheme) -> Iterator[None]:
     """Inside, whole-window forward passes without a cache read what decoding with this scheme would read."""
-    for name in ("key_step", "value_step"):
+    for name in ("key_tokens", "value_tokens"):
         if getattr(scheme, name) not in (1, BLOCK):
             raise ValueError(f"{name}={getattr(scheme, name)}: allowed is 1 or {BLOCK}")
-    before = model.config._attn_implementation
     _schemes.append(scheme)
-    model.set_attn_implementation(NAME)
     try:
-        yield
+        with attending(model, NAME):
+            yield
     finally:
         _schemes.pop()
-        model.set_attn_implementation(before)

@@ -22,10 +22,16 @@ ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SHARED_LIMIT = 227 * 1024
 
 
+#: loads between two batches or two heads: a 32-bit number that the kernels widen before they multiply it
+MOST_STRIDE = 1 << 31
+#: and between two tokens: the kernels turn it into bytes, of 32 bits too
+MOST_TOKEN_STRIDE = 1 << 27
+
+
 def runs_on(device: torch.device, capability: tuple[int, int]) -> bool:
     """Whether kernels that need this compute capability run there; on a CPU they are emulated."""
-    if device.type == "cpu":
-        return True
+    if device.type != "cuda":
+        return device.type == "cpu"
     return not torch.version.hip and torch.cuda.get_device_capability(device) >= capability
 
 
@@ -35,21 +41,30 @@ def in_16_bytes(x: torch.Tensor) -> int:
 
 
 def readable(each: int, dims: tuple[int, ...], *tensors: torch.Tensor | None) -> bool:
-    """Whether 2 to 32 lanes share a row of every one of ``dims`` numbers, and all tensors are read by whole loads."""
+    """Whether 2 to 32 lanes share a row of every one of ``dims`` numbers, and all tensors are read by whole loads.
+
+    It depends on where a tensor lies, so it is asked before every launch, not once when a kernel is compiled.
+    """
     if not all(dim & (dim - 1) == 0 and 2 * each <= dim <= 32 * each for dim in dims):
         return False
+    return all(_by_whole_loads(x, each) for x in tensors if x is not None and x.numel())
+
+
+def _by_whole_loads(x: torch.Tensor, each: int) -> bool:
+    """Whether every row of ``x [B, H, N, D]`` is in one piece, begins at 16 bytes, and is found by 32-bit strides."""
+    if x.stride(3) != 1 or x.data_ptr() % 16:
+        return False
+    most = (MOST_STRIDE, MOST_STRIDE, MOST_TOKEN_STRIDE)
+    # The stride of a dimension of one is never used.
     return all(
-        x.stride(3) == 1
-        and x.data_ptr() % 16 == 0
-        and all(s % each == 0 and s // each < 1 << 31 for s in x.stride()[:3])
-        for x in tensors
-        if x is not None and x.numel()
+        size == 1 or (stride * x.element_size() % 16 == 0 and stride // each < limit)
+        for size, stride, limit in zip(x.shape, x.stride(), most, strict=False)
     )
 
 
 def units(x: torch.Tensor, each: int) -> list[int]:
-    """Strides in loads of ``each`` numbers, as the kernels take them."""
-    return [s // each for s in x.stride()[:3]]
+    """Strides of batches, heads and tokens in loads of ``each`` numbers, as the kernels take them."""
+    return [stride // each if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
 
 
 def literal(x: float) -> str:

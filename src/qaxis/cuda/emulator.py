@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 
+from ..validation import require
+
+#: programs along the second dimension of a grid
+MOST_ROWS = 65535
 HEADER = Path(__file__).with_name("emulated.hpp")
 LAUNCHER = """
 extern "C" void emulate(int x, int y, int threads, int dynamic, void** args) {{
@@ -42,8 +46,17 @@ class EmulatedKernel:
     def __call__(
         self, grid: tuple[int, int, int], block: tuple[int, int, int], args: list[Any], shared_mem: int = 0
     ) -> None:
+        """Run every thread of every program.
+
+        Raises:
+            ValueError: for a grid or an integer that a GPU could not take.
+        """
+        # What a GPU refuses, or silently cuts off, is refused here.
+        require(grid[1] <= MOST_ROWS and grid[2] == 1, "grid", grid, f"at most {MOST_ROWS} programs along y, 1 along z")
         values: list[Any] = []
         for x in args:
+            if isinstance(x, int):
+                require(-(1 << 31) <= x < 1 << 31, "argument", x, "an integer of 32 bits")
             if isinstance(x, torch.Tensor):
                 values.append(ctypes.c_void_p(x.data_ptr()))
             else:

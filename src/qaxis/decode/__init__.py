@@ -3,7 +3,8 @@
 ``arithmetic/fast_scores.py`` has the proof.
 """
 
-from .api import Decoder, Step
+from .api import Decoder
 from .index import KeyIndex, index_cache, index_keys
+from .triton_step import Step
 
 __all__ = ["Decoder", "KeyIndex", "Step", "index_cache", "index_keys"]

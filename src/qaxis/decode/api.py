@@ -2,63 +2,75 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from ..storage.side import Stored
-from ..validation import check_form, require
-from .cuda import NativeStep, step_for
+from .cuda import CudaStep, Shape, shape_of, step_of, takes
+from .form import MadeFor, Numbers, device_of
 from .index import KeyIndex
-from .triton_step import Decoder as TritonDecoder
-from .triton_step import Step
+from .triton_step import Step, TritonStep
 
 
 class Decoder:
-    """As :class:`TritonDecoder`, but in CUDA C++ where that runs; elsewhere it is one.
+    """Decode steps of one shape, with the indices and the bits of ``topk_attention``; kernels are made at first use.
 
     Args:
-        batch, heads, n, dim: sizes B, H, N, D.
-        k: keys every query keeps, in 1..N.
-        device: where it runs. On a CPU it is emulated, slowly, where g++ is there.
+        batch, heads, n, head_dim: sizes B, H, N, D.
+        k_eff: keys every query keeps, in 1..N.
+        device: where it runs. On a CPU the CUDA kernels are emulated, slowly, where g++ is there.
 
     Raises:
-        ValueError: naming the argument, on a size that is not allowed.
+        ValueError: naming the argument, on a size or device that is not allowed.
     """
 
-    def __init__(self, batch: int, heads: int, n: int, dim: int, k: int, device: torch.device | str) -> None:
-        require(1 <= n < 1 << 31, "n", n, "1..2^31 - 1")
-        require(1 <= k <= n, "k", k, f"1..{n}, the number of keys")
-        self.sizes, self.n, self.k, self.device = (batch, heads, n, dim), n, k, device
-        self.steps: dict[tuple[object, ...], NativeStep | None] = {}
-        self.other: TritonDecoder | None = None
+    def __init__(self, batch: int, heads: int, n: int, head_dim: int, k_eff: int, device: torch.device | str) -> None:
+        self.made_for = MadeFor(batch, heads, n, head_dim, k_eff, device_of(device))
+        self.steps: dict[Shape, CudaStep | None] = {}
+        self.triton: TritonStep | None = None
 
-    def native(
-        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex
-    ) -> NativeStep | None:
-        """What runs these in CUDA C++, or None."""
-        kinds = (q.dtype, k.shape[1], v.shape[3], isinstance(k, Stored), isinstance(v, Stored), index.codes is not None)
-        if kinds not in self.steps:
-            self.steps[kinds] = step_for(q, k, v, index, self.k)
-        return self.steps[kinds]
+    def __call__(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None = None) -> Step:
+        """Attend from one query a head over the k_eff keys of N that score highest.
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex,
-        scale: float | None = None,
-    ) -> Step:  # fmt: skip
-        """Attend from ``q [B, H, 1, D]`` over keys and values ``[B, Hkv, N, D]``, tensors or 8-bit caches.
+        Only form is checked, on the host: whether numbers are finite is left to the caller, as looking at them would
+        wait for the device. Nothing waits for it, so the step can be captured in a CUDA graph.
 
-        ``index`` must be of these keys. Numbers are not looked at: the caller checks for NaN and Inf. ``rescored`` of
-        the result tells the candidates of each program of a row.
+        Args:
+            q: ``[B, H, 1, D]``; float32, float16 or bfloat16. Any strides, as for k and v.
+            k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. Same dtype and device; H a multiple of Hkv (GQA). Each a
+                tensor, or an 8-bit cache of float32 or bfloat16.
+            index: of these keys, by :func:`qaxis.decode.index_keys`; of a cache by :func:`qaxis.decode.index_cache`, in
+                the state that is passed.
+            scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``. It cannot change the selection.
+
+        Returns:
+            output, indices, and in ``rescored`` the candidates of each program of a row.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+            RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
         """
-        check_form("q", q, 4)
-        require(q.shape[2] == 1, "q.shape[2]", q.shape[2], "1: one query a head, as in decoding")
-        require(k.shape[2] == self.n, "k.shape[2]", k.shape[2], f"{self.n}, for which this was made")
-        step = self.native(q, k, v, index)
+        scale = self.made_for.check(q, k, v, index, scale)
+        step = self._cuda_step(q, k, v, index)
         if step is None:
-            if self.other is None:
-                self.other = TritonDecoder(*self.sizes, self.k, self.device)
-            return self.other(q, k, v, index, scale)
-        step.score(q, k, index)
-        factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-        return Step(*step.choose(q, k, v, index, factor), step.count)
+            return self._triton_step().run(q, k, v, index, scale)
+        with torch.cuda.device_of(q):
+            step.score(q, k, index)
+            return Step(*step.choose(q, k, v, index, scale), step.count)
+
+    def cuda_step(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> CudaStep | None:
+        """What runs these in CUDA C++, or None where Triton does; arguments as for a step."""
+        self.made_for.check(q, k, v, index, None)
+        return self._cuda_step(q, k, v, index)
+
+    def _cuda_step(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> CudaStep | None:
+        if not takes(q, k, v, index):
+            return None
+        shape = shape_of(q, k, v, index, self.made_for.k_eff)
+        if shape not in self.steps:
+            self.steps[shape] = step_of(shape)
+        return self.steps[shape]
+
+    def _triton_step(self) -> TritonStep:
+        if self.triton is None:
+            m = self.made_for
+            self.triton = TritonStep(m.batch, m.heads, m.n, m.head_dim, m.k_eff, m.device)
+        return self.triton

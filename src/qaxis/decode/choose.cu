@@ -1,30 +1,34 @@
-// From scores to the output of a decode step: cut, candidates, choice, attention; one cluster of programs a row.
+// From scores to the output of a decode step, in five stages: cut, candidates, canonical scores, choice, attention.
 //
-// A row is one query head. Every sum that reaches the output has the order of qaxis/arithmetic, so the bits are those of the
-// Triton kernels and of the PyTorch reference. What only decides how much is looked at may round as it likes: bins are
-// monotone in the score. Too little room, or too many scores in one bin, and a slower way that needs neither is taken.
+// A row is one query head; a cluster of programs works on it. Every sum that reaches the output has the order of
+// qaxis/arithmetic, so the bits are those of the Triton kernels and of the PyTorch reference. What only decides how much is
+// looked at may round as it likes: bins are monotone in the score. Too little room, or too many scores in one bin, and a
+// slower way that needs neither is taken.
 //
 // compiler.py puts hardware.cuh and canonical.cuh before this and defines, besides what is said there: DIM_V, GROUP, SUB,
 // CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED (keys and values are an 8-bit
 // cache), PROFILE, SHARED (bytes).
 
-constexpr int WARPS = THREADS / 32, LANES = DIM / E, BLOCK = 512, BINS = 1024, NEAR = 112;
+constexpr int WARPS = THREADS / 32, LANES = DIM / E, LANES_V = DIM_V / E, BLOCK = 512, BINS = 1024, NEAR = 112;
+constexpr int WORDS = BLOCK / 32;  // of a bitmap, a block
 static_assert(!STORED || ELEM == 2);
 
-// Keys or values: a tensor, or codes, scales, and first and newest tokens in full. Strides in units of E numbers.
-struct Side {
-    const void *rows, *scales, *head, *tail;
-    int rows_b, rows_h, rows_n, scales_b, scales_h, scales_n, head_b, head_h, head_n, tail_b, tail_h, tail_n;
-};
-#define SIDE(p)                                                                                              \
-    const void *p##_rows, const void *p##_scales, const void *p##_head, const void *p##_tail, int p##_rows_b, \
-        int p##_rows_h, int p##_rows_n, int p##_scales_b, int p##_scales_h, int p##_scales_n, int p##_head_b, \
-        int p##_head_h, int p##_head_n, int p##_tail_b, int p##_tail_h, int p##_tail_n
-#define AS_SIDE(p)                                                                                              \
-    Side{p##_rows, p##_scales, p##_head, p##_tail, p##_rows_b, p##_rows_h, p##_rows_n, p##_scales_b, p##_scales_h, \
-         p##_scales_n, p##_head_b, p##_head_h, p##_head_n, p##_tail_b, p##_tail_h, p##_tail_n}
+// ---- keys and values ------------------------------------------------------------------------------------------------
 
-// E codes, and the exponents of their steps, as numbers.
+// A tensor, or codes, scales, and first and newest tokens in full (storage/side.py). Strides in units of E numbers.
+struct Side {
+    const void *rows, *scales, *first, *newest;
+    int rows_b, rows_h, rows_n, scales_b, scales_h, scales_n, first_b, first_h, first_n, newest_b, newest_h, newest_n;
+};
+#define SIDE(p)                                                                                                 \
+    const void *p##_rows, const void *p##_scales, const void *p##_first, const void *p##_newest, int p##_rows_b, \
+        int p##_rows_h, int p##_rows_n, int p##_scales_b, int p##_scales_h, int p##_scales_n, int p##_first_b,   \
+        int p##_first_h, int p##_first_n, int p##_newest_b, int p##_newest_h, int p##_newest_n
+#define AS_SIDE(p)                                                                                                  \
+    Side{p##_rows, p##_scales, p##_first, p##_newest, p##_rows_b, p##_rows_h, p##_rows_n, p##_scales_b, p##_scales_h, \
+         p##_scales_n, p##_first_b, p##_first_h, p##_first_n, p##_newest_b, p##_newest_h, p##_newest_n}
+
+// E codes, and the exponents of their scales, as numbers.
 __device__ __forceinline__ void dequantize(uint4 w, float* x) {
     const u32 code[2] = {w.x ^ 0x80808080u, w.y ^ 0x80808080u}, exponent[2] = {w.z ^ 0x80808080u, w.w ^ 0x80808080u};
 #pragma unroll
@@ -36,29 +40,29 @@ __device__ __forceinline__ void dequantize(uint4 w, float* x) {
     }
 }
 
-struct Rows {  // one head of a side
-    const char *rows, *scales, *head, *tail;
-    int rows_n, scales_n, head_n, tail_n, whole, sinks;
+struct Rows {  // one KV head of a side
+    const char *rows, *scales, *first, *newest;
+    int rows_n, scales_n, first_n, newest_n, whole, sinks;
 
     __device__ Rows(const Side& s, int b, int g, int whole, int sinks) : whole(whole), sinks(sinks) {
         const int item = STORED ? E : 16;
         rows = (const char*)s.rows + ((i64)b * s.rows_b + (i64)g * s.rows_h) * item;
         scales = (const char*)s.scales + ((i64)b * s.scales_b + (i64)g * s.scales_h) * E;
-        head = (const char*)s.head + ((i64)b * s.head_b + (i64)g * s.head_h) * 16;
-        tail = (const char*)s.tail + ((i64)b * s.tail_b + (i64)g * s.tail_h) * 16;
-        rows_n = s.rows_n, scales_n = s.scales_n, head_n = s.head_n, tail_n = s.tail_n;
+        first = (const char*)s.first + ((i64)b * s.first_b + (i64)g * s.first_h) * 16;
+        newest = (const char*)s.newest + ((i64)b * s.newest_b + (i64)g * s.newest_h) * 16;
+        rows_n = s.rows_n, scales_n = s.scales_n, first_n = s.first_n, newest_n = s.newest_n;
     }
     __device__ __forceinline__ bool coded(int j) const { return STORED && j >= sinks && j < whole; }
     // Numbers E * part and following of token j, as they are stored. PLAIN: the token is known to be coded.
     template <bool PLAIN> __device__ __forceinline__ uint4 load(int j, int part) const {
         if constexpr (!STORED) return load16(rows + ((i64)j * rows_n + part) * 16);
-        const char *first = rows + ((i64)j * rows_n + part) * E, *second = scales + ((i64)(j >> 7) * scales_n + part) * E;
+        const char *lower = rows + ((i64)j * rows_n + part) * E, *upper = scales + ((i64)(j >> 7) * scales_n + part) * E;
         if (!PLAIN && !coded(j)) {
             // The two halves of 16 bytes instead of codes and exponents: no other loads, so that many are in flight.
-            first = (j < sinks ? head + (i64)j * head_n * 16 : tail + (i64)(j - whole) * tail_n * 16) + part * 16;
-            second = first + 8;
+            lower = (j < sinks ? first + (i64)j * first_n * 16 : newest + (i64)(j - whole) * newest_n * 16) + part * 16;
+            upper = lower + 8;
         }
-        const uint2 a = load8(first), b = load8(second);
+        const uint2 a = load8(lower), b = load8(upper);
         return make_uint4(a.x, a.y, b.x, b.y);
     }
     template <bool PLAIN> __device__ __forceinline__ void numbers(int j, uint4 w, float* x) const {
@@ -67,6 +71,7 @@ struct Rows {  // one head of a side
     }
 };
 
+// ---- sums over lanes, warps and counts ------------------------------------------------------------------------------
 
 // Of x over the lanes up to this one.
 __device__ __forceinline__ int sum_upto(int x, int lane) {
@@ -78,6 +83,16 @@ __device__ __forceinline__ int sum_upto(int x, int lane) {
     return x;
 }
 
+// Of x over the lanes from this one on.
+__device__ __forceinline__ int sum_from(int x, int lane) {
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const int more = __shfl_down_sync(ALL, x, o);
+        if (lane + o < 32) x += more;
+    }
+    return x;
+}
+
 // Of a value of every warp: the sum over the warps before this one, and over all.
 struct Sums { int before, all; };
 __device__ __forceinline__ Sums over_warps(const int* values, int lane, int warp) {
@@ -85,56 +100,16 @@ __device__ __forceinline__ Sums over_warps(const int* values, int lane, int warp
     return {__shfl_sync(ALL, upto - mine, warp), __shfl_sync(ALL, upto, 31)};
 }
 
-struct Found { int bin, above, inside; };
-
-// Of counts, summed over the PROGRAMS of a cluster: the highest bin at or above which there are `wanted`, and how many are above it.
-template <int COUNT, int PROGRAMS> __device__ Found find_bin(const int* counts, int wanted, int* scratch) {
-    constexpr int EACH = COUNT / THREADS > 0 ? COUNT / THREADS : 1;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int c[EACH] = {}, sum = 0;
-    if constexpr (EACH % 2 == 0) {
-#pragma unroll
-        for (int r = 0; r < PROGRAMS; r++)
-#pragma unroll
-            for (int i = 0; i < EACH; i += 2) {
-                const int* from = counts + threadIdx.x * EACH + i;
-                const int2 two = PROGRAMS == 1 ? make_int2(from[0], from[1]) : pull2(from, r);
-                c[i] += two.x, c[i + 1] += two.y;
-            }
-    } else if (threadIdx.x < COUNT) {
-        for (int r = 0; r < PROGRAMS; r++) c[0] += pull(counts + threadIdx.x, r);
-    }
-#pragma unroll
-    for (int i = 0; i < EACH; i++) sum += c[i];
-    int upto = sum;
-#pragma unroll
-    for (int o = 1; o < 32; o *= 2) {
-        const int more = __shfl_down_sync(ALL, upto, o);
-        if (lane + o < 32) upto += more;
-    }
-    if (lane == 0) scratch[warp] = upto;
-    if (threadIdx.x == 0) scratch[WARPS] = -1, scratch[WARPS + 1] = 0, scratch[WARPS + 2] = 0;
-    __syncthreads();
-    const Sums sums = over_warps(scratch, lane, warp);
-    upto += sums.all - sums.before - scratch[warp];
-    int above = upto - sum;
-    if (above < wanted && wanted <= upto) {
-        int bin = -1, inside = 0;
-#pragma unroll
-        for (int i = EACH - 1; i >= 0; i--) {
-            if (bin < 0 && above + c[i] >= wanted) bin = threadIdx.x * EACH + i, inside = c[i];
-            if (bin < 0) above += c[i];
-        }
-        scratch[WARPS] = bin, scratch[WARPS + 1] = above, scratch[WARPS + 2] = inside;
-    }
-    __syncthreads();
-    const Found found = {scratch[WARPS], scratch[WARPS + 1], scratch[WARPS + 2]};
-    __syncthreads();
-    return found;
+// Places in a list for so many of this lane, in the order of the lanes: one atomic addition a warp.
+__device__ __forceinline__ int reserve(int* length, int mine, int lane) {
+    const int upto = sum_upto(mine, lane);
+    int at = 0;
+    if (lane == 31) at = atomicAdd(length, upto);
+    return __shfl_sync(ALL, at, 31) + upto - mine;
 }
 
 // In place: from the counts of all blocks to the sums of those before each. `counts` is this program's copy.
-__device__ void sums_before(int* counts, int blocks, int* scratch) {
+__device__ __forceinline__ void sums_before(int* counts, int blocks, int* scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int before = 0;
 #pragma unroll 1
@@ -150,6 +125,57 @@ __device__ void sums_before(int* counts, int blocks, int* scratch) {
     }
 }
 
+// This thread's EACH neighbouring counts of COUNT, summed over PROGRAMS of the cluster: its own alone if that is one.
+template <int COUNT, int PROGRAMS, int EACH> __device__ __forceinline__ void sum_counts(const int* counts, int (&c)[EACH]) {
+    constexpr int AT_ONCE = EACH % 2 == 0 ? 2 : 1;
+    if (threadIdx.x >= COUNT) return;
+#pragma unroll
+    for (int r = 0; r < PROGRAMS; r++)
+#pragma unroll
+        for (int i = 0; i < EACH; i += AT_ONCE) {
+            const int* from = counts + threadIdx.x * EACH + i;
+            if constexpr (AT_ONCE == 2) {
+                const int2 two = PROGRAMS == 1 ? make_int2(from[0], from[1]) : pull2(from, r);
+                c[i] += two.x, c[i + 1] += two.y;
+            } else {
+                c[i] += PROGRAMS == 1 ? from[0] : pull(from, r);
+            }
+        }
+}
+
+// The highest bin at or above which there are so many as are needed (-1: there is none), how many are above it and inside.
+struct Found { int bin, above, inside; };
+template <int COUNT, int PROGRAMS> __device__ __forceinline__ Found find_bin(const int* counts, int needed, int* scratch) {
+    constexpr int EACH = COUNT / THREADS > 0 ? COUNT / THREADS : 1;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int c[EACH] = {}, sum = 0;
+    sum_counts<COUNT, PROGRAMS>(counts, c);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) sum += c[i];
+    int from_here = sum_from(sum, lane);
+    if (lane == 0) scratch[warp] = from_here;
+    if (threadIdx.x == 0) scratch[WARPS] = -1, scratch[WARPS + 1] = 0, scratch[WARPS + 2] = 0;
+    __syncthreads();
+    const Sums sums = over_warps(scratch, lane, warp);
+    from_here += sums.all - sums.before - scratch[warp];
+    int above = from_here - sum;
+    if (above < needed && needed <= from_here) {
+        int bin = -1, inside = 0;
+#pragma unroll
+        for (int i = EACH - 1; i >= 0; i--) {
+            if (bin < 0 && above + c[i] >= needed) bin = threadIdx.x * EACH + i, inside = c[i];
+            if (bin < 0) above += c[i];
+        }
+        scratch[WARPS] = bin, scratch[WARPS + 1] = above, scratch[WARPS + 2] = inside;
+    }
+    __syncthreads();
+    const Found found = {scratch[WARPS], scratch[WARPS + 1], scratch[WARPS + 2]};
+    __syncthreads();
+    return found;
+}
+
+// ---- fast scores ----------------------------------------------------------------------------------------------------
+
 // Which of BINS bins between two scores; monotone in the score, whatever the two are.
 struct Bins {
     float low, per;
@@ -163,11 +189,75 @@ struct Bins {
     __device__ __forceinline__ float start(int bin) const { return per > 0.0f ? low + bin / per : low; }
 };
 
+// What stage 1 finds.
+struct Cut {
+    int least, highest;  // fast scores: of a candidate at least this; of all, the highest
+    Bins fine;           // for the canonical scores of the candidates
+    __device__ __forceinline__ bool passes(int w) const { return w >= least; }
+};
+
+// Fast scores are 16 bits with a proven error, made from codes, or canonical words themselves. Of each kind: the score of
+// nothing, the extremes of 16 bytes at a time, and bins between these, which lead to the cut.
 #if CODED
 typedef u16 Fast;
+constexpr int NO_FAST = 0;
+
+struct Extremes {
+    u32 low2 = ALL, high2 = 0;
+    __device__ __forceinline__ void extend(uint4 w) {
+        low2 = __vminu2(low2, __vminu2(__vminu2(w.x, w.y), __vminu2(w.z, w.w)));
+        high2 = __vmaxu2(high2, __vmaxu2(__vmaxu2(w.x, w.y), __vmaxu2(w.z, w.w)));
+    }
+    __device__ __forceinline__ int low() const { return min(low2 & 0xffff, low2 >> 16); }
+    __device__ __forceinline__ int high() const { return max(high2 & 0xffff, high2 >> 16); }
+};
+
+struct FastBins {
+    int low, high, shift;
+    __device__ FastBins(int low, int high) : low(low), high(high) {
+        shift = low <= high ? max(0, 32 - __clz(high - low) - log2i(BINS)) : 0;
+    }
+    __device__ __forceinline__ int of(int w) const { return min(max((w - low) >> shift, 0), BINS - 1); }
+    // The k_eff-th canonical score is at most one error below that fast score, so a key more than two below cannot be
+    // among the best. `limits` (score_codes.cu): two errors in steps of the fast score, and such steps in a unit of score.
+    __device__ __forceinline__ Cut cut(int bin, const float* limits) const {
+        const float margin = limits[0], units = limits[1];
+        const int found = bin <= 0 ? 0 : low + (bin << shift);
+        const int least = units > 0.0f && found > 0 ? (int)ceilf((float)found - margin) : -1;
+        const float unit = units > 0.0f ? 1.0f / units : 0.0f;
+        return {least, high, Bins(((float)found - 32768.0f - margin) * unit, ((float)high - 32768.0f + margin) * unit)};
+    }
+};
 #else
 typedef int Fast;
+constexpr int NO_FAST = NONE;
+
+struct Extremes {
+    u32 lowest = ALL;  // NONE, less its successor, is the largest
+    int highest = NONE;
+    __device__ __forceinline__ void extend(uint4 w) {
+        const u32 part[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int e = 0; e < 4; e++) lowest = min(lowest, part[e] - (u32)(NONE + 1)), highest = max(highest, (int)part[e]);
+    }
+    __device__ __forceinline__ int low() const { return lowest == ALL ? 0x7fffffff : (int)(lowest + (u32)(NONE + 1)); }
+    __device__ __forceinline__ int high() const { return highest; }
+};
+
+struct FastBins {
+    int low, high;
+    Bins bins;
+    __device__ FastBins(int low, int high) : low(low), high(high), bins(score_of(low), score_of(high)) {}
+    __device__ __forceinline__ int of(int w) const { return bins.of(score_of(w)); }
+    // The first score of the cut's bin, and a little less for what the bins round.
+    __device__ __forceinline__ Cut cut(int bin, const float*) const {
+        const float spread = score_of(high) - score_of(low);
+        const int least = bin <= 0 ? NONE + 1 : word_of(bins.start(bin) - spread * 1e-5f) - 2;
+        return {least, high, Bins(score_of(max(least, low)), score_of(high))};
+    }
+};
 #endif
+
 constexpr int PACK = 16 / (int)sizeof(Fast), WIDE = SUB < PACK ? SUB : PACK;  // in 16 bytes; fast scores a lane reads at once
 constexpr int SHARE = SUB / WIDE, A_BLOCK = BLOCK / SUB;                      // lanes a neighbourhood, those of a block
 
@@ -177,6 +267,7 @@ __device__ __forceinline__ void unpack(uint4 w, int* x) {
     for (int i = 0; i < PACK; i++)
         x[i] = sizeof(Fast) == 4 ? (int)part[i] : (int)((part[i / 2] >> (16 * (i % 2))) & 65535);
 }
+
 // WIDE fast scores, packed.
 __device__ __forceinline__ uint4 load_fast(const Fast* p) {
     constexpr int BYTES = WIDE * (int)sizeof(Fast);
@@ -194,243 +285,275 @@ __device__ __forceinline__ uint4 load_fast(const Fast* p) {
     return w;
 }
 
+// Which of the first COUNT packed scores pass, a bit each.
+template <int COUNT> __device__ __forceinline__ u32 passing(uint4 raw, const Cut& cut) {
+    int w[PACK];
+    unpack(raw, w);
+    u32 pass = 0;
+#pragma unroll
+    for (int e = 0; e < COUNT; e++) pass |= cut.passes(w[e]) ? 1u << e : 0u;
+    return pass;
+}
+
+// ---- what the stages share ------------------------------------------------------------------------------------------
+
 struct Shared {
-    int counts[BINS], candidates[BINS];
+    int counts[BINS], candidates[BINS];  // of fast scores, of the canonical scores of candidates
+    // Candidates near the edge, of every program; those of them that are chosen.
     int near_word[CLUSTER * NEAR], near_position[CLUSTER * NEAR], winner_word[NEAR], winner[NEAR];
     int scratch[WARPS + 4];
-    int low, high, highest, listed, found, nears, winners, full;
+    int low, high, highest;            // fast scores; the highest canonical word
+    int listed, found, nears, winners; // lengths of lists
+    int full;                          // whether candidates were left out for lack of room
     float part[WARPS][DIM_V], weight[WARPS], numerators[CLUSTER][DIM_V], denominators[CLUSTER];
 };
 
 static_assert(sizeof(Shared) == SHARED, "cuda.py counts other bytes");
 
-#if PROFILE
-#define MARK(i)                                                                                       \
-    do {                                                                                              \
-        __syncthreads();                                                                              \
-        if (threadIdx.x == 0) marks[((i64)blockIdx.y * CLUSTER + rank) * 16 + i] = nanoseconds();     \
-    } while (0)
-#else
-#define MARK(i)
-#endif
+// As the kernel gets them.
+struct Sizes {
+    int n, padded;          // keys; rounded up to blocks
+    int start, end;         // keys that have a fast score
+    int whole, sinks;       // tokens of a cache that are coded, the first of which are kept in full
+    int k_eff, room, span;  // keys to choose; candidates and ranks that a program has room for
+};
 
-extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) choose_and_attend(
-    const void* q, SIDE(k), SIDE(v), const Fast* fast, const Fast* best, int* word,
-    const float* limits, void* out, i64* indices, int* count, i64* marks,
-    int heads, int n, int padded, int start, int end, int whole, int sinks, int wanted, int room, int span,
-    int q_b, int q_h, double factor) {
-    const int rank = cluster_rank(), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    const int row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP;
-    const int blocks = padded / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
-    DYNAMIC_SHARED(memory);
-    Shared& s = *(Shared*)memory;
-    int* position = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16);
-    int* value = position + room;          // canonical words of the candidates
-    int* own_count = value + room;         // chosen keys, by own block
-    int* before = own_count + own;         // and of all blocks
-    u32* bitmap = (u32*)(before + blocks); // chosen keys, 16 words an own block
-    u16* staged = (u16*)(bitmap + own * (BLOCK / 32));
-    int* chosen_position = (int*)staged;   // of ranks [span rank, span (rank + 1)), when nothing is staged any more
-    int* chosen = chosen_position + span;
-    const Fast* my_fast = fast + (i64)row * padded;
-    const Fast* my_best = best + (i64)row * padded / SUB;
-    const int many = (CODED ? end : padded) / SUB;
-    MARK(0);
+// One program of the cluster: its row, its part of it, and where things lie in its shared memory.
+struct Program : Sizes {
+    Shared& s;
+    int *position, *value;               // candidates, and their canonical words
+    int *own_count, *before;             // chosen keys: of own blocks; of all, then the sums before each
+    u32* bitmap;                         // chosen keys, WORDS an own block
+    u16* staged;                         // own neighbourhoods that reach the cut
+    int *chosen_position, *chosen;       // of ranks [span rank, span (rank + 1)), when nothing is staged any more
+    const Fast *fast, *best;             // of the row
+    i64* marks;
+    int rank, tid, lane, warp, row, b, h, g;
+    int blocks, own, packs, scored;      // blocks of keys, own ones; bests in 16 bytes, neighbourhoods that have one
 
-    // 1. The cut: the wanted-th largest of the best of neighbours, to the precision of a bin.
-    constexpr int FIRST = CODED ? 2 : 4;  // 16 bytes of bests a thread keeps from the first look to the second
-    uint4 kept_best[FIRST];
-    const int packs = padded / SUB / PACK;
-#pragma unroll
-    for (int u = 0; u < FIRST; u++) kept_best[u] = ((const uint4*)my_best)[min(tid + u * THREADS, packs - 1)];
+    __device__ __forceinline__ Program(
+        char* memory, const Sizes& sizes, const Fast* all_fast, const Fast* all_best, i64* marks, int heads)
+        : Sizes(sizes), s(*(Shared*)memory), marks(marks) {
+        rank = cluster_rank(), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+        row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP;
+        blocks = padded / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
+        packs = padded / SUB / PACK, scored = (CODED ? end : padded) / SUB;
+        position = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16), value = position + room;
+        own_count = value + room, before = own_count + own;
+        bitmap = (u32*)(before + blocks);
+        staged = (u16*)(bitmap + own * WORDS);
+        chosen_position = (int*)staged, chosen = chosen_position + span;
+        fast = all_fast + (i64)row * padded, best = all_best + (i64)row * padded / SUB;
+    }
+    __device__ __forceinline__ uint4 bests(int i) const { return ((const uint4*)best)[i]; }
+
+    // Blocks of keys go round the programs, so that neighbours that score alike do not fall to one of them. With EACH things
+    // a block: which of all is the i-th own.
+    template <int EACH> __device__ __forceinline__ int dealt(int i) const { return (i / EACH * CLUSTER + rank) * EACH + i % EACH; }
+    __device__ __forceinline__ bool owns(int j) const { return j / BLOCK % CLUSTER == rank; }
+    // Of an own key: its block among the own ones, the bitmap's words of that, whether its bit is set.
+    __device__ __forceinline__ int own_block(int j) const { return j / BLOCK / CLUSTER; }
+    __device__ __forceinline__ u32* bits_of(int j) const { return bitmap + own_block(j) * WORDS; }
+    __device__ __forceinline__ bool is_taken(int j) const { return bits_of(j)[j % BLOCK / 32] >> (j % 32) & 1; }
+};
+
+// The time, for figures of the stages.
+__device__ __forceinline__ void mark(const Program& p, int i) {
+    if constexpr (PROFILE) {
+        __syncthreads();
+        if (p.tid == 0) p.marks[((i64)p.row * CLUSTER + p.rank) * 16 + i] = nanoseconds();
+    }
+}
+
+// ---- 1. the cut -----------------------------------------------------------------------------------------------------
+//
+// The k_eff-th largest of the bests of neighbourhoods, to the precision of a bin. These are scores of different keys, so at
+// least k_eff keys reach it, and what stays below it, by more than the error of fast scores, cannot be among the best. Every
+// program finds the cut for itself: that costs less than asking the others.
+
+constexpr int KEPT = CODED ? 2 : 4;  // 16 bytes of bests that a thread keeps from the first look to the second
+
+__device__ __forceinline__ void clear(const Program& p) {
+    Shared& s = p.s;
 #pragma unroll 1
-    for (int i = tid; i < BINS; i += THREADS) s.counts[i] = 0, s.candidates[i] = 0;
+    for (int i = p.tid; i < BINS; i += THREADS) s.counts[i] = 0, s.candidates[i] = 0;
 #pragma unroll 1
-    for (int i = tid; i < own * (BLOCK / 32); i += THREADS) bitmap[i] = 0;
+    for (int i = p.tid; i < p.own * WORDS; i += THREADS) p.bitmap[i] = 0;
 #pragma unroll 1
-    for (int i = tid; i < own; i += THREADS) own_count[i] = 0;
-    if (tid == 0) {
+    for (int i = p.tid; i < p.own; i += THREADS) p.own_count[i] = 0;
+    if (p.tid == 0) {
         s.low = 0x7fffffff, s.high = NONE, s.highest = NONE;
         s.listed = 0, s.found = 0, s.nears = 0, s.winners = 0, s.full = 0;
     }
-    __syncthreads();
-    // Every program finds the cut for itself: that costs less than asking the others. First the range, about: bins are
-    // clamped. The highest canonical score is exact.
-#if CODED
-    u32 low2 = ALL, high2 = 0;
-    auto extend = [&](uint4 w) {
-        low2 = __vminu2(low2, __vminu2(__vminu2(w.x, w.y), __vminu2(w.z, w.w)));
-        high2 = __vmaxu2(high2, __vmaxu2(__vmaxu2(w.x, w.y), __vmaxu2(w.z, w.w)));
-    };
-    const int full = max(1, many / PACK);
-#else
-    // NONE, less its successor, is the largest.
-    u32 lowest = ALL;
-    int high = NONE;
-    auto extend = [&](uint4 w) {
-        const u32 part[4] = {w.x, w.y, w.z, w.w};
+}
+
+// All bests below `limit` packs: f(pack, what is in it).
+template <class F> __device__ __forceinline__ void look_at_bests(const Program& p, const uint4 (&kept)[KEPT], int limit, F f) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) lowest = min(lowest, part[e] - (u32)(NONE + 1)), high = max(high, (int)part[e]);
-    };
-    const int full = packs;
-#endif
-#pragma unroll
-    for (int u = 0; u < FIRST; u++)
-        if (tid + u * THREADS < full) extend(kept_best[u]);
+    for (int u = 0; u < KEPT; u++)
+        if (p.tid + u * THREADS < limit) f(p.tid + u * THREADS, kept[u]);
 #pragma unroll 1
-    for (int i = tid + FIRST * THREADS; i < full; i += THREADS) extend(((const uint4*)my_best)[i]);
-#if CODED
-    int low = min(low2 & 0xffff, low2 >> 16), high = max(high2 & 0xffff, high2 >> 16);
-#else
-    int low = lowest == ALL ? 0x7fffffff : (int)(lowest + (u32)(NONE + 1));
-#endif
-    low = __reduce_min_sync(ALL, low), high = __reduce_max_sync(ALL, high);
-    if (lane == 0) atomicMin(&s.low, low), atomicMax(&s.high, high);
+    for (int i = p.tid + KEPT * THREADS; i < limit; i += THREADS) f(i, p.bests(i));
+}
+
+__device__ __forceinline__ Cut find_cut(const Program& p, const float* limits) {
+    Shared& s = p.s;
+    uint4 kept[KEPT];
+#pragma unroll
+    for (int u = 0; u < KEPT; u++) kept[u] = p.bests(min(p.tid + u * THREADS, p.packs - 1));
+    clear(p);
     __syncthreads();
-    low = s.low, high = s.high;
-#if CODED
-    const int shift = low <= high ? max(0, 32 - __clz(high - low) - log2i(BINS)) : 0;
-    auto bin_of = [&](int w) { return min(max((w - low) >> shift, 0), BINS - 1); };
-#else
-    const Bins bins(score_of(low), score_of(high));
-    auto bin_of = [&](int w) { return bins.of(score_of(w)); };
-#endif
-    MARK(1);
-    auto count_bests = [&](int i, uint4 raw) {
+    // First the range: of 16-bit scores about, as bins are clamped; the highest canonical score is exact.
+    Extremes extremes;
+    look_at_bests(p, kept, CODED ? max(1, p.scored / PACK) : p.packs, [&](int, uint4 raw) { extremes.extend(raw); });
+    const int low = __reduce_min_sync(ALL, extremes.low()), high = __reduce_max_sync(ALL, extremes.high());
+    if (p.lane == 0) atomicMin(&s.low, low), atomicMax(&s.high, high);
+    __syncthreads();
+    const FastBins bins(s.low, s.high);
+    mark(p, 1);
+    look_at_bests(p, kept, p.packs, [&](int i, uint4 raw) {
         int w[PACK];
         unpack(raw, w);
-        const int left = many - i * PACK;
+        const int left = p.scored - i * PACK;
 #pragma unroll
         for (int e = 0; e < PACK; e++)
-            if (e < left && w[e] != (CODED ? 0 : NONE)) atomicAdd(&s.counts[bin_of(w[e])], 1);
-    };
-#pragma unroll
-    for (int u = 0; u < FIRST; u++)
-        if (tid + u * THREADS < packs) count_bests(tid + u * THREADS, kept_best[u]);
-#pragma unroll 1
-    for (int i = tid + FIRST * THREADS; i < packs; i += THREADS) count_bests(i, ((const uint4*)my_best)[i]);
+            if (e < left && w[e] != NO_FAST) atomicAdd(&s.counts[bins.of(w[e])], 1);
+    });
     __syncthreads();
-    MARK(2);
-    const Found cut_bin = find_bin<BINS, 1>(s.counts, wanted, s.scratch);
-#if CODED
-    // The wanted-th canonical score is at most one error below that fast score, so a key more than two below cannot be
-    // among the best.
-    const float margin = limits[row * 2], units = limits[row * 2 + 1];
-    const int found = cut_bin.bin <= 0 ? 0 : low + (cut_bin.bin << shift);
-    const int cut = units > 0.0f && found > 0 ? (int)ceilf((float)found - margin) : -1;
-    auto passes = [&](int w) { return w >= cut; };
-    const float unit = units > 0.0f ? 1.0f / units : 0.0f;
-    const Bins fine(((float)found - 32768.0f - margin) * unit, ((float)high - 32768.0f + margin) * unit);
-#else
-    // The first score of the cut's bin, and a little less for what the bins round.
-    const int cut = cut_bin.bin <= 0 ? NONE + 1 : word_of(bins.start(cut_bin.bin) - (score_of(high) - score_of(low)) * 1e-5f) - 2;
-    auto passes = [&](int w) { return w >= cut; };
-    const Bins fine(score_of(max(cut, low)), score_of(high));
-#endif
-    MARK(3);
+    mark(p, 2);
+    const Found at = find_bin<BINS, 1>(s.counts, p.k_eff, s.scratch);
+    return bins.cut(at.bin, limits + p.row * 2);
+}
 
-    // 2. Candidates: keys that reach the cut, in any order. Blocks of keys go round the programs, so that neighbours that
-    // score alike do not fall to one of them.
-    auto reserve = [&](int* counter, int mine) {  // places for so many of a lane
-        const int upto = sum_upto(mine, lane);
-        int at = 0;
-        if (lane == 31) at = atomicAdd(counter, upto);
-        return __shfl_sync(ALL, at, 31) + upto - mine;
-    };
-    {
-        constexpr int PACKS = A_BLOCK / PACK, DEEP = 2;
-        const int stretch = (own + WARPS - 1) / WARPS * PACKS;  // packs that a warp looks at
+// ---- 2. candidates --------------------------------------------------------------------------------------------------
+//
+// Keys that reach the cut, in any order. Such a key's neighbourhood has a best that reaches it too, so only those are looked
+// into. Keys without a fast score are always candidates.
+
+// Own neighbourhoods whose best passes.
+__device__ __forceinline__ void stage_neighbourhoods(const Program& p, const Cut& cut) {
+    constexpr int PACKS = A_BLOCK / PACK, DEEP = 2;
+    const int stretch = (p.own + WARPS - 1) / WARPS * PACKS;  // packs that a warp looks at
 #pragma unroll 1
-        for (int i = 0; i < stretch; i += 32 * DEEP) {
-            uint4 raw[DEEP];
-            int at[DEEP];
-            bool is[DEEP];
+    for (int i = 0; i < stretch; i += 32 * DEEP) {
+        uint4 raw[DEEP];
+        int at[DEEP];
+        bool is[DEEP];
 #pragma unroll
-            for (int u = 0; u < DEEP; u++) {
-                at[u] = warp * stretch + i + u * 32 + lane;
-                const int global = (at[u] / PACKS * CLUSTER + rank) * PACKS + at[u] % PACKS;
-                is[u] = i + u * 32 + lane < stretch && at[u] < own * PACKS && global < packs;
-                raw[u] = ((const uint4*)my_best)[is[u] ? global : 0];
-            }
-            u32 pass = 0;
-#pragma unroll
-            for (int u = 0; u < DEEP; u++) {
-                int w[PACK];
-                unpack(raw[u], w);
-#pragma unroll
-                for (int e = 0; e < PACK; e++) pass |= is[u] && passes(w[e]) ? 1u << (u * PACK + e) : 0u;
-            }
-            int to = reserve(&s.listed, __popc(pass));
-            for (; pass; pass &= pass - 1) {
-                const int bit = __ffs(pass) - 1;
-                staged[to++] = (u16)((at[0] + bit / PACK * 32) * PACK + bit % PACK);
-            }
+        for (int u = 0; u < DEEP; u++) {
+            at[u] = p.warp * stretch + i + u * 32 + p.lane;
+            const int pack = p.dealt<PACKS>(at[u]);
+            is[u] = i + u * 32 + p.lane < stretch && at[u] < p.own * PACKS && pack < p.packs;
+            raw[u] = p.bests(is[u] ? pack : 0);
         }
-        __syncthreads();
-        MARK(4);
-        const int kept = s.listed;
-        constexpr int AT_ONCE = THREADS / SHARE, MORE = 3;
+        u32 pass = 0;
+#pragma unroll
+        for (int u = 0; u < DEEP; u++) pass |= is[u] ? passing<PACK>(raw[u], cut) << (u * PACK) : 0;
+        int to = reserve(&p.s.listed, __popc(pass), p.lane);
+        for (; pass; pass &= pass - 1) {
+            const int bit = __ffs(pass) - 1;
+            p.staged[to++] = (u16)((at[0] + bit / PACK * 32) * PACK + bit % PACK);
+        }
+    }
+}
+
+// Keys [start, end) of the staged neighbourhoods that pass: SHARE lanes a neighbourhood, MORE of them at a time.
+__device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const Cut& cut) {
+    constexpr int AT_ONCE = THREADS / SHARE, MORE = 3;
+    const int kept = p.s.listed;
 #pragma unroll 1
-        for (int i = 0; i < kept; i += AT_ONCE * MORE) {
-            auto first_of = [&](int u) {
-                const int at = staged[min(i + u * AT_ONCE + tid / SHARE, kept - 1)];
-                return ((at / A_BLOCK * CLUSTER + rank) * A_BLOCK + at % A_BLOCK) * SUB + lane % SHARE * WIDE;
-            };
-            uint4 raw[MORE];
+    for (int i = 0; i < kept; i += AT_ONCE * MORE) {
+        auto first_of = [&](int u) {
+            const int at = p.staged[min(i + u * AT_ONCE + p.tid / SHARE, kept - 1)];
+            return p.dealt<A_BLOCK>(at) * SUB + p.lane % SHARE * WIDE;
+        };
+        uint4 raw[MORE];
 #pragma unroll
-            for (int u = 0; u < MORE; u++) raw[u] = load_fast(my_fast + first_of(u));
-            u64 takes = 0;
+        for (int u = 0; u < MORE; u++) raw[u] = load_fast(p.fast + first_of(u));
+        u64 takes = 0;
 #pragma unroll
-            for (int u = 0; u < MORE; u++) {
-                int x[PACK];
-                unpack(raw[u], x);
-                const int j = first_of(u);
-                u64 pass = 0;
-#pragma unroll
-                for (int w = 0; w < WIDE; w++) pass |= (u64)passes(x[w]) << w;
-                const bool is = i + u * AT_ONCE + tid / SHARE < kept && j < many * SUB;
-                const u32 upto = (1u << min(max(end - j, 0), WIDE)) - 1, before = (1u << min(max(start - j, 0), WIDE)) - 1;
-                if (is) takes |= (pass & upto & ~before) << (u * WIDE);
-            }
-            int at = reserve(&s.found, __popcll(takes));
-            for (; takes; takes &= takes - 1, at++) {
-                const int bit = __ffsll(takes) - 1, j = first_of(bit / WIDE) + bit % WIDE;
-                if (at < room) {
-                    position[at] = j;
-#if !CODED
-                    value[at] = my_fast[j];
-#endif
-                }
+        for (int u = 0; u < MORE; u++) {
+            const int j = first_of(u);
+            const u64 pass = passing<WIDE>(raw[u], cut);
+            const bool is = i + u * AT_ONCE + p.tid / SHARE < kept && j < p.scored * SUB;
+            const u32 upto = (1u << min(max(p.end - j, 0), WIDE)) - 1, before = (1u << min(max(p.start - j, 0), WIDE)) - 1;
+            if (is) takes |= (pass & upto & ~before) << (u * WIDE);
+        }
+        int at = reserve(&p.s.found, __popcll(takes), p.lane);
+        for (; takes; takes &= takes - 1, at++) {
+            const int bit = __ffsll(takes) - 1, j = first_of(bit / WIDE) + bit % WIDE;
+            if (at < p.room) {
+                p.position[at] = j;
+                if (!CODED) p.value[at] = p.fast[j];
             }
         }
     }
-#if CODED
-    // Keys without a fast score always are.
-#pragma unroll 1
-    for (int i = warp * 32; i < start + n - end; i += THREADS) {
-        const int at = i + lane, j = at < start ? at : end + at - start;
-        const bool is = at < start + n - end && (j / BLOCK) % CLUSTER == rank;
-        const int to = reserve(&s.found, is);
-        if (is && to < room) position[to] = j;
-    }
-#endif
-    __syncthreads();
-    int mine_found = min(s.found, room);
-    if (tid == 0) s.full = s.found > room, count[row * CLUSTER + rank] = s.found;
-    MARK(5);
+}
 
-    // 3. Their canonical scores.
-    const Rows keys(AS_SIDE(k), b, g, whole, sinks);
-    auto score_all = [&](auto which, int total, auto keep) {
-#if CODED
-        constexpr int DEEP = 4, HAS = DEEP > LANES ? DEEP / LANES : 1;
+// Own keys outside [start, end).
+__device__ __forceinline__ void list_unscored(const Program& p) {
+    const int start = p.start, n = p.n, end = p.end;
+#pragma unroll 1
+    for (int i = p.warp * 32; i < start + n - end; i += THREADS) {
+        const int at = i + p.lane, j = at < start ? at : end + at - start;
+        const bool is = at < start + n - end && p.owns(j);
+        const int to = reserve(&p.s.found, is, p.lane);
+        if (is && to < p.room) p.position[to] = j;
+    }
+}
+
+// Returns how many there are in the list.
+__device__ __forceinline__ int list_candidates(const Program& p, const Cut& cut, int* count) {
+    Shared& s = p.s;
+    stage_neighbourhoods(p, cut);
+    __syncthreads();
+    mark(p, 4);
+    look_into_neighbourhoods(p, cut);
+    if (CODED) list_unscored(p);
+    __syncthreads();
+    const int found = min(s.found, p.room);
+    if (p.tid == 0) s.full = s.found > p.room, count[p.row * CLUSTER + p.rank] = s.found;
+    return found;
+}
+
+// ---- 3. canonical scores --------------------------------------------------------------------------------------------
+//
+// Of the candidates, by rules 1 to 4: LANES lanes a key, DEEP keys at a time so that many loads are in flight. They are
+// counted in bins as they come. Fast scores that are canonical need only be counted.
+
+struct Scorer {
+    static constexpr int DEEP = 4;
+    Rows keys;
+    const char* query;
+
+    // Of every key, this lane's part of the product (rule 2). PLAIN: all are coded.
+    template <bool PLAIN>
+    __device__ __forceinline__ void products(const float (&x)[E], const int (&j)[DEEP], int part, float (&sum)[DEEP]) const {
+        uint4 raw[DEEP];
+#pragma unroll
+        for (int u = 0; u < DEEP; u++) raw[u] = keys.load<PLAIN>(j[u], part);
+#pragma unroll
+        for (int u = 0; u < DEEP; u++) {
+            float product[E];
+            keys.numbers<PLAIN>(j[u], raw[u], product);
+#pragma unroll
+            for (int e = 0; e < E; e++) product[e] = __fmul_rn(x[e], product[e]);
+            tree<E>(product);
+            sum[u] = product[0];
+        }
+    }
+
+    // The words of keys which(0), ..., which(total - 1): keep(i, word).
+    template <class Which, class Keep>
+    __device__ __forceinline__ void score(const Program& p, int total, Which which, Keep keep) const {
+        constexpr int HAS = DEEP > LANES ? DEEP / LANES : 1;
         if (total == 0) return;
-        const int part = lane % LANES, first = first_sum<DEEP, LANES>(lane);
+        const int lane = p.lane, part = lane % LANES, first = first_sum<DEEP, LANES>(lane), team = p.tid / LANES * DEEP;
         const bool writes = writes_sum<DEEP, LANES>(lane);
-        float query[E];
-        load_query(q, (i64)b * q_b + (i64)h * q_h, part, query);
+        float x[E];
+        load_query(query, 0, part, x);
 #pragma unroll 1
-        for (int i = tid / LANES * DEEP; i - tid / LANES * DEEP < total; i += THREADS / LANES * DEEP) {
+        for (int i = team; i - team < total; i += THREADS / LANES * DEEP) {
             int j[DEEP];
             float sum[DEEP];
             bool coded = true;
@@ -439,325 +562,424 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
                 j[u] = which(min(i + u, total - 1));
                 coded = coded && keys.coded(j[u]);
             }
-            auto products = [&](auto plain) {
-                constexpr bool PLAIN = decltype(plain)::value;
-                uint4 raw[DEEP];
-#pragma unroll
-                for (int u = 0; u < DEEP; u++) raw[u] = keys.load<PLAIN>(j[u], part);
-#pragma unroll
-                for (int u = 0; u < DEEP; u++) {
-                    float x[E];
-                    keys.numbers<PLAIN>(j[u], raw[u], x);
-#pragma unroll
-                    for (int e = 0; e < E; e++) x[e] = __fmul_rn(query[e], x[e]);
-                    tree<E>(x);
-                    sum[u] = x[0];
-                }
-            };
-            if (STORED && __all_sync(ALL, coded)) products(Bool<true>{});
-            else products(Bool<false>{});
+            if (STORED && __all_sync(ALL, coded)) products<true>(x, j, part, sum);
+            else products<false>(x, j, part, sum);
             tree_over_lanes<DEEP, LANES>(sum, lane);
 #pragma unroll
             for (int u = 0; u < HAS; u++)
                 if (writes && i + first + u < total) keep(i + first + u, word_of(sum[u]));
         }
-#endif
-    };
-    int highest = CODED ? NONE : high;
+    }
+};
+
+// To s.highest, of what every thread saw.
+__device__ __forceinline__ void tell_highest(const Program& p, int highest) {
+    highest = __reduce_max_sync(ALL, highest);
+    if (p.lane == 0) atomicMax(&p.s.highest, highest);
+}
+
+__device__ __forceinline__ void score_candidates(const Program& p, const Scorer& scorer, const Bins& fine, int found) {
+    int* counts = p.s.candidates;
     if (!CODED) {
 #pragma unroll 1
-        for (int i = tid; i < mine_found; i += THREADS) atomicAdd(&s.candidates[fine.of(score_of(value[i]))], 1);
-    } else {
-        score_all([&](int i) { return position[i]; }, mine_found, [&](int i, int w) {
-            value[i] = w, highest = max(highest, w);
-            atomicAdd(&s.candidates[fine.of(score_of(w))], 1);
-        });
-        highest = __reduce_max_sync(ALL, highest);
-        if (lane == 0) atomicMax(&s.highest, highest);
+        for (int i = p.tid; i < found; i += THREADS) atomicAdd(&counts[fine.of(score_of(p.value[i]))], 1);
+        return;
     }
-    MARK(6);
-    cluster_sync();
-    MARK(7);
+    int highest = NONE;
+    scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) {
+        p.value[i] = w, highest = max(highest, w);
+        atomicAdd(&counts[fine.of(score_of(w))], 1);
+    });
+    tell_highest(p, highest);
+}
 
-    // 4. The choice.
-    bool slow = false;
+// ---- 4. the choice --------------------------------------------------------------------------------------------------
+//
+// A candidate in a bin above that of the k_eff-th is among the best, as bins are monotone; one in a bin below is not. Those
+// in its bin are compared with each other (rule 4). Then every chosen key's rank is the number of chosen keys before it,
+// known from a bitmap of an own block and the counts of the other blocks.
+
+// Of every program, the chosen keys of its blocks.
+__device__ __forceinline__ void gather_counts(const Program& p) {
+#pragma unroll 1
+    for (int i = p.tid; i < p.blocks; i += THREADS) p.before[i] = pull(p.own_count + i / CLUSTER, i % CLUSTER);
+}
+
+// A chosen key, once `before` has the sums before each block, to its rank. Winners have no bit.
+__device__ __forceinline__ void send(const Program& p, int j, int w, int winners) {
+    const int at = j % BLOCK / 32;
+    const u32* bits = p.bits_of(j);
+    int place = p.before[j / BLOCK] + __popc(bits[at] & ((1u << (j % 32)) - 1));
 #pragma unroll
-    for (int r = 0; r < CLUSTER; r++) {
-        slow |= pull(&s.full, r) != 0;
-        if (CODED) highest = max(highest, pull(&s.highest, r));
+    for (int i = 0; i < WORDS; i++) place += i < at ? __popc(bits[i]) : 0;
+#pragma unroll 1
+    for (int i = 0; i < winners; i++) place += p.s.winner[i] < j;
+    push(p.chosen_position + place % p.span, place / p.span, j);
+    push(p.chosen + place % p.span, place / p.span, w);
+}
+
+// Bits for candidates above the edge; those near it are told to every program.
+__device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int found, int edge) {
+    Shared& s = p.s;
+#pragma unroll 1
+    for (int i = p.tid; i < found; i += THREADS) {
+        const int bin = fine.of(score_of(p.value[i]));
+        if (bin > edge) {
+            const int j = p.position[i];
+            atomicOr(p.bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
+            atomicAdd(&p.own_count[p.own_block(j)], 1);
+        }
+        if (bin == edge) {
+            const int at = atomicAdd(&s.nears, 1);
+#pragma unroll
+            for (int r = 0; r < CLUSTER; r++)
+                {
+                push(s.near_word + p.rank * NEAR + at, r, p.value[i]);
+                push(s.near_position + p.rank * NEAR + at, r, p.position[i]);
+            }
+        }
     }
-    Found edge = find_bin<BINS, CLUSTER>(s.candidates, wanted, s.scratch);
-    slow |= edge.bin < 0 || edge.inside > NEAR;
-    auto bits_of = [&](int j) { return bitmap + j / BLOCK / CLUSTER * (BLOCK / 32); };  // of the block of an own key
-    // A chosen key, once `before` has the sums before each block, to its rank. Winners near the edge have no bit.
-    auto send = [&](int j, int w, int winners) {
-        const int at = j % BLOCK / 32;
-        const u32* bits = bits_of(j);
-        int place = before[j / BLOCK] + __popc(bits[at] & ((1u << (j % 32)) - 1));
+}
+
+// The `missing` best of the near ones (rule 4); every program finds them all.
+__device__ __forceinline__ void find_winners(const Program& p, int missing) {
+    Shared& s = p.s;
+    int has[CLUSTER];
 #pragma unroll
-        for (int i = 0; i < BLOCK / 32; i++) place += i < at ? __popc(bits[i]) : 0;
+    for (int r = 0; r < CLUSTER; r++) has[r] = pull(&s.nears, r);
+    __syncthreads();
 #pragma unroll 1
-        for (int i = 0; i < winners; i++) place += s.winner[i] < j;
-        push(chosen_position + place % span, place / span, j);
-        push(chosen + place % span, place / span, w);
-    };
-    MARK(8);
-    if (!slow) {
-        auto take = [&](int j) {
-            atomicOr(bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
-            atomicAdd(&own_count[j / BLOCK / CLUSTER], 1);
-        };
-#pragma unroll 1
-        for (int i = tid; i < mine_found; i += THREADS) {
-            const int bin = fine.of(score_of(value[i]));
-            if (bin > edge.bin) take(position[i]);
-            if (bin == edge.bin) {
-                const int at = atomicAdd(&s.nears, 1);
+    for (int i = p.tid; i < CLUSTER * NEAR; i += THREADS) {
+        const int w = s.near_word[i], j = s.near_position[i];
+        bool is = false;
+        int better = 0;
 #pragma unroll
-                for (int r = 0; r < CLUSTER; r++)
-                    push(s.near_word + rank * NEAR + at, r, value[i]), push(s.near_position + rank * NEAR + at, r, position[i]);
+        for (int r = 0; r < CLUSTER; r++) {
+            is = is || (r == i / NEAR && i % NEAR < has[r]);
+#pragma unroll 1
+            for (int o = 0; o < has[r]; o++) {
+                const int other = s.near_word[r * NEAR + o];
+                better += other > w || (other == w && s.near_position[r * NEAR + o] < j);
             }
         }
-        MARK(9);
-        cluster_sync();
-        MARK(10);
+        if (is && better < missing) {
+            const int at = atomicAdd(&s.winners, 1);
+            s.winner[at] = j, s.winner_word[at] = w;
+        }
+    }
+}
+
+__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fine, int found, const Found& edge) {
+    Shared& s = p.s;
+    sort_out(p, fine, found, edge.bin);
+    mark(p, 9);
+    cluster_sync();
+    mark(p, 10);
+    gather_counts(p);
+    find_winners(p, p.k_eff - edge.above);
+    sums_before(p.before, p.blocks, s.scratch);
+    mark(p, 11);
+    const int winners = s.winners;
 #pragma unroll 1
-        for (int i = tid; i < blocks; i += THREADS) before[i] = pull(own_count + i / CLUSTER, i % CLUSTER);
-        int has[CLUSTER];
-#pragma unroll
-        for (int r = 0; r < CLUSTER; r++) has[r] = pull(&s.nears, r);
+    for (int i = p.tid; i < found; i += THREADS)
+        if (p.is_taken(p.position[i])) send(p, p.position[i], p.value[i], winners);
+#pragma unroll 1
+    for (int i = p.tid; i < winners; i += THREADS)
+        if (p.owns(s.winner[i])) send(p, s.winner[i], s.winner_word[i], winners);
+}
+
+// Too many candidates, or too many near the edge: the k_eff-th word by bytes, over all keys, which needs no room. Of ties the
+// first are taken (rule 4). Words are here in the order of unsigned numbers; keys that do not reach the cut are 0.
+struct Halving {
+    const Program& p;
+    int* words;   // of the row
+    u32* equal;   // as the bitmap, of keys that have the k_eff-th word; where the candidates were
+    u32 word;     // the k_eff-th, as far as it is known
+    int needed;   // how many of those that have it
+
+    __device__ __forceinline__ Halving(const Program& p, int* words)
+        : p(p), words(words), equal((u32*)p.position), word(0), needed(p.k_eff) {}
+    __device__ __forceinline__ int key(int i) const { return p.dealt<BLOCK>(i); }
+    __device__ __forceinline__ u32 at(int j) const { return j < p.padded ? (u32)words[j] ^ 0x80000000u : 0; }
+
+    // Canonical words, where there are none yet.
+    __device__ __forceinline__ void score(const Scorer& scorer, const Cut& cut) const {
+        if (p.tid == 0) p.s.highest = NONE;
+        __syncthreads();
+        int highest = NONE;
+        scorer.score(p, p.own * BLOCK, [&](int i) { return min(key(i), p.n - 1); }, [&](int i, int w) {
+            const int j = key(i);
+            const bool is = j < p.n && (j < p.start || j >= p.end || cut.passes(p.fast[j]));
+            if (j < p.padded) words[j] = is ? w : NONE;
+            if (is) highest = max(highest, w);
+        });
+        tell_highest(p, highest);
+        cluster_sync();
+    }
+    __device__ __forceinline__ void find_byte(int shift) {
+        Shared& s = p.s;
+#pragma unroll 1
+        for (int i = p.tid; i < 256; i += THREADS) s.counts[i] = 0;
         __syncthreads();
 #pragma unroll 1
-        for (int i = tid; i < CLUSTER * NEAR; i += THREADS) {
-            const int w = s.near_word[i], j = s.near_position[i];
-            bool is = false;
-            int better = 0;
-#pragma unroll
-            for (int r = 0; r < CLUSTER; r++) {
-                is = is || (r == i / NEAR && i % NEAR < has[r]);
-#pragma unroll 1
-                for (int o = 0; o < has[r]; o++) {
-                    const int other = s.near_word[r * NEAR + o];
-                    better += other > w || (other == w && s.near_position[r * NEAR + o] < j);
-                }
-            }
-            if (is && better < wanted - edge.above) {
-                const int at = atomicAdd(&s.winners, 1);
-                s.winner[at] = j, s.winner_word[at] = w;
-            }
+        for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
+            const u32 w = at(key(i));
+            if (w != 0 && (shift == 24 || w >> (shift + 8) == word >> (shift + 8))) atomicAdd(&s.counts[w >> shift & 255], 1);
         }
-        sums_before(before, blocks, s.scratch);
-        MARK(11);
-        const int winners = s.winners;
-#pragma unroll 1
-        for (int i = tid; i < mine_found; i += THREADS) {
-            const int j = position[i];
-            if (bits_of(j)[j % BLOCK / 32] >> (j % 32) & 1) send(j, value[i], winners);
-        }
-#pragma unroll 1
-        for (int i = tid; i < winners; i += THREADS)
-            if (s.winner[i] / BLOCK % CLUSTER == rank) send(s.winner[i], s.winner_word[i], winners);
-    } else {
-        // Too many candidates, or too many near the edge: halving by bytes over all words, which needs no room.
-        int* words = word + (i64)row * padded;
-        u32* equal = (u32*)position;
-        auto gather_before = [&] {
-            cluster_sync();
-#pragma unroll 1
-            for (int i = tid; i < blocks; i += THREADS) before[i] = pull(own_count + i / CLUSTER, i % CLUSTER);
-            __syncthreads();
-            sums_before(before, blocks, s.scratch);
-        };
-        auto key_of = [&](int i) { return (i / BLOCK * CLUSTER + rank) * BLOCK + i % BLOCK; };
         cluster_sync();
-        if (CODED) {
-            if (tid == 0) s.highest = NONE;
-            __syncthreads();
-            highest = NONE;
-            score_all(
-                [&](int i) { return min(key_of(i), n - 1); },
-                own * BLOCK,
-                [&](int i, int w) {
-                    const int j = key_of(i);
-                    const bool is = j < n && (j < start || j >= end || passes(my_fast[j]));
-                    if (j < padded) words[j] = is ? w : NONE;
-                    if (is) highest = max(highest, w);
-                });
-            highest = __reduce_max_sync(ALL, highest);
-            if (lane == 0) atomicMax(&s.highest, highest);
-            cluster_sync();
-#pragma unroll
-            for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&s.highest, r));
-        }
-        u32 prefix = 0;
-        int needed = wanted;
+        const Found byte = find_bin<256, CLUSTER>(s.counts, needed, s.scratch);
+        word |= (u32)max(byte.bin, 0) << shift, needed -= byte.above;
+        cluster_sync();
+    }
+    // Bits of the keys above the word, and of those that have it; own_count is of the latter.
+    __device__ __forceinline__ void compare() const {
 #pragma unroll 1
-        for (int shift = 24; shift >= 0; shift -= 8) {
-#pragma unroll 1
-            for (int i = tid; i < 256; i += THREADS) s.counts[i] = 0;
-            __syncthreads();
-#pragma unroll 1
-            for (int i = tid; i < own * BLOCK; i += THREADS) {
-                const int j = key_of(i);
-                const u32 w = j < padded ? (u32)words[j] ^ 0x80000000u : 0;
-                if (w != 0 && (shift == 24 || w >> (shift + 8) == prefix >> (shift + 8)))
-                    atomicAdd(&s.counts[w >> shift & 255], 1);
-            }
-            cluster_sync();
-            const Found digit = find_bin<256, CLUSTER>(s.counts, needed, s.scratch);
-            prefix |= (u32)max(digit.bin, 0) << shift, needed -= digit.above;
-            cluster_sync();
-        }
-#pragma unroll 1
-        for (int i = tid; i < own; i += THREADS) own_count[i] = 0;
+        for (int i = p.tid; i < p.own; i += THREADS) p.own_count[i] = 0;
         __syncthreads();
 #pragma unroll 1
-        for (int i = warp * 32; i < own * BLOCK; i += THREADS) {
-            const int j = key_of(i + lane);
-            const u32 w = j < padded ? (u32)words[j] ^ 0x80000000u : 0;
-            const u32 above = __ballot_sync(ALL, w > prefix), same = __ballot_sync(ALL, w == prefix && w != 0);
-            if (lane == 0) {
-                bitmap[i / 32] = above, equal[i / 32] = same;
-                if (same) atomicAdd(&own_count[i / BLOCK], __popc(same));
+        for (int i = p.warp * 32; i < p.own * BLOCK; i += THREADS) {
+            const u32 w = at(key(i + p.lane));
+            const u32 above = __ballot_sync(ALL, w > word), same = __ballot_sync(ALL, w == word && w != 0);
+            if (p.lane == 0) {
+                p.bitmap[i / 32] = above, equal[i / 32] = same;
+                if (same) atomicAdd(&p.own_count[i / BLOCK], __popc(same));
             }
         }
-        gather_before();
-        cluster_sync();
+    }
+    // The first of those that have the word, as many as are needed; own_count is of all chosen keys then.
+    __device__ __forceinline__ void take_ties() const {
 #pragma unroll 1
-        for (int i = tid; i < own; i += THREADS) {
-            const int block = i * CLUSTER + rank;
-            int left = block < blocks ? needed - before[block] : 0, has = 0;
-            for (int w = i * (BLOCK / 32); w < (i + 1) * (BLOCK / 32); w++) {
+        for (int i = p.tid; i < p.own; i += THREADS) {
+            const int block = i * CLUSTER + p.rank;
+            int left = block < p.blocks ? needed - p.before[block] : 0, has = 0;
+            for (int w = i * WORDS; w < (i + 1) * WORDS; w++) {
                 u32 ties = equal[w];
                 while (ties && left > 0) {
-                    bitmap[w] |= ties & (0u - ties);
+                    p.bitmap[w] |= ties & (0u - ties);
                     ties &= ties - 1, left--;
                 }
-                has += __popc(bitmap[w]);
+                has += __popc(p.bitmap[w]);
             }
-            own_count[i] = has;
-        }
-        gather_before();
-#pragma unroll 1
-        for (int i = tid; i < own * BLOCK; i += THREADS) {
-            const int j = key_of(i);
-            if (bits_of(j)[j % BLOCK / 32] >> (j % 32) & 1) send(j, words[j], 0);
+            p.own_count[i] = has;
         }
     }
-    MARK(12);
-    cluster_sync();
-    MARK(13);
+    __device__ __forceinline__ void count_before() const {
+        cluster_sync();
+        gather_counts(p);
+        __syncthreads();
+        sums_before(p.before, p.blocks, p.s.scratch);
+    }
+};
 
-    // 5. Attention over ranks [span rank, span (rank + 1)): a team of lanes takes RANKS << LEVELS neighbouring ones.
-    const int live = max(0, min(span, wanted - span * rank));
+__device__ __forceinline__ void choose_by_halving(const Program& p, const Scorer& scorer, const Cut& cut, int* words) {
+    Halving h(p, words);
+    cluster_sync();
+    if (CODED) h.score(scorer, cut);
+#pragma unroll 1
+    for (int shift = 24; shift >= 0; shift -= 8) h.find_byte(shift);
+    h.compare();
+    h.count_before();
+    cluster_sync();
+    h.take_ties();
+    h.count_before();
+#pragma unroll 1
+    for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
+        const int j = h.key(i);
+        if (p.is_taken(j)) send(p, j, words[j], 0);
+    }
+}
+
+// The highest canonical word of the row.
+__device__ __forceinline__ int highest_of_row(const Program& p, const Cut& cut) {
+    if (!CODED) return cut.highest;
+    int highest = NONE;
+#pragma unroll
+    for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
+    return highest;
+}
+
+// Sends every chosen key and its word to its rank; returns the highest word.
+__device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, const Cut& cut, int found, int* words) {
+    Shared& s = p.s;
+    bool slow = false;
+#pragma unroll
+    for (int r = 0; r < CLUSTER; r++) slow |= pull(&s.full, r) != 0;
+    int highest = highest_of_row(p, cut);
+    const Found edge = find_bin<BINS, CLUSTER>(s.candidates, p.k_eff, s.scratch);
+    slow |= edge.bin < 0 || edge.inside > NEAR;
+    mark(p, 8);
+    if (!slow) {
+        choose_by_bins(p, cut.fine, found, edge);
+    } else {
+        choose_by_halving(p, scorer, cut, words);
+        highest = highest_of_row(p, cut);
+    }
+    return highest;
+}
+
+// ---- 5. attention ---------------------------------------------------------------------------------------------------
+//
+// Over ranks [span rank, span (rank + 1)), one tree over all ranks (rule 2): a team of LANES_V lanes takes RANKS << LEVELS
+// neighbouring ones, then teams, warps and programs are added, each a power of two of the next. Ranks beyond the last weigh
+// +0.0, as padding does. The highest word is known, so no sum is ever rescaled (rule 5).
+
+constexpr int SUMS = E + 1;  // numerators of a lane, and the denominator
+
+// The u-th of 1 << DEPTH neighbours: pairs are added as soon as both are there. After the last, level[DEPTH] has the sum.
+template <int DEPTH> __device__ __forceinline__ void add_up(float (&level)[DEPTH + 1][SUMS], float (&x)[SUMS], int u) {
+#pragma unroll
+    for (int l = 0, done = 0; l <= DEPTH; l++) {
+        const bool add = l < DEPTH && (u >> l & 1), keep = !add && !done;
+#pragma unroll
+        for (int e = 0; e < SUMS; e++) {
+            if (keep) level[l][e] = x[e];
+            if (add && !done) x[e] = __fadd_rn(level[l][e], x[e]);
+        }
+        done |= keep;
+    }
+}
+
+// Writes the indices, and over the words their weights.
+__device__ __forceinline__ void weigh(const Program& p, int live, int highest, float factor, i64* indices) {
     const float top = score_of(highest);
 #pragma unroll 1
-    for (int i = tid; i < live; i += THREADS) indices[(i64)row * wanted + span * rank + i] = chosen_position[i];
+    for (int i = p.tid; i < live; i += THREADS) indices[(i64)p.row * p.k_eff + p.span * p.rank + i] = p.chosen_position[i];
 #pragma unroll 1
-    for (int i = tid; i < span; i += THREADS) {
-        const float t = i < live ? __fmul_rn(__fsub_rn(score_of(chosen[i]), top), (float)factor) : 0.0f;
-        chosen[i] = __float_as_int(i < live ? exp2_canonical(t) : 0.0f);
+    for (int i = p.tid; i < p.span; i += THREADS) {
+        const float t = i < live ? __fmul_rn(__fsub_rn(score_of(p.chosen[i]), top), factor) : 0.0f;
+        p.chosen[i] = __float_as_int(i < live ? exp2_canonical(t) : 0.0f);
     }
-    __syncthreads();
-    constexpr int LANES_V = DIM_V / E;
-    const int part = lane % LANES_V, team = tid / LANES_V;
-    const Rows values(AS_SIDE(v), b, g, whole, sinks);
-    float stack[LEVELS + 1][E + 1];
+}
+
+// The sum of RANKS weighted values, from the i-th on. PLAIN: all are coded.
+template <bool PLAIN>
+__device__ __forceinline__ void sum_ranks(const Program& p, const Rows& values, int i, int live, int part, float (&sum)[SUMS]) {
+    constexpr int DEPTH = log2i(RANKS);
+    float level[DEPTH + 1][SUMS];
+    uint4 raw[RANKS];
 #pragma unroll
-    for (int e = 0; e <= E; e++) stack[LEVELS][e] = 0.0f;
+    for (int u = 0; u < RANKS; u++) raw[u] = values.load<PLAIN>(p.chosen_position[min(i + u, live - 1)], part);
+#pragma unroll
+    for (int u = 0; u < RANKS; u++) {
+        float x[SUMS];
+        const float weight = __int_as_float(p.chosen[i + u]);
+        values.numbers<PLAIN>(p.chosen_position[min(i + u, live - 1)], raw[u], x);
+#pragma unroll
+        for (int e = 0; e < E; e++) x[e] = __fmul_rn(weight, x[e]);
+        x[E] = weight;
+        add_up<DEPTH>(level, x, u);
+    }
+#pragma unroll
+    for (int e = 0; e < SUMS; e++) sum[e] = level[DEPTH][e];
+}
+
+// Of this warp, to s.part and s.weight.
+__device__ __forceinline__ void sum_warp(const Program& p, const Rows& values, int live) {
+    const int part = p.lane % LANES_V, team = p.tid / LANES_V;
+    float level[LEVELS + 1][SUMS];
+#pragma unroll
+    for (int e = 0; e < SUMS; e++) level[LEVELS][e] = 0.0f;
 #pragma unroll 1
     for (int c = 0; c < 1 << LEVELS; c++) {
         const int i = ((team << LEVELS) + c) * RANKS;
-        float now[E + 1];
+        float now[SUMS];
 #pragma unroll
-        for (int e = 0; e <= E; e++) now[e] = 0.0f;
+        for (int e = 0; e < SUMS; e++) now[e] = 0.0f;
         if (i < live) {
-            constexpr int DEPTH = log2i(RANKS);
-            float level[DEPTH + 1][E + 1];
             bool coded = true;
 #pragma unroll
-            for (int u = 0; u < RANKS; u++) coded = coded && values.coded(chosen_position[min(i + u, live - 1)]);
-            auto products = [&](auto plain) {
-                constexpr bool PLAIN = decltype(plain)::value;
-                uint4 raw[RANKS];
-#pragma unroll
-                for (int u = 0; u < RANKS; u++) raw[u] = values.load<PLAIN>(chosen_position[min(i + u, live - 1)], part);
-#pragma unroll
-                for (int u = 0; u < RANKS; u++) {
-                    // Beyond the last, p is 0.
-                    float x[E + 1];
-                    const float p = __int_as_float(chosen[i + u]);
-                    values.numbers<PLAIN>(chosen_position[min(i + u, live - 1)], raw[u], x);
-#pragma unroll
-                    for (int e = 0; e < E; e++) x[e] = __fmul_rn(p, x[e]);
-                    x[E] = p;
-                    // Pairs are added as soon as both are there.
-#pragma unroll
-                    for (int l = 0; l <= DEPTH; l++) {
-                        if (l < DEPTH && (u >> l & 1)) {
-#pragma unroll
-                            for (int e = 0; e <= E; e++) x[e] = __fadd_rn(level[l][e], x[e]);
-                        } else {
-#pragma unroll
-                            for (int e = 0; e <= E; e++) level[l][e] = x[e];
-                            break;
-                        }
-                    }
-                }
-            };
-            if (STORED && coded) products(Bool<true>{});
-            else products(Bool<false>{});
-#pragma unroll
-            for (int e = 0; e <= E; e++) now[e] = level[DEPTH][e];
+            for (int u = 0; u < RANKS; u++) coded = coded && values.coded(p.chosen_position[min(i + u, live - 1)]);
+            if (STORED && coded) sum_ranks<true>(p, values, i, live, part, now);
+            else sum_ranks<false>(p, values, i, live, part, now);
         }
-#pragma unroll
-        for (int l = 0, done = 0; l <= LEVELS; l++) {
-            const bool add = l < LEVELS && (c >> l & 1), keep = !add && !done;
-#pragma unroll
-            for (int e = 0; e <= E; e++) {
-                if (keep) stack[l][e] = now[e];
-                if (add && !done) now[e] = __fadd_rn(stack[l][e], now[e]);
-            }
-            done |= keep;
-        }
+        add_up<LEVELS>(level, now, c);
     }
+    float(&sum)[SUMS] = level[LEVELS];
 #pragma unroll
     for (int m = LANES_V; m < 32; m *= 2)
 #pragma unroll
-        for (int e = 0; e <= E; e++) stack[LEVELS][e] = __fadd_rn(stack[LEVELS][e], __shfl_xor_sync(ALL, stack[LEVELS][e], m));
-    if (lane < LANES_V) {
+        for (int e = 0; e < SUMS; e++) sum[e] = __fadd_rn(sum[e], __shfl_xor_sync(ALL, sum[e], m));
+    if (p.lane < LANES_V) {
 #pragma unroll
-        for (int e = 0; e < E; e++) s.part[warp][part * E + e] = stack[LEVELS][e];
-        if (lane == 0) s.weight[warp] = stack[LEVELS][E];
+        for (int e = 0; e < E; e++) p.s.part[p.warp][part * E + e] = sum[e];
+        if (p.lane == 0) p.s.weight[p.warp] = sum[E];
     }
-    __syncthreads();
-    MARK(14);
+}
+
+// Of this program, to the first of the cluster.
+__device__ __forceinline__ void sum_program(const Program& p) {
+    Shared& s = p.s;
 #pragma unroll 1
-    for (int d = tid; d <= DIM_V; d += THREADS) {
+    for (int d = p.tid; d <= DIM_V; d += THREADS) {
         float x[WARPS];
 #pragma unroll
         for (int w = 0; w < WARPS; w++) x[w] = d < DIM_V ? s.part[w][d] : s.weight[w];
         tree<WARPS>(x);
-        push((int*)(d < DIM_V ? &s.numerators[rank][d] : &s.denominators[rank]), 0, __float_as_int(x[0]));
+        push((int*)(d < DIM_V ? &s.numerators[p.rank][d] : &s.denominators[p.rank]), 0, __float_as_int(x[0]));
     }
-    cluster_sync();
-    if (rank == 0)
-#pragma unroll 1
-        for (int d = tid; d < DIM_V; d += THREADS) {
-            float x[CLUSTER], w[CLUSTER];
-#pragma unroll
-            for (int r = 0; r < CLUSTER; r++) x[r] = s.numerators[r][d], w[r] = s.denominators[r];
-            tree<CLUSTER>(x), tree<CLUSTER>(w);
-            const float y = __fdiv_rn(__fadd_rn(x[0], 0.0f), w[0]);
-            const i64 at = (i64)row * DIM_V + d;
+}
+
+__device__ __forceinline__ void store(void* out, i64 at, float y) {
 #if ELEM == 0
-            ((float*)out)[at] = y;
+    ((float*)out)[at] = y;
 #elif ELEM == 2
-            const u32 bits = __float_as_uint(y);
-            ((u16*)out)[at] = (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const u32 bits = __float_as_uint(y);
+    ((u16*)out)[at] = (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 #else
-            ((u16*)out)[at] = half_of(y);
+    ((u16*)out)[at] = half_of(y);
 #endif
-        }
-    MARK(15);
+}
+
+// Of the cluster, divided and rounded to the dtype of the output.
+__device__ __forceinline__ void write_output(const Program& p, void* out) {
+    Shared& s = p.s;
+#pragma unroll 1
+    for (int d = p.tid; d < DIM_V; d += THREADS) {
+        float x[CLUSTER], w[CLUSTER];
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) x[r] = s.numerators[r][d], w[r] = s.denominators[r];
+        tree<CLUSTER>(x), tree<CLUSTER>(w);
+        store(out, (i64)p.row * DIM_V + d, __fdiv_rn(__fadd_rn(x[0], 0.0f), w[0]));
+    }
+}
+
+__device__ __forceinline__ void attend(
+    const Program& p, const Rows& values, int highest, float factor, i64* indices, void* out) {
+    const int live = max(0, min(p.span, p.k_eff - p.span * p.rank));
+    weigh(p, live, highest, factor, indices);
+    __syncthreads();
+    sum_warp(p, values, live);
+    __syncthreads();
+    mark(p, 14);
+    sum_program(p);
+    cluster_sync();
+    if (p.rank == 0) write_output(p, out);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) choose_and_attend(
+    const void* q, SIDE(k), SIDE(v), const Fast* fast, const Fast* best, int* word,
+    const float* limits, void* out, i64* indices, int* count, i64* marks,
+    int heads, int n, int padded, int start, int end, int whole, int sinks, int k_eff, int room, int span,
+    int q_b, int q_h, double factor) {
+    DYNAMIC_SHARED(memory);
+    const Program p(memory, Sizes{n, padded, start, end, whole, sinks, k_eff, room, span}, fast, best, marks, heads);
+    mark(p, 0);
+    const Cut cut = find_cut(p, limits);
+    mark(p, 3);
+    const int found = list_candidates(p, cut, count);
+    mark(p, 5);
+    const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);
+    const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, whole, sinks), query};
+    score_candidates(p, scorer, cut.fine, found);
+    mark(p, 6);
+    cluster_sync();
+    mark(p, 7);
+    const int highest = choose(p, scorer, cut, found, word + (i64)p.row * padded);
+    mark(p, 12);
+    cluster_sync();
+    mark(p, 13);
+    attend(p, Rows(AS_SIDE(v), p.b, p.g, whole, sinks), highest, (float)factor, indices, out);
+    mark(p, 15);
 }

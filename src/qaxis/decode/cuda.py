@@ -1,10 +1,12 @@
 """The decode step in CUDA C++: two kernels where the Triton kernels are seven, with the same indices and bits.
 
 It needs clusters of programs, so compute capability 9.0; on a CPU it is emulated, thread by thread, to be checked.
+:func:`takes` looks at where the numbers lie, before every step. All else a step depends on is its :class:`Shape`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,172 +14,291 @@ import torch
 
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import exponent_factor, next_power_of_two
-from ..cuda.compiler import ELEMENTS, SHARED_LIMIT, compiled, in_16_bytes, readable, runs_on, units
+from ..cuda.compiler import ELEMENTS, MOST_STRIDE, SHARED_LIMIT, compiled, in_16_bytes, readable, runs_on, units
+from ..cuda.emulator import MOST_ROWS
+from ..storage.formats import EIGHT
 from ..storage.side import Stored
+from .form import Numbers
 from .index import KeyIndex
 
 SCORE_KEYS, SCORE_CODES, CHOOSE = (
     Path(__file__).with_name(f"{name}.cu") for name in ("score_keys", "score_codes", "choose")
 )
-#: as in choose.cu
+#: as in choose.cu: keys of a block, whose chosen ones are counted together; bins of a histogram, against shared memory;
+#: keys in the bin of the last chosen one that are compared with each other, against the slower way
 BLOCK, BINS, NEAR = 512, 1024, 112
+#: neighbours whose best is kept, at most: more leave fewer bests to look through and more keys behind each of them
+MOST_NEIGHBOURS = 32
+#: times as many neighbourhoods as keys are kept: then their best ones lead close to the k_eff-th best key
+NEIGHBOURHOODS = 4
+#: programs of a row, at most: more share its work, and wait longer for each other; 8 run on every GPU with clusters
+MOST_PROGRAMS = 8
+#: chosen keys whose values a team of lanes loads at once: more loads in flight, more registers
+MOST_RANKS = 8
+#: query heads of a key head that the kernels have registers for
+MOST_GROUP = 8
+#: candidates that a program has room for: beside so many another program fits on a multiprocessor; at most
+SHARED_ROOM, MOST_ROOM = 4096, 20480
+#: keys from which on scores take so long that programs may wait for a multiprocessor to themselves
+LONG = 1 << 19
+#: score programs that a multiprocessor runs at the same time: of keys, of codes (registers allow no more)
+KEYS_AT_ONCE, CODES_AT_ONCE = 3, 4
 #: multiprocessors that the emulator pretends to have, as many as an H200
 EMULATED_MULTIPROCESSORS = 132
 
 
-def fixed_bytes(dim_v: int, cluster: int, threads: int) -> int:
+@dataclass(frozen=True)
+class Shape:
+    """All that the kernels and the work space of a step depend on, so that steps can be kept by it."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    n: int
+    head_dim: int
+    dim_v: int
+    k_eff: int
+    dtype: torch.dtype
+    device: torch.device
+    #: numbers of ``dtype`` in 16 bytes
+    each: int
+    #: keys are scored by 8-bit codes first
+    coded: bool
+    #: keys and values are 8-bit caches
+    stored: bool
+
+    @property
+    def rows(self) -> int:
+        """Query heads of all batches."""
+        return self.batch * self.heads
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.heads // self.kv_heads
+
+
+def shape_of(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, k_eff: int) -> Shape:
+    """The shape of a step that keeps ``k_eff`` keys."""
+    return Shape(
+        batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], n=k.shape[2], head_dim=k.shape[3], dim_v=v.shape[3],
+        k_eff=k_eff, dtype=q.dtype, device=q.device, each=in_16_bytes(q),
+        coded=index.codes is not None, stored=isinstance(k, Stored),
+    )  # fmt: skip
+
+
+def takes(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> bool:
+    """Whether the kernels can read these as they lie: sizes, formats, strides and alignment."""
+    parts: list[torch.Tensor | None] = [q]
+    if q.shape[1] // k.shape[1] > MOST_GROUP or q.shape[0] * q.shape[1] > MOST_ROWS:
+        return False
+    # Kernels take the strides of q in numbers, as 32 bits.
+    if max(units(q, 1)) >= MOST_STRIDE:
+        return False
+    if isinstance(k, Stored) or isinstance(v, Stored):
+        if not (isinstance(k, Stored) and isinstance(v, Stored) and _alike(k, v)):
+            return False
+        parts += [part for x in (k, v) for part in (x.codes, x.scales, x.first, x.newest)]
+    else:
+        parts += [k, v]
+    if index.codes is not None:
+        if q.shape[3] not in (64, 128) or index.codes.grid != EIGHT or index.largest_scales.data_ptr() % 16:
+            return False
+        parts += [index.codes.codes, index.codes.scales]
+    return readable(in_16_bytes(q), (q.shape[3], v.shape[3]), *parts)
+
+
+def _alike(k: Stored, v: Stored) -> bool:
+    """Whether one set of sizes describes both caches, as choose.cu has but one."""
+    grids = k.grid == v.grid == EIGHT and k.dtype == v.dtype == torch.bfloat16
+    return grids and k.codes.shape[2] == v.codes.shape[2] and k.first.shape[2] == v.first.shape[2]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work of a step is cut; no value changes a bit of the result."""
+
+    #: neighbours whose best is kept
+    sub: int
+    #: keys of a row, whole blocks
+    padded: int
+    #: programs of a row, and threads of each
+    cluster: int
+    threads: int
+    #: candidates that a program has room for
+    room: int
+    #: chosen keys that a team loads at once, how often it does, and those of a program
+    ranks: int
+    turns: int
+    span: int
+    #: bytes of ``Shared`` in choose.cu, and of all shared memory
+    fixed: int
+    shared: int
+    #: programs that score the keys of one head
+    score_programs: int
+
+
+def _fixed_bytes(dim_v: int, cluster: int, threads: int) -> int:
     """Size of ``Shared`` in choose.cu."""
     warps = threads // 32
     return 4 * (2 * BINS + 2 * NEAR * (cluster + 1) + warps + 4 + 8 + warps * (dim_v + 1) + cluster * (dim_v + 1))
 
 
-class NativeStep:
-    """Work space and kernels for decode steps of one shape.
+def _room(shape: Shape, cluster: int, own: int) -> int:
+    """Candidates that a program with ``own`` blocks has room for; more are looked for in a slower way."""
+    room = NEIGHBOURHOODS * shape.k_eff // cluster + 1024
+    if room > SHARED_ROOM and cluster > 1:
+        # Less, so that two programs fit on a multiprocessor: more are candidates only if bests are far apart.
+        room = max(SHARED_ROOM, (6 if shape.coded else 3) * shape.k_eff // (2 * cluster) + 1024)
+    return max(own * 8, min(own * BLOCK, room, MOST_ROOM))
+
+
+def _score_programs(shape: Shape, padded: int, multiprocessors: int) -> int:
+    """As many as run at the same time, fewer where as many rounds of work take no longer."""
+    at_once = CODES_AT_ONCE if shape.coded else KEYS_AT_ONCE
+    most = max(1, at_once * multiprocessors // (shape.batch * shape.kv_heads))
+    # Keys of a warp at a time: as score_codes.cu and score_keys.cu have it.
+    columns = 32 * shape.each // shape.head_dim
+    loads = {1: 8, 2: 8, 4: 4}.get(next_power_of_two(shape.group), 2)
+    work = -(-shape.n // 128) if shape.coded else padded // max(32, loads * columns)
+    return -(-work // (4 * -(-work // (4 * most))))
+
+
+def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
+    """How a GPU with so many multiprocessors does it, or None if its shared memory is too small."""
+    n, k_eff = shape.n, shape.k_eff
+    padded = -(-n // BLOCK) * BLOCK
+    blocks = padded // BLOCK
+    sub = min(MOST_NEIGHBOURS, 1 << max(0, (n // (NEIGHBOURHOODS * k_eff)).bit_length() - 1))
+    # One program a multiprocessor.
+    cluster = min(MOST_PROGRAMS, 1 << max(0, (multiprocessors // shape.rows).bit_length() - 1))
+    own = -(-blocks // cluster)
+    # Two smaller programs a multiprocessor, as clusters of large ones do not fit on all of them.
+    threads = 1024 if cluster == 1 else 512
+    warps, teams = threads // 32, threads // (shape.dim_v // shape.each)
+    share = max(1, next_power_of_two(k_eff) // cluster // teams)
+    ranks = min(MOST_RANKS, share)
+    turns = max(1, share // ranks)
+    span, room = turns * ranks * teams, _room(shape, cluster, own)
+    # What is staged before there are any chosen keys shares its bytes with them.
+    staged = 2 * warps * -(-own // warps) * (BLOCK // sub)
+    fixed = _fixed_bytes(shape.dim_v, cluster, threads)
+    shared = -(-fixed // 16) * 16 + 4 * (2 * room + own + blocks + 16 * own) + max(8 * span, staged)
+    # Clusters of programs that fill a multiprocessor each do not all fit at once, and the last would wait for the
+    # first: no matter where the scores take much longer than the rest.
+    at_once = cluster == 1 or 2 * (shared + 1024) <= SHARED_LIMIT + 1024 or n >= LONG
+    # Staged places are 16-bit numbers.
+    if shared > SHARED_LIMIT or staged > 2 << 16 or span * cluster < k_eff or not at_once:
+        return None
+    programs = _score_programs(shape, padded, multiprocessors)
+    return Plan(sub, padded, cluster, threads, room, ranks, turns, span, fixed, shared, programs)
+
+
+def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
+    """The kernels that score and that choose and attend, or None if they cannot be compiled."""
+    common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group, "sub": plan.sub}
+    file, name = (SCORE_CODES, "score_codes") if shape.coded else (SCORE_KEYS, "score_keys")
+    score = compiled(file, name, 0, shape.device, **common)
+    choose = compiled(
+        CHOOSE, "choose_and_attend", plan.shared, shape.device, **common, dim_v=shape.dim_v, cluster=plan.cluster,
+        threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1, coded=int(shape.coded),
+        stored=int(shape.stored), profile=int(profile), shared=plan.fixed,
+    )  # fmt: skip
+    return None if score is None or choose is None else (score, choose)
+
+
+class _Buffers:
+    """Work space of a step; what one kernel leaves there the other reads."""
+
+    def __init__(self, shape: Shape, plan: Plan, profile: bool) -> None:
+        def empty(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=shape.device)
+
+        self.word = empty(shape.rows, plan.padded)
+        self.fast = empty(shape.rows, plan.padded, dtype=torch.uint16) if shape.coded else self.word
+        self.best = empty(shape.rows, plan.padded // plan.sub, dtype=self.fast.dtype)
+        self.limits = empty(shape.rows, 2, dtype=torch.float32)
+        self.count = empty(shape.rows, plan.cluster)
+        self.marks = empty(shape.rows, plan.cluster, 16, dtype=torch.int64) if profile else self.count
+
+
+class CudaStep:
+    """Work space and kernels for decode steps of one shape, over what :func:`takes` allows.
 
     Args:
-        q, k, v: as they will be passed, ``[B, H, 1, D]`` and ``[B, Hkv, N, D]``, tensors or 8-bit caches.
-        index: of these keys.
-        wanted: keys every query keeps.
+        shape, plan: what the step depends on, and how its work is cut.
+        kernels: those that score, and that choose and attend.
         profile: write the time of each phase to ``marks``, int64 ``[B * H, cluster, 16]``, nanoseconds.
     """
 
-    def __init__(
-        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex, wanted: int,
-        profile: bool = False,
-    ) -> None:  # fmt: skip
-        batch, heads, _, dim = q.shape
-        n, rows, kv_heads = k.shape[2], batch * heads, k.shape[1]
-        multiprocessors = EMULATED_MULTIPROCESSORS
-        if q.is_cuda:
-            multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        self.coded, self.stored = index.codes is not None, isinstance(k, Stored)
-        each = self.each = in_16_bytes(q)
-        self.n, self.wanted, self.batch, self.heads, self.kv_heads = n, wanted, batch, heads, kv_heads
-        self.padded = -(-n // BLOCK) * BLOCK
-        blocks = self.padded // BLOCK
-        # Four times as many neighbourhoods as keys are kept: then their best ones lead close to the k-th best key.
-        self.sub = min(32, 1 << max(0, (n // (4 * wanted)).bit_length() - 1))
-        # One program a multiprocessor.
-        self.cluster = min(8, 1 << max(0, (multiprocessors // rows).bit_length() - 1))
-        own = -(-blocks // self.cluster)
-        # Two smaller programs a multiprocessor, as clusters of large ones do not fit on all of them.
-        self.threads = 1024 if self.cluster == 1 else 512
-        warps = self.threads // 32
-        dim_v = v.shape[3]
-        teams = self.threads // (dim_v // each)
-        share = max(1, next_power_of_two(wanted) // self.cluster // teams)
-        ranks = min(8, share)
-        self.span = max(1, share // ranks) * ranks * teams
-        # Candidates of one program; what is staged before there are any shares its bytes with what is chosen after.
-        room = 4 * wanted // self.cluster + 1024
-        if room > 4096 and self.cluster > 1:
-            # Less, so that two programs fit on a multiprocessor: more are candidates only if bests are far apart.
-            room = max(4096, (6 if self.coded else 3) * wanted // (2 * self.cluster) + 1024)
-        self.room = max(own * 8, min(own * BLOCK, room, 20480))
-        staged = 2 * warps * -(-own // warps) * (BLOCK // self.sub)
-        fixed = fixed_bytes(dim_v, self.cluster, self.threads)
-        self.shared = -(-fixed // 16) * 16 + 4 * (2 * self.room + own + blocks + 16 * own) + max(8 * self.span, staged)
-        self.fits = self.shared <= SHARED_LIMIT and -(-own // warps) * warps * (BLOCK // self.sub) <= 1 << 16
-        self.fits &= self.span * self.cluster >= wanted
-        # Clusters of programs that fill a multiprocessor each do not all fit at once, and the last would wait for the
-        # first: no matter where the scores take much longer than the rest.
-        self.fits &= self.cluster == 1 or 2 * (self.shared + 1024) <= SHARED_LIMIT + 1024 or n >= 1 << 19
-        if not self.fits:
-            return
-        shape = {"elem": ELEMENTS[q.dtype], "dim": dim, "group": heads // kv_heads, "sub": self.sub}
-        self.score_kernel = (
-            compiled(SCORE_CODES, "score_codes", 0, q.device, **shape)
-            if self.coded
-            else compiled(SCORE_KEYS, "score_keys", 0, q.device, **shape)
-        )
-        self.choose_kernel = compiled(
-            CHOOSE, "choose_and_attend", self.shared, q.device, **shape, dim_v=dim_v, cluster=self.cluster,
-            threads=self.threads, ranks=ranks, levels=(share // ranks).bit_length() - 1, coded=int(self.coded),
-            stored=int(self.stored), profile=int(profile), shared=fixed,
-        )  # fmt: skip
-        self.fits = self.score_kernel is not None and self.choose_kernel is not None
-        # Programs of a score kernel that run at the same time, fewer where as many rounds of work take no longer.
-        at_once = max(1, (4 if self.coded else 3) * multiprocessors // (batch * kv_heads))
-        columns = 32 * each // dim
-        loads = {1: 8, 2: 8, 4: 4}.get(next_power_of_two(heads // kv_heads), 2)
-        work = -(-n // 128) if self.coded else self.padded // max(32, loads * columns)
-        self.score_programs = -(-work // (4 * -(-work // (4 * at_once))))
+    def __init__(self, shape: Shape, plan: Plan, kernels: tuple[Any, Any], profile: bool) -> None:
+        self.shape, self.plan, self.profile = shape, plan, profile
+        self.score_kernel, self.choose_kernel = kernels
+        self.buffers = _Buffers(shape, plan, profile)
+        #: int32 ``[B * H, cluster]``: candidates of every program of a row
+        self.count, self.marks = self.buffers.count, self.buffers.marks
 
-        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=q.device)
-
-        self.word = empty(rows, self.padded)
-        self.fast = empty(rows, self.padded, dtype=torch.uint16) if self.coded else self.word
-        self.best = empty(rows, self.padded // self.sub, dtype=self.fast.dtype)
-        self.limits = empty(rows, 2, dtype=torch.float32)
-        self.count = empty(rows, self.cluster)
-        self.marks = empty(rows, self.cluster, 16, dtype=torch.int64) if profile else self.count
-
-    def score(self, q: torch.Tensor, k: torch.Tensor | Stored, index: KeyIndex) -> None:
+    def score(self, q: torch.Tensor, k: Numbers, index: KeyIndex) -> None:
         """Scores of every key, canonical ones or fast ones by codes."""
-        grid, block = (self.score_programs, self.batch * self.kv_heads, 1), (128, 1, 1)
-        heads, strides = (self.heads, self.kv_heads), (q.stride(0), q.stride(1))
+        shape, work = self.shape, self.buffers
+        grid, block = (self.plan.score_programs, shape.batch * shape.kv_heads, 1), (128, 1, 1)
+        heads, strides = (shape.heads, shape.kv_heads), units(q, 1)[:2]
         if index.codes is not None:
             c = index.codes
             if c.scales.shape[2]:
                 self.score_kernel(grid, block, [
-                    q, c.codes, c.scales, index.norm, index.residual, index.steps, self.fast, self.best, self.limits,
-                    *heads, c.scales.shape[2], c.first.shape[2], self.padded, *strides,
-                    *units(c.codes, self.each), *units(c.scales, self.each),
-                    fast_scores.rounding(q.shape[3]) * 3, fast_scores.SPLIT * q.shape[3],
+                    q, c.codes, c.scales, index.norm, index.residual, index.largest_scales,
+                    work.fast, work.best, work.limits, *heads, c.scales.shape[2], c.first.shape[2], self.plan.padded,
+                    *strides, *units(c.codes, shape.each), *units(c.scales, shape.each),
+                    fast_scores.rounding(shape.head_dim) * 3, fast_scores.SPLIT * shape.head_dim,
                 ])  # fmt: skip
             return
         assert isinstance(k, torch.Tensor)
         self.score_kernel(grid, block, [
-            q, k, self.word, self.best, *heads, self.n, self.padded, *strides, *units(k, self.each),
+            q, k, work.word, work.best, *heads, shape.n, self.plan.padded, *strides, *units(k, shape.each),
         ])  # fmt: skip
 
     def choose(
-        self, q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex, scale: float
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output ``[B, H, 1, Dv]`` in q's dtype and indices int64 ``[B, H, 1, k]``, once keys are scored."""
-        indices = torch.empty(self.batch, self.heads, 1, self.wanted, dtype=torch.int64, device=q.device)
-        out = torch.empty(self.batch, self.heads, 1, v.shape[3], dtype=q.dtype, device=q.device)
-        start, end, whole, sinks = 0, self.n, 0, 0
+        """Output ``[B, H, 1, Dv]`` in q's dtype and indices int64 ``[B, H, 1, k_eff]``, once keys are scored."""
+        shape, plan, work = self.shape, self.plan, self.buffers
+        indices = torch.empty(shape.batch, shape.heads, 1, shape.k_eff, dtype=torch.int64, device=shape.device)
+        out = torch.empty(shape.batch, shape.heads, 1, shape.dim_v, dtype=shape.dtype, device=shape.device)
+        start, end, whole, sinks = 0, shape.n, 0, 0
         if index.codes is not None:
             start, end = index.codes.first.shape[2], index.codes.codes.shape[2]
         if isinstance(k, Stored):
             whole, sinks = k.codes.shape[2], k.first.shape[2]
-        self.choose_kernel((self.cluster, self.batch * self.heads, 1), (self.threads, 1, 1), [
-            q, *self._side(k, q), *self._side(v, q), self.fast, self.best, self.word,
-            self.limits, out, indices, self.count, self.marks,
-            self.heads, self.n, self.padded, start, end, whole, sinks, self.wanted, self.room, self.span,
-            q.stride(0), q.stride(1), exponent_factor(scale),
-        ], shared_mem=self.shared)  # fmt: skip
+        self.choose_kernel((plan.cluster, shape.rows, 1), (plan.threads, 1, 1), [
+            q, *self._side(k, q), *self._side(v, q), work.fast, work.best, work.word,
+            work.limits, out, indices, work.count, work.marks,
+            shape.heads, shape.n, plan.padded, start, end, whole, sinks, shape.k_eff, plan.room, plan.span,
+            *units(q, 1)[:2], exponent_factor(scale),
+        ], shared_mem=plan.shared)  # fmt: skip
         return out, indices
 
-    def _side(self, x: torch.Tensor | Stored, none: torch.Tensor) -> list[Any]:
+    def _side(self, x: Numbers, none: torch.Tensor) -> list[Any]:
         if not isinstance(x, Stored):
-            return [x, none, none, none, *units(x, self.each), *[0] * 9]
+            return [x, none, none, none, *units(x, self.shape.each), *[0] * 9]
         parts = [x.codes, x.scales, x.first, x.first if x.newest is None else x.newest]
-        return [*parts, *(s for part in parts for s in units(part, self.each))]
+        return [*parts, *(s for part in parts for s in units(part, self.shape.each))]
+
+
+def step_of(shape: Shape, *, profile: bool = False) -> CudaStep | None:
+    """What runs this shape, or None where the kernels do not run or do not fit."""
+    if not runs_on(shape.device, (9, 0)):
+        return None
+    multiprocessors = EMULATED_MULTIPROCESSORS
+    if shape.device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(shape.device).multi_processor_count
+    plan = plan_of(shape, multiprocessors)
+    kernels = None if plan is None else _kernels(shape, plan, profile)
+    return None if plan is None or kernels is None else CudaStep(shape, plan, kernels, profile)
 
 
 def step_for(
-    q: torch.Tensor, k: torch.Tensor | Stored, v: torch.Tensor | Stored, index: KeyIndex, wanted: int,
-    profile: bool = False,
-) -> NativeStep | None:  # fmt: skip
-    """What runs this shape, or None where the CUDA kernels cannot."""
-    ok = (
-        runs_on(q.device, (9, 0))
-        and k.shape[2] < 1 << 31
-        and q.shape[1] // k.shape[1] <= 8
-        and isinstance(k, Stored) == isinstance(v, Stored)
-    )
-    if index.codes is not None:
-        ok = ok and q.shape[3] in (64, 128) and index.codes.grid.group_size == 128
-    parts: list[torch.Tensor | None] = [] if index.codes is None else [index.codes.codes, index.codes.scales]
-    for x in (k, v):
-        parts += [x.codes, x.scales, x.first, x.newest] if isinstance(x, Stored) else [x]
-        if isinstance(x, Stored):
-            ok = ok and x.grid.bits == 8 and x.grid.per == "channel" and x.dtype == q.dtype == torch.bfloat16
-    ok = ok and readable(in_16_bytes(q), (q.shape[3], v.shape[3]), q, *parts)
-    if not ok:
-        return None
-    step = NativeStep(q, k, v, index, wanted, profile)
-    return step if step.fits else None
+    q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, k_eff: int, profile: bool = False
+) -> CudaStep | None:
+    """A new step for these, or None where the CUDA kernels cannot run them."""
+    return step_of(shape_of(q, k, v, index, k_eff), profile=profile) if takes(q, k, v, index) else None

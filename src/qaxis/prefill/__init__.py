@@ -1,5 +1,6 @@
 """Prefill over exactly the canonical top-k keys of every query, at the speed of matrix products."""
 
-from .attention import Prefill, PrefillTuning, prefill_attention, selected_positions
+from .attention import Prefill, prefill_attention, selected_positions
+from .plan import PrefillTuning
 
 __all__ = ["Prefill", "PrefillTuning", "prefill_attention", "selected_positions"]

@@ -7,20 +7,20 @@ another on the host and no shape depends on data, so the whole can be captured i
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import next_power_of_two
-from ..arithmetic.triton import INTERPRETED, triton
+from ..arithmetic.triton import INTERPRETED, check_device, log2, triton
 from ..budget import Budget, as_budget
-from ..cuda.compiler import in_16_bytes, units
-from ..validation import check_form, check_scale, require
+from ..validation import check_qkv_form, check_scale, require
 from . import cuda
+from .plan import (
+    MOST_KEYS, WIDE_ROWS, Buffers, Chunk, Part, PrefillTuning, bit_words, cut_block, make_plan, tables,
+)  # fmt: skip
 from .triton import (
     prefill_attend_kernel,
     prefill_band_kernel,
@@ -29,29 +29,8 @@ from .triton import (
     prefill_wide_band_kernel,
 )
 
-
-@dataclass(frozen=True)
-class PrefillTuning:
-    """How the work is cut; no value changes which keys are selected."""
-
-    chunk: int = 2048
-    queries: int = 128
-    keys: int = 64
-    loop: int = 32
-    stages: int = 4
-    warps: int = 8
-    cut: int = 8192
-    cut_elements: int = 1024
-    sample: int = 256
-    slack: int = 16
-    listed: int = 100
-    capacity: int = 128
-    band: int = 32
-    wide_programs: int = 512
-    attend_queries: int = 64
-    attend_keys: int = 64
-    attend_stages: int = 3
-    attend_warps: int = 4
+#: numbers of keys or of bits that are looked at together outside the kernels; bounds memory at some 20 bytes each
+_AT_ONCE = 1 << 26
 
 
 class Prefill(NamedTuple):
@@ -80,136 +59,159 @@ def prefill_attention(
     """Softmax attention over the keys that :func:`qaxis.topk_indices` selects.
 
     Args:
-        q: ``[B, H, M, D]``; float32, float16 or bfloat16.
-        k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. Same dtype and device; the last dimension contiguous.
+        q: ``[B, H, M, D]``; float32, float16 or bfloat16. Any strides and alignment, here and below.
+        k: ``[B, Hkv, N, D]``, same dtype and device; H a multiple of Hkv (GQA); M and N at most 2^31 - 2^16.
+        v: ``[B, Hkv, N, Dv]``, same dtype and device.
         budget: a :class:`~qaxis.Budget`, or an int in 1..N: then queries that see fewer keys attend to all.
         scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``.
-        causal: if True the queries are the last M of the N positions and see no later key.
+        causal: if True the queries are the last M of the N positions, M at most N, and see no later key.
         selection: whether to return the bits, N/8 bytes a query.
         backend: what selects: ``"triton"`` kernels, or ``"cuda"``, select.cu where it runs (emulated on a CPU);
             ``"auto"`` is ``"cuda"`` on a GPU. Same selection.
+        tuning: how the work is cut. Beside its result the call takes ``tuning.memory`` bytes (4 GiB) and a quarter at
+            most, or what one query of a KV head's group needs; and a copy of k or v whose last stride is not 1.
 
-    Numbers are not looked at: the caller checks for NaN and Inf.
+    Only the form is checked: that q, k and v are finite is left to the caller, as looking waits for the device.
 
     Raises:
-        ValueError: naming the argument, on a form that is not allowed.
+        ValueError: naming the argument, on a type, layout, dtype, device, shape or value that is not allowed.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_form(name, x, 4)
-    batch, heads, m, dim = q.shape
-    kv_heads, n = k.shape[1], k.shape[2]
-    require(heads % kv_heads == 0, "q.shape[1]", heads, f"a multiple of k's {kv_heads} heads (GQA)")
-    require(not causal or m <= n, "q.shape[2]", m, f"at most the {n} keys, as the queries are the last positions")
-    require(batch * heads < 1 << 16, "q.shape[:2]", (batch, heads), "B * H below 2^16")
+    check_qkv_form(q, k, v, causal=causal)
+    check_device("q", q)
+    for name, x in (("q", q), ("k", k)):
+        require(x.shape[2] <= MOST_KEYS, f"{name}.shape[2]", x.shape[2], f"at most {MOST_KEYS} positions")
     require(backend in ("auto", "cuda", "triton"), "backend", backend, "'auto', 'cuda' or 'triton'")
+    require(isinstance(tuning, PrefillTuning), "tuning", tuning, "a qaxis.prefill.PrefillTuning")
+    budget, factor = as_budget(budget, k.shape[2]), check_scale(scale, q.shape[3])
     if backend == "auto":
         backend = "cuda" if q.is_cuda else "triton"
-    factor = check_scale(scale, dim)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    group, t = heads // kv_heads, tuning
-    tables = _tables(as_budget(budget, n), n, str(q.device))
-    norm = _longest(k)
-    chunk = min(t.chunk, m)
-    dim_padded, tree = max(16, next_power_of_two(dim)), next_power_of_two(dim)
-    out = torch.empty(batch, heads, m, v.shape[3], dtype=q.dtype, device=q.device)
-    all_bits = (
-        torch.zeros(batch, heads, m, triton.cdiv(n, 32), dtype=torch.int32, device=q.device) if selection else None
-    )
-    all_band = torch.zeros(batch, heads, m, dtype=torch.int32, device=q.device) if selection else None
-    room = batch * heads * chunk
-    # Steps of the 15-bit score between the fast score and the canonical, either way: half a step is rounding.
-    off = fast_scores.UNITS / 2 * fast_scores.rounding(dim) * 1.02 + 0.51
-    error = math.ceil(2 * off)
-    padded = triton.cdiv(n, 256) * 256
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
-    fast = empty(room * padded, dtype=torch.uint16)
-    positions, listed = empty(room * t.capacity), empty(room * t.capacity)
-    band, missing, low, high, top = (empty(room) for _ in range(5))
-    line = empty(t.wide_programs, padded)
-    bits = empty(room * (max(1024, next_power_of_two(padded)) // 32))
-    for start in range(0, m, t.chunk):
-        rows = min(chunk, m - start)
-        first = n - m + start
-        visible = min(n, first + rows) if causal else n
-        block = max(128, min(t.cut, next_power_of_two(visible)))
-        words = triton.cdiv(visible, block) * block // 32
-        strides = (*q.stride(), *k.stride()[:3])
-        common = (heads, group, start, rows)
-        prefill_scores_kernel[
-            (triton.cdiv(visible, t.keys * t.loop), triton.cdiv(rows, t.queries), batch * heads)
-        ](
-            q, k, norm, fast, *common, first, n, padded, dim, *strides,
-            CAUSAL=causal, QUERIES=t.queries, KEYS=t.keys, LOOP=t.loop, STAGES=t.stages, DIM=dim_padded,
-            WIDE=INTERPRETED, num_warps=t.warps,
-        )  # fmt: skip
-        fast_way = None if backend == "triton" else cuda.row_selector(q, k, visible, t.capacity, t.listed)
-        if fast_way is not None:
-            kernel, thousands, warps, shared = fast_way
-            each, words = in_16_bytes(q), thousands * 32
-            kernel((triton.cdiv(rows, warps), batch * heads, 1), (32 * warps, 1, 1), [
-                q, k, norm, fast, *tables, bits, band, missing, low, high, top,
-                heads, start, rows, first, n, padded, error, int(causal), thousands,
-                *units(q, each), *units(k, each),
-            ], shared_mem=shared)  # fmt: skip
-        else:
-            prefill_cut_kernel[(batch * heads * rows,)](
-                q, norm, fast, *tables, bits.view(torch.uint8), positions, band, missing, low, high, top,
-                *common, first, n, padded, words, dim, error, *q.stride(),
-                CAUSAL=causal, BLOCK=block, SAMPLE=t.sample, SLACK=t.slack, CAPACITY=t.capacity, DIM=tree,
-                num_warps=max(1, block // t.cut_elements),
-            )  # fmt: skip
-            prefill_band_kernel[(batch * heads * rows,)](
-                q, k, positions, listed, band, missing, bits, *common, words, dim, *strides,
-                CAPACITY=t.capacity, BLOCK=t.band, TREE=tree, LOG_TREE=tree.bit_length() - 1,
-                enable_fp_fusion=False, num_warps=1,
-            )  # fmt: skip
-        prefill_wide_band_kernel[(t.wide_programs,)](
-            q, k, fast, line, band, missing, low, high, bits,
-            *common, first, n, padded, words, batch * heads * rows, dim, *strides,
-            CAUSAL=causal, CAPACITY=t.capacity, ROWS=64, BLOCK=64, TREE=tree, LOG_TREE=tree.bit_length() - 1,
-            enable_fp_fusion=False, num_warps=4,
-        )  # fmt: skip
-        prefill_attend_kernel[(triton.cdiv(rows, t.attend_queries), batch * heads)](
-            q, k, v, norm, bits, top, out, *common, m, first, n, words, dim, v.shape[3], factor, off,
-            *strides, *v.stride()[:3],
-            CAUSAL=causal, QUERIES=t.attend_queries, KEYS=t.attend_keys, STAGES=t.attend_stages,
-            DIM=dim_padded, DIM_V=max(16, next_power_of_two(v.shape[3])), WIDE=INTERPRETED, num_warps=t.attend_warps,
-        )  # fmt: skip
-        if all_bits is not None and all_band is not None:
-            width = min(words, all_bits.shape[3])
-            mine = bits[: batch * heads * rows * words].view(batch, heads, rows, words)
-            all_bits[:, :, start : start + rows, :width] = mine[..., :width]
-            all_band[:, :, start : start + rows] = band[: batch * heads * rows].view(batch, heads, rows)
-    return Prefill(out, all_bits, all_band)
+    plan = make_plan(tuple(q.shape), k.shape[1], k.shape[2], causal=causal, tuning=tuning)
+    buffers, of_seen = Buffers(plan, q.device), tables(budget, plan.n, str(q.device))
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+    bits = band = None
+    if selection:
+        bits = torch.zeros(*q.shape[:3], triton.cdiv(plan.n, 32), dtype=torch.int32, device=q.device)
+        band = torch.zeros(q.shape[:3], dtype=torch.int32, device=q.device)
+    for b, h, kv in plan.parts(q.shape[0]):
+        bits_of, band_of = (None if x is None else x[b, h] for x in (bits, band))
+        norm = _longest(k[b, kv])
+        part = Part(plan, buffers, of_seen, q[b, h], k[b, kv], v[b, kv], norm, out[b, h], bits_of, band_of)
+        for chunk in plan.chunks():
+            _score(part, chunk)
+            words = cuda.select(part, chunk) if backend == "cuda" else None
+            if words is None:
+                words = _select(part, chunk)
+            _order_wide_bands(part, chunk, words)
+            _attend(part, chunk, words, factor)
+            _hand_over(part, chunk, words)
+    return Prefill(out, bits, band)
 
 
 def selected_positions(bits: torch.Tensor) -> torch.Tensor:
-    """Positions of the set bits ``[B, H, M, W]``: int64 ``[B, H, M, k]``, ascending, padded with -1."""
-    each = ((bits[..., None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1).flatten(-2).bool()
-    n = each.shape[-1]
-    width = int(each.sum(-1).max())
-    position = torch.where(each, torch.arange(n, device=bits.device), n).sort(dim=-1).values[..., :width]
+    """Positions of the set bits ``[B, H, M, W]`` of a :class:`Prefill`: int64 ``[B, H, M, k_eff]``.
+
+    They ascend and are padded with -1. The most bits of a query are counted, which on a GPU waits for the device.
+
+    Raises:
+        ValueError: naming what is not allowed, for other than int32 of four dimensions, each at least 1.
+    """
+    require(isinstance(bits, torch.Tensor), "bits", type(bits).__name__, "a torch.Tensor")
+    require(bits.layout == torch.strided, "bits.layout", bits.layout, "torch.strided")
+    require(bits.dtype == torch.int32, "bits.dtype", bits.dtype, "int32")
+    require(bits.ndim == 4 and bits.numel() > 0, "bits.shape", tuple(bits.shape), "4 dimensions, each at least 1")
+    rows = bits.flatten(0, 2)
+    found = [_positions(some) for some in rows.split(max(1, _AT_ONCE // (32 * rows.shape[1])))]
+    k_eff = max(x.shape[1] for x in found)
+    padded = [torch.nn.functional.pad(x, (0, k_eff - x.shape[1]), value=-1) for x in found]
+    return torch.cat(padded).view(*bits.shape[:3], k_eff)
+
+
+def _positions(rows: torch.Tensor) -> torch.Tensor:
+    """As :func:`selected_positions`, of words ``[rows, W]``."""
+    each = ((rows[..., None] >> torch.arange(32, device=rows.device, dtype=torch.int32)) & 1).flatten(-2).bool()
+    n, k_eff = each.shape[-1], int(each.sum(-1).max())
+    position = torch.where(each, torch.arange(n, device=rows.device), n).sort(dim=-1).values[..., :k_eff]
     return torch.where(position == n, -1, position)
 
 
 def _longest(k: torch.Tensor) -> torch.Tensor:
     """Upper bound on the length of the keys of every head, float32 ``[B, Hkv]``; 0 where it is too small to be told."""
+    # Widened, expanded keys too take memory: some at a time.
+    some = k.split(max(1, _AT_ONCE // (k.numel() // k.shape[2])), dim=2)
     if k.dtype == torch.float32:
-        return fast_scores.largest_norm(k)
-    norm = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(-1) * fast_scores.UPWARD
+        return reduce(torch.maximum, map(fast_scores.largest_norm, some))
+    norms = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(-1) for x in some)
+    norm = reduce(torch.maximum, norms) * fast_scores.UPWARD
     # Squares below float32's smallest are lost: no matter beside a longer key.
     return torch.where(norm > 1e-15, norm, 0.0)
 
 
-@lru_cache(maxsize=64)
-def _tables(budget: Budget, n: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of every number of visible keys: the budget; where normal scores put the cut; what one key more moves it."""
-    wanted = budget.table(n)
-    seen = torch.arange(n + 1).clamp(min=1)
-    share = (1 - wanted / seen).clamp(1e-4, 1 - 1e-4).double()
-    quantile = torch.special.ndtri(share)
-    density = torch.exp(-quantile * quantile / 2) / (2 * torch.pi) ** 0.5
-    return wanted.int().to(device), quantile.float().to(device), (1 / (seen * density)).float().to(device)
+def _tile_dim(dim: int) -> int:
+    """Width of the tile for vectors of ``dim`` numbers: tensor cores take no fewer than 16."""
+    return max(16, next_power_of_two(dim))
+
+
+def _score(part: Part, chunk: Chunk) -> None:
+    """The 15-bit scores of a chunk."""
+    plan, t = part.plan, part.plan.tuning
+    key_tiles, query_tiles = triton.cdiv(chunk.visible, t.keys * t.loop), triton.cdiv(chunk.rows, t.queries)
+    prefill_scores_kernel[(key_tiles * query_tiles * part.heads,)](
+        part.q, part.k, part.norm, part.buffers.fast, *part.common(chunk), chunk.first, plan.n, plan.padded, plan.dim,
+        key_tiles, query_tiles, *part.strides,
+        CAUSAL=plan.causal, QUERIES=t.queries, KEYS=t.keys, LOOP=t.loop, STAGES=t.stages, DIM=_tile_dim(plan.dim),
+        WIDE=INTERPRETED, num_warps=t.warps,
+    )  # fmt: skip
+
+
+def _select(part: Part, chunk: Chunk) -> int:
+    """Write the bits of every row whose band fits its list, and tell how many words each has: in Triton."""
+    plan, t, b, programs = part.plan, part.plan.tuning, part.buffers, (part.heads * chunk.rows,)
+    block, tree = cut_block(chunk.visible, t), next_power_of_two(plan.dim)
+    words = bit_words(chunk.visible, block)
+    prefill_cut_kernel[programs](
+        part.q, part.norm, b.fast, *part.tables, b.bits.view(torch.uint8), b.positions, b.band, b.missing, b.low,
+        b.high, b.top, *part.common(chunk), chunk.first, plan.n, plan.padded, words, plan.dim, plan.error,
+        *part.q.stride(),
+        CAUSAL=plan.causal, BLOCK=block, SAMPLE=t.sample, SLACK=t.slack, CAPACITY=t.capacity, DIM=tree,
+        num_warps=max(1, block // t.cut_elements),
+    )  # fmt: skip
+    prefill_band_kernel[programs](
+        part.q, part.k, b.positions, b.listed, b.band, b.missing, b.bits, *part.common(chunk), words, plan.dim,
+        *part.strides,
+        CAPACITY=t.capacity, BLOCK=t.band, TREE=tree, LOG_TREE=log2(tree), enable_fp_fusion=False, num_warps=1,
+    )  # fmt: skip
+    return words
+
+
+def _order_wide_bands(part: Part, chunk: Chunk, words: int) -> None:
+    """The bits of those rows whose band outgrew its list."""
+    plan, b, tree = part.plan, part.buffers, next_power_of_two(part.plan.dim)
+    prefill_wide_band_kernel[(plan.wide_programs,)](
+        part.q, part.k, b.fast, b.line, b.band, b.missing, b.low, b.high, b.bits,
+        *part.common(chunk), chunk.first, plan.n, plan.padded, words, part.heads * chunk.rows, plan.dim, *part.strides,
+        CAUSAL=plan.causal, CAPACITY=plan.tuning.capacity, ROWS=WIDE_ROWS, BLOCK=64, TREE=tree, LOG_TREE=log2(tree),
+        enable_fp_fusion=False, num_warps=4,
+    )  # fmt: skip
+
+
+def _attend(part: Part, chunk: Chunk, words: int, scale: float) -> None:
+    """Attention of a chunk over the keys whose bits are set."""
+    plan, t, dim_v = part.plan, part.plan.tuning, part.v.shape[3]
+    tiles = triton.cdiv(chunk.rows, t.attend_queries)
+    prefill_attend_kernel[(tiles * part.heads,)](
+        part.q, part.k, part.v, part.norm, part.buffers.bits, part.buffers.top, part.out, *part.common(chunk), plan.m,
+        chunk.first, plan.n, words, plan.dim, dim_v, tiles, scale, plan.off, *part.strides, *part.v.stride()[:3],
+        CAUSAL=plan.causal, QUERIES=t.attend_queries, KEYS=t.attend_keys, STAGES=t.attend_stages,
+        DIM=_tile_dim(plan.dim), DIM_V=_tile_dim(dim_v), WIDE=INTERPRETED, num_warps=t.attend_warps,
+    )  # fmt: skip
+
+
+def _hand_over(part: Part, chunk: Chunk, words: int) -> None:
+    """Copy the selection of a chunk to the result, if it was asked for."""
+    if part.bits is None or part.band is None:
+        return
+    shape, here = (*part.q.shape[:2], chunk.rows), slice(chunk.start, chunk.start + chunk.rows)
+    rows, columns = part.heads * chunk.rows, min(words, part.bits.shape[3])
+    part.bits[:, :, here, :columns] = part.buffers.bits[: rows * words].view(*shape, words)[..., :columns]
+    part.band[:, :, here] = part.buffers.band[:rows].view(shape)

@@ -11,7 +11,6 @@ import torch
 import qaxis
 from qaxis import decode
 from qaxis.cuda import compiler, emulator
-from qaxis.prefill import PrefillTuning, prefill_attention, selected_positions
 
 needs_compiler = pytest.mark.skipif(not emulator.available(), reason="g++ is needed to emulate CUDA")
 
@@ -106,42 +105,3 @@ def test_a_thread_that_waits_for_ever_is_named():
 def test_what_the_compiler_says_is_passed_on():
     with pytest.raises(RuntimeError, match="nowhere"):
         emulator.compiled('extern "C" __global__ void f(int* p) { *p = nowhere; }', "f", [])
-
-
-@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_compiler)])
-def test_prefill_in_chunks_selects_the_canonical_sets(backend):
-    q, k, v = bell(2, 4, 60, 32), bell(2, 2, 300, 32, seed=1), bell(2, 2, 300, 32, seed=2)
-    budget = qaxis.Budget(0.1, 8)
-    out = prefill_attention(q, k, v, budget, selection=True, backend=backend, tuning=PrefillTuning(chunk=32))
-    exact = qaxis.topk_attention(q, k, v, budget)
-    assert torch.equal(selected_positions(out.bits), exact.indices)
-    assert torch.allclose(out.output, exact.output, atol=1e-5)
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    "n, kind",
-    # Lists that are short, or overflow; a sample first; a row that fills a program's shared memory by itself.
-    [(n, kind) for n in (60, 300) for kind in ("normal", "zero query", "few that differ", "one long key")]
-    + [(2600, "normal"), (9000, "normal")],
-)
-def test_select_cu_at_any_length(n, kind):
-    q, k = bell(1, 2, 4, 64), bell(1, 1, n, 64, seed=1)
-    if kind == "zero query":
-        q = q * 0
-    elif kind == "few that differ":
-        k = k[:, :, :3].repeat(1, 1, -(-n // 3), 1)[:, :, :n].contiguous()
-    elif kind == "one long key":
-        k[:, :, n // 2] *= 300
-    out = prefill_attention(q, k, k, n // 10, selection=True, backend="cuda")
-    assert torch.equal(selected_positions(out.bits), qaxis.topk_indices(q, k, n // 10, causal=True))
-
-
-def test_prefill_refuses_what_it_cannot_do():
-    q, k = bell(1, 3, 4, 32), bell(1, 2, 10, 32)
-    with pytest.raises(ValueError, match=r"q\.shape\[1\]=3"):
-        prefill_attention(q, k, k, 5)
-    with pytest.raises(ValueError, match=r"backend='fast'"):
-        prefill_attention(q[:, :2], k, k, 5, backend="fast")
-    with pytest.raises(ValueError, match=r"q\.shape\[2\]=4"):
-        prefill_attention(q[:, :2], k[:, :, :3], k[:, :, :3], 2)

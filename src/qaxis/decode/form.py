@@ -1,0 +1,91 @@
+"""What a decode step was made for, and whether what it is given fits that and itself: by form, never by the numbers.
+
+It costs microseconds on the host and does not wait for a device, so a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from ..storage.side import Stored
+from ..storage.triton import readable
+from ..validation import MOST_KEYS, check_form, check_like, check_scale, check_shapes, is_integer, require
+from .index import KeyIndex
+
+#: keys or values ``[B, Hkv, N, D]``
+Numbers: TypeAlias = torch.Tensor | Stored
+#: positions in a row are 32-bit numbers in the kernels, padding and the last round of a loop included
+MOST_POSITIONS = MOST_KEYS - (1 << 22)
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """``device`` with its number, as tensors there have it.
+
+    Raises:
+        ValueError: for another device than a CPU or a GPU that is there.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):
+        found = None
+    allowed = found is not None and found.type in ("cpu", "cuda")
+    require(allowed, "device", str(device), "'cpu', or a 'cuda' device that this machine has")
+    assert found is not None
+    return found
+
+
+def _check_numbers(name: str, x: Numbers) -> None:
+    if not isinstance(x, Stored):
+        check_form(name, x, 4)
+        return
+    x.check_form(name)
+    what = f"{x.grid.bits} bits of {x.dtype}"
+    require(readable(x), name, what, "a tensor, or a cache of 8 bits of float32 or bfloat16: dequantise it first")
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """The sizes B, H, N, D of a step, the keys every query keeps, and the device.
+
+    Raises:
+        ValueError: naming the size that is not allowed.
+    """
+
+    batch: int
+    heads: int
+    n: int
+    head_dim: int
+    k_eff: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "heads", "n", "head_dim"):
+            size = getattr(self, name)
+            most = MOST_POSITIONS if name == "n" else MOST_KEYS
+            require(is_integer(size) and 1 <= size <= most, name, size, f"an integer in 1..{most}")
+        allowed = is_integer(self.k_eff) and 1 <= self.k_eff <= self.n
+        require(allowed, "k_eff", self.k_eff, f"an integer in 1..{self.n}, the number of keys")
+
+    def check(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None) -> float:
+        """The softmax scale, once everything fits: ``q [B, H, 1, D]``, ``k [B, Hkv, N, D]``, ``v [B, Hkv, N, Dv]``.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        check_form("q", q, 4)
+        for i, size in enumerate((self.batch, self.heads, 1, self.head_dim)):
+            why = "one query a head, as in decoding" if i == 2 else "for which this was made"
+            require(q.shape[i] == size, f"q.shape[{i}]", q.shape[i], f"{size}: {why}")
+        require(q.device == self.device, "q.device", str(q.device), f"{self.device}, for which this was made")
+        _check_numbers("k", k)
+        _check_numbers("v", v)
+        require(k.shape[2] == self.n, "k.shape[2]", k.shape[2], f"{self.n}, for which this was made")
+        check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+        for name, x in (("k", k), ("v", v)):
+            check_like(name, x, q)  # type: ignore[arg-type]
+        require(isinstance(index, KeyIndex), "index", type(index).__name__, "what index_keys or index_cache return")
+        index.check_form(k)
+        return check_scale(scale, self.head_dim)
