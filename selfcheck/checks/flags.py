@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import subprocess
-import sys
 from contextlib import suppress
 from typing import Any
 
@@ -13,8 +11,8 @@ import torch
 
 import qaxis
 
+from ..harness import children
 from ..harness.claim import Context, Result, value
-from ..harness.files import ROOT
 
 USES = ("prompt", "padded batch", "generate", "static cache", "assisted")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -95,12 +93,7 @@ def flag_table(context: Context) -> Result:
         model.set_attn_implementation(before)
         rows.append([*row, *gaps.values()])
         worst = max(worst, *gaps.values())
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", IMPORT_ONLY, how], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-        for how in ("with", "without")
-    }
+    digests = {children.run(IMPORT_ONLY, how).stdout.strip() for how in ("with", "without")}
     imported = len(digests) == 1 and len(next(iter(digests))) == 64
     checks.append("imported, never enabled")
     values = {

@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +17,7 @@ from qaxis.arithmetic import reference as canonical
 from qaxis.attention import reference
 from qaxis.attention.logits import Logits
 
+from ..harness import children
 from ..harness.claim import Context, NotRunError, Result, value
 from ..harness.files import ROOT
 from ..inputs import witness
@@ -356,7 +355,7 @@ def sanitizer(context: Context) -> Result:
     if not os.path.exists(tool):
         raise NotRunError("compute-sanitizer is not installed; it comes with the CUDA toolkit")
     script = (
-        "import torch, qaxis; from selfcheck.seeded import make\n"
+        "import torch, qaxis; from selfcheck.inputs.seeded import make\n"
         "for s in ((1,3,1,1,130,64),(1,2,2,5,5,80),(2,4,1,1,257,32)):\n"
         "  q,k,v = (x.cuda() for x in make('normal', s, torch.bfloat16, 3))\n"
         "  qaxis.topk_attention(q,k,v,qaxis.Budget(0.1,5),backend='triton')\n"
@@ -364,10 +363,8 @@ def sanitizer(context: Context) -> Result:
     )
     said: dict[str, str] = {}
     for kind in context.progress(("memcheck", "racecheck"), "sanitizer"):
-        done = subprocess.run(
-            [tool, "--tool", kind, sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240,
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )  # fmt: skip
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = children.run(script, under=[tool, "--tool", kind], timeout=240, env=env)
         lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
         said[kind] = lines[-1].strip("= ") if lines else (done.stdout + done.stderr)[-200:]
     clean = "ERROR SUMMARY: 0 errors" in said["memcheck"] and "(0 errors, 0 warnings)" in said["racecheck"]
