@@ -18,6 +18,11 @@ from ..harness.files import SelfcheckError, sha256
 MINIMUM_CHARACTERS = 2000
 
 
+def window(quick: bool) -> tuple[int, int]:
+    """(texts, tokens of each) that every claim of the model shares."""
+    return (2, 512) if quick else (8, 2048)
+
+
 def locate(subject: dict[str, str]) -> Path:
     """Path of a pinned package file, verified.
 

@@ -19,7 +19,16 @@ from ..budget import Budget, as_budget
 from ..validation import check_qkv_form, check_scale, require
 from . import cuda
 from .plan import (
-    MOST_KEYS, WIDE_ROWS, Buffers, Chunk, Part, PrefillTuning, bit_words, cut_block, make_plan, tables,
+    MOST_KEYS,
+    WIDE_ROWS,
+    Buffers,
+    Chunk,
+    Part,
+    PrefillTuning,
+    bit_words,
+    cut_block,
+    make_plan,
+    tables,
 )  # fmt: skip
 from .triton import (
     prefill_attend_kernel,
