@@ -93,7 +93,8 @@ def _timed(
         exact = expected
         if isinstance(keys, Stored):
             exact = qaxis.topk_attention(q, keys.dequantized(), vals.dequantized(), wanted)
-        decoder, other = Decoder(*q.shape[:2], n, DIM, wanted, "cuda"), TritonStep(*q.shape[:2], n, DIM, wanted, "cuda")
+        decoder = Decoder(batch, HEADS, n, DIM, wanted, "cuda")
+        other = TritonStep(batch, HEADS, n, DIM, wanted, "cuda")
         step = decoder(q, keys, vals, index)
         same = torch.equal(step.indices, exact.indices) and torch.equal(step.output, exact.output)
         rescored = float(step.rescored.float().sum(-1).mean())
