@@ -139,3 +139,8 @@ def _problem(call: Callable[[], object], allowed: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
     return "not refused"
+
+
+def said(wrong: Sequence[str]) -> str:
+    """The first few of what is wrong, and how many more."""
+    return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
