@@ -82,7 +82,8 @@ def agreement(context: Context) -> Result:
             ((16, 16, 4, 777, 64), 400, WIDE), ((16, 16, 4, 2048, 128), 204, HALF),
             ((1, 32, 8, 20000, 128), 1000, HALF), ((1, 9, 3, 4096, 64), 410, HALF), ((32, 8, 2, 1500, 80), 1, HALF),
         ]  # fmt: skip
-        kinds, repeats, steps = FAST, 1 if context.quick else 2, doors.STEPS
+        kinds: tuple[str, ...] = FAST
+        repeats, steps = 1 if context.quick else 2, doors.STEPS
         backends: tuple[str, ...] = ("reference", "triton")
     else:
         # The interpreter's time goes by programs, so rows are few: groups of two heads, of three; a short stretch of

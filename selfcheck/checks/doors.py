@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,10 +104,10 @@ def tried(doors: Iterable[Door], device: str, seed: int) -> Findings:
 def _laid_out(door: Door, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple[str, str]]:
     """(layout, what is wrong with it or "")."""
     for name, layout in LAYOUTS.items():
-        laid = [layout(x) for x in (q, k, v)]
-        right = qaxis.topk_attention(*(x.contiguous() for x in laid), BUDGET, backend="reference")
+        a, b, c = (layout(x) for x in (q, k, v))
+        right = qaxis.topk_attention(a.contiguous(), b.contiguous(), c.contiguous(), BUDGET, backend="reference")
         try:
-            indices, output = door.call(*laid, index_keys(laid[1]) if door.indexed else None)
+            indices, output = door.call(a, b, c, index_keys(b) if door.indexed else None)
         except Exception as error:
             yield name, f"{type(error).__name__}: {error}"[:200]
             continue
@@ -124,9 +125,9 @@ def _refused(door: Door, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> I
     index: KeyIndex | None = index_keys(k) if door.indexed else None
     kinds: dict[str, Malformed] = {**MALFORMED, **(MALFORMED_SHAPE if door.indexed else {})}
     for name, (change, allowed) in kinds.items():
-        yield name, _problem(lambda change=change: door.call(*change(q, k, v), index), allowed)  # type: ignore[misc]
+        yield name, _problem(partial(door.call, *change(q, k, v), index), allowed)
     for name, other in MALFORMED_INDEX.items() if door.indexed else ():
-        yield f"index {name}", _problem(lambda other=other: door.call(q, k, v, other(k)), "i")  # type: ignore[misc]
+        yield f"index {name}", _problem(partial(door.call, q, k, v, other(k)), "i")
 
 
 def _problem(call: Callable[[], object], allowed: str) -> str:
