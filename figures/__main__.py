@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from selfcheck.harness import evidence
 from selfcheck.harness.files import SelfcheckError
 
-from . import entropy, formats, inversions, memory, retrieval, selector, stages, survivors
+from . import drawn, entropy, formats, inversions, memory, retrieval, selector, stages, survivors
 from .style import RC, save
 
 FIGURES = {
@@ -27,9 +27,13 @@ FIGURES = {
 def main() -> None:
     records = evidence.accepted()
     plt.rcParams.update(RC)
+    ledger = {}
     for name, module in FIGURES.items():
-        save(module.draw(records), name)
+        watched = drawn.Watched(records)
+        save(module.draw(watched), name)
+        ledger[name] = drawn.entry(name, watched)
         print(f"figures/{name}.pdf, figures/{name}.png")
+    drawn.write(ledger)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from .style import BLUE, GREY, ORANGE, WIDTH
 
 
-def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
+def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
     record = evidence["entropy"]
     lengths, rows = record["data"]["lengths"], record["data"]["entropy"]
     alpha, beta = record["values"]["alpha"]["value"], record["values"]["beta"]["value"]

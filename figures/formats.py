@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -27,33 +28,28 @@ BESIDE = {
 }
 
 
-def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
-    rows = [r for r in evidence["kv-formats"]["data"]["rows"] if r[1] == "decoding"]
+def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
+    rows = [r for r in evidence["kv-formats"]["data"]["rows"] if r["protocol"] == "decoding"]
     claim = next(c for c in seal.claims() if c["id"] == "kv-formats")
     ratio, cost = (float(x) for x in re.findall(r"[\d.]+", claim["published"])[:2])
     figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
     axis.axhline(0, color=GREY, linewidth=0.6)
     groups = (((), GREEN, "s", "other formats"), (OWN, BLUE, "o", "this cache"))
     for names, colour, mark, label in groups:
-        shown = [r for r in rows if (r[0] in OWN) == bool(names)]
-        ends = [[r[4] - r[5] for r in shown], [r[6] - r[4] for r in shown]]
-        axis.errorbar([r[3] for r in shown], [r[4] for r in shown], yerr=ends, fmt=mark, color=colour, label=label,
-                      markersize=4.5, linewidth=0.9)  # fmt: skip
+        shown = [r for r in rows if (r["format"] in OWN) == bool(names)]
+        ends = [[r["change"] - r["low"] for r in shown], [r["high"] - r["change"] for r in shown]]
+        axis.errorbar([r["ratio"] for r in shown], [r["change"] for r in shown], yerr=ends, fmt=mark, color=colour,
+                      label=label, markersize=4.5, linewidth=0.9)  # fmt: skip
     axis.plot([ratio], [cost], "*", color=ORANGE, markersize=11, label="published")
     for r in rows:
-        if r[0] in OWN:
-            text = r[0].replace("int", "INT")
-            axis.annotate(text, (r[3], r[4]), (-6, 3), textcoords="offset points", ha="right", color=BLUE)
-        elif r[0] in BESIDE:
-            dx, dy, align = BESIDE[r[0]]
-            axis.annotate(
-                r[0].replace("channel before", "channel\nbefore"),
-                (r[3], r[4]),
-                (dx, dy),
-                textcoords="offset points",
-                ha=align,
-                fontsize=6.5,
-            )
+        name, place = r["format"], (r["ratio"], r["change"])
+        if name in OWN:
+            text = name.replace("int", "INT")
+            axis.annotate(text, place, (-6, 3), textcoords="offset points", ha="right", color=BLUE)
+        elif name in BESIDE:
+            dx, dy, align = BESIDE[name]
+            text = name.replace("channel before", "channel\nbefore")
+            axis.annotate(text, place, (dx, dy), textcoords="offset points", ha=align, fontsize=6.5)
     axis.set_yscale("symlog", linthresh=0.1, linscale=0.8)
     axis.set_yticks([-0.1, 0, 0.1, 1, 10, 100, 1000, 10000])
     axis.yaxis.set_major_formatter(lambda y, _: f"{y:+,g}".replace(",", "\u2009") if y else "0")

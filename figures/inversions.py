@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,13 +13,13 @@ from .style import BLUE, GREEN, ORANGE, WIDTH
 SHOWN = ((16, BLUE), (64, ORANGE), (256, GREEN))
 
 
-def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
+def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
     curves = {c["dim"]: c for c in evidence["fp-order"]["data"]["curves"]}
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.8), layout="constrained", sharey=True)
-    for axis, column, title in zip(axes, (2, 3), ("raw query (the library)", "normalised query"), strict=True):
+    for axis, query, title in zip(axes, ("raw", "unit"), ("raw query (the library)", "normalised query"), strict=True):
         for dim, colour in SHOWN:
             rows = curves[dim]["rows"]
-            shown = [(row[0], 100 * row[column]) for row in rows if row[column] > 0]
+            shown = [(row["gap"], 100 * row[query]) for row in rows if row[query] > 0]
             axis.plot(*zip(*shown, strict=True), "o-", color=colour, markersize=2.5, linewidth=1, label=f"D = {dim}")
             # Every measured pair to the right of this line has a gap above its bound.
             axis.axvline(curves[dim]["bound_high"], color=colour, linewidth=0.9, linestyle=(0, (4, 2)))

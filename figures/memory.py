@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,7 +13,7 @@ from .style import BLUE, GREEN, GREY, ORANGE, WIDTH
 CACHES = {"bfloat16": GREY, "int8": BLUE, "int6": ORANGE, "int4": GREEN}
 
 
-def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
+def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
     data, values = evidence["kv-memory"]["data"], evidence["kv-memory"]["values"]
     figure, axis = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
     for name, colour in CACHES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from .style import BLUE, GREY, ORANGE, WIDTH
 
 
-def draw(evidence: dict[str, dict[str, Any]]) -> Figure:
+def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
     points = evidence["selection"]["data"]["schematic"]
     figure, axis = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
     chosen = [bool(s) for s in points["selected"]]

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from figures import drawn
 from selfcheck.harness import evidence
 from selfcheck.harness.files import ROOT, SelfcheckError, write_atomic
 
@@ -43,9 +44,7 @@ def pdflatex() -> str:
 def build() -> Path:
     """Generate numbers.tex, run pdflatex until references settle, move the PDF into place."""
     records = evidence.accepted()
-    for name in ("selector", "entropy", "inversions"):
-        if not (ROOT / f"figures/{name}.pdf").is_file():
-            raise SelfcheckError(f"figures/{name}.pdf: missing; run `nox -s figures` first")
+    drawn.check((ROOT / "paper/paper.tex").read_text("utf-8"), records)
     write_atomic(numbers.TARGET, numbers.render(records).encode())
     compiler = pdflatex()
     newest = max(record["time"] for record in records.values())

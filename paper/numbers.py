@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from selfcheck.harness import evidence, seal
 from selfcheck.harness.files import ROOT
 
 PLATFORMS = ("NumPy", "PyTorch CPU", "PyTorch CUDA", "Triton interpreter", "Triton GPU")
-#: decimals by claim.value, and by how its name begins
-FORMATS: dict[str, int] = {
-    "int8-bytes.ratio": 4, "int8-ppl.change": 3, "int8-ppl.dense_perplexity": 2, "int8-ppl.int8_perplexity": 2,
-    "int8-ppl.canary": 0, "entropy.alpha": 3, "entropy.beta": 2, "entropy.r_squared": 3,
-    "entropy.entropy_longest": 2, "entropy.support_longest": 1, "flag-off.on_difference": 1,
-    **{f"certified-real.{x}_share": 1 for x in ("keys", "codes", "four")},
-    "kv-formats.int8": 3, "kv-formats.int6": 3, "kv-formats.int4": 3,
-    **{f"kv-formats.int{b}_ratio": 4 for b in (8, 6, 4)}, "decode-speed.best": 2, "decode-speed.worst": 2,
-    "fp-order.closest": 2, "fp-ppl.sparse": 2, "fp-ppl.unit": 4, "fp-ppl.bf16": 4,
-}  # fmt: skip
-TWO_DECIMALS = ("dppl.change", "fp-real.", "kv-combined.", "certified-speed.", "prefill-speed.")
 WAYS = {"keys": "keys", "codes": "codes", "cache": "INT8 cache"}
-SIGNED = (
-    "kv-formats.int",
-    "kv-combined.",
-    "int8-ppl.change",
-    "int8-ppl.canary",
-    "dppl.change",
-    "fp-ppl.sparse",
-    "fp-ppl.unit",
-    "fp-ppl.bf16",
-)
+Records = dict[str, dict[str, Any]]
+
+
+@lru_cache(maxsize=1)
+def _shown() -> dict[str, dict[str, str]]:
+    """Of every claim, how its values are printed: {pattern of names: format}."""
+    return {claim["id"]: claim.get("show", {}) for claim in seal.claims()}
 
 
 def show(key: str, x: float) -> str:
-    """One number as TeX; a count, or what happens to be whole and has no format, with separators."""
+    """One number ``claim.value`` as TeX, as the claim says; a count, or a whole number without a format, as a count."""
     if isinstance(x, int):
         return thousands(x)
-    digits = FORMATS.get(key, 2 if key.startswith(TWO_DECIMALS) else None)
-    if digits is not None:
-        sign = "+" if key.startswith(SIGNED) and not key.endswith("_ratio") else ""
-        return f"{x:{sign}.{digits}f}".replace("-", r"\ensuremath{-}")
+    claim, _, name = key.partition(".")
+    for pattern, form in _shown().get(claim, {}).items():
+        if fnmatchcase(name, pattern):
+            return printed(x, form)
     if x == int(x):
         return thousands(int(x))
     mantissa, exponent = f"{x:.1e}".split("e")
     return rf"\ensuremath{{{mantissa}\cdot 10^{{{int(exponent)}}}}}"
 
 
-def signed(x: float, digits: int) -> str:
-    return f"{x:+.{digits}f}".replace("-", r"\ensuremath{-}")
+def printed(x: float, form: str) -> str:
+    """``x`` as Python formats it, its minus sign as TeX's."""
+    return format(x, form).replace("-", r"\ensuremath{-}")
 
 
 def thousands(n: int) -> str:
@@ -63,7 +53,7 @@ def escape(text: str) -> str:
     return "".join(table.get(c, c) for c in re.split("(>=|.)", text))
 
 
-def macros(records: dict[str, dict[str, Any]]) -> dict[str, str]:
+def macros(records: Records) -> dict[str, str]:
     """Every macro: values, interval ends, counts, published numbers, and where they were measured."""
     out: dict[str, str] = {}
     for claim, record in records.items():
@@ -83,7 +73,7 @@ def macros(records: dict[str, dict[str, Any]]) -> dict[str, str]:
         out[f"{kind}.name"] = escape(subject["name"])
         out[f"{kind}.requirement"] = escape(subject["requirement"])
         out[f"{kind}.sha"] = subject["sha256"][:16]
-    out.update(tables(records))
+    out |= {f"table.{name}": r"\\".join(rows(records)) for name, rows in TABLES.items()}
     out["proofs.version"] = escape(records["proofs"]["data"]["coq"])
     out["checks.total"] = thousands(sum(len(set(r["checks"])) for r in records.values()))
     for name, claim in (("versions", "thm1"), ("gpu.versions", "golden-gpu")):
@@ -93,97 +83,137 @@ def macros(records: dict[str, dict[str, Any]]) -> dict[str, str]:
     return out
 
 
-def tables(records: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Bodies of the tables whose rows are data: one TeX row an entry."""
-    counterexamples = [
-        f"{escape(name)} & {escape(text)}" for name, text in records["thm1-stops"]["data"]["counterexamples"]
+# ---- Bodies of the tables whose rows are data: one TeX row an entry ---------------------------
+
+
+def _stops(records: Records) -> list[str]:
+    return [f"{escape(r['stop'])} & {escape(r['case'])}" for r in records["thm1-stops"]["data"]["counterexamples"]]
+
+
+def _ablation(records: Records) -> list[str]:
+    return [
+        f"{escape(r['rule'])} & {escape(r['compared'])} & {thousands(r['differing'])} of {thousands(r['elements'])}"
+        for r in records["ablation"]["data"]["rows"]
     ]
-    ablation = [
-        f"{escape(rule)} & {escape(between)} & {thousands(count)} of {thousands(total)}"
-        for rule, between, count, total in records["ablation"]["data"]["rows"]
-    ]
-    here, gpu = records["golden"]["data"]["rows"], records["golden-gpu"]["data"]["rows"]
-    bits = []
-    for a, b in zip(here, gpu, strict=True):
-        equal = {**b["equal"], **a["equal"]}
-        shares = " & ".join(f"{equal[p]}/{a['cases']}" for p in PLATFORMS)
-        gap, differ = max(a["gap"], b["gap"]), a["differ"] + b["differ"]
-        bits.append(
-            f"{a['dtype']} & {escape(a['shapes'])} & {shares} & {gap:g} & {differ} & \\texttt{{{a['sha256'][:12]}}}"
+
+
+def _bits(records: Records) -> list[str]:
+    rows = []
+    for here, gpu in zip(records["golden"]["data"]["rows"], records["golden-gpu"]["data"]["rows"], strict=True):
+        equal = {**gpu["equal"], **here["equal"]}
+        shares = " & ".join(f"{equal[p]}/{here['cases']}" for p in PLATFORMS)
+        gap, differ = max(here["gap"], gpu["gap"]), here["differ"] + gpu["differ"]
+        rows.append(
+            f"{here['dtype']} & {escape(here['shapes'])} & {shares} & {gap:g} & {differ} & "
+            f"\\texttt{{{here['sha256'][:12]}}}"
         )
-    changes = []
-    for dtype, queries, *changed in records["fp-real"]["data"]["rows"]:
-        shares = " & ".join(show("fp-real.share", 100 * n / queries) for n in changed)
-        changes.append(f"{dtype} & {thousands(queries)} & {shares}")
-    bodies = {"stops": counterexamples, "ablation": ablation, "bits": bits, "changes": changes, **in_models(records)}
-    return {f"table.{name}": r"\\".join(rows) for name, rows in bodies.items()}
+    return rows
 
 
-def in_models(records: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Rows of the tables about models: off, families, decoding speed."""
-    flags = [
-        f"{place} & {dtype} & {implementation} & " + " & ".join(f"{gap:g}" for gap in gaps)
+def _changes(records: Records) -> list[str]:
+    rows = []
+    for r in records["fp-real"]["data"]["rows"]:
+        shares = " & ".join(show("fp-real.share", 100 * r[other] / r["queries"]) for other in ("unit", "bf16"))
+        rows.append(f"{r['dtype']} & {thousands(r['queries'])} & {shares}")
+    return rows
+
+
+def _flags(records: Records) -> list[str]:
+    return [
+        f"{place} & {r['dtype']} & {r['implementation']} & "
+        + " & ".join(f"{r['gaps'][use]:g}" for use in records[claim]["data"]["uses"])
         for claim, place in (("flag-off", "CPU"), ("flag-off-gpu", "GPU"))
-        for dtype, implementation, *gaps in records[claim]["data"]["rows"]
+        for r in records[claim]["data"]["rows"]
     ]
-    families = [
-        f"{escape(family)} & {escape(what)} & {off:g} & {between:g} & "
-        + " & ".join(show("families.ratio", x) for x in (dense, decode))
-        + f" & {wrong} of {thousands(rows)}"
-        for family, what, off, between, dense, decode, wrong, rows in records["families"]["data"]["rows"]
+
+
+def _families(records: Records) -> list[str]:
+    return [
+        f"{escape(r['family'])} & {escape(r['particular'])} & {r['off']:g} & {r['every_key']:g} & "
+        + " & ".join(show("families.ratio", r[what]) for what in ("dense", "decode"))
+        + f" & {r['wrong']} of {thousands(r['rows'])}"
+        for r in records["families"]["data"]["rows"]
     ]
-    speed = [
-        f"{escape(name)} & {thousands(tokens)} & {dense:.1f} & {sparse:.1f} & {ratio:.2f} & "
-        f"{100 * dense_share:.0f} & {100 * sparse_share:.0f}"
-        for name, tokens, dense, sparse, ratio, dense_share, sparse_share in records["decode-speed"]["data"]["rows"]
+
+
+def _speed(records: Records) -> list[str]:
+    return [
+        f"{escape(r['model'])} & {thousands(r['tokens'])} & {r['dense']:.1f} & {r['qaxis']:.1f} & {r['ratio']:.2f} & "
+        f"{100 * r['dense_share']:.0f} & {100 * r['qaxis_share']:.0f}"
+        for r in records["decode-speed"]["data"]["rows"]
     ]
-    together = {name: (total, both) for name, _, _, total, both, _ in records["kv-combined"]["data"]["rows"]}
-    memory, caches = records["kv-memory"]["values"], []
-    for name, dense, sparse, agreed in records["kv-speed"]["data"]["rows"]:
-        kept, prompt, step = (memory[f"{name}_{what}"]["value"] / 2**20 for what in ("kept", "prompt", "steps"))
-        costs = [show("kv-combined.change", x[0]) for x in together[name]] if name in together else ["--", "--"]
-        caches.append(
-            f"{name.replace('int', 'INT')} & {kept:.1f} & {prompt:.1f} & {step:.1f} & {dense:.1f} & {sparse:.1f} & "
-            f"{agreed:.0f} & " + " & ".join(costs)
+
+
+def _caches(records: Records) -> list[str]:
+    together = {r["format"]: r for r in records["kv-combined"]["data"]["rows"]}
+    memory, rows = records["kv-memory"]["values"], []
+    for r in records["kv-speed"]["data"]["rows"]:
+        name = r["cache"]
+        held = " & ".join(f"{memory[f'{name}_{what}']['value'] / 2**20:.1f}" for what in ("kept", "prompt", "steps"))
+        costs = ["--", "--"]
+        if name in together:
+            costs = [show("kv-combined.change", together[name][what]["change"]) for what in ("sum", "both")]
+        rows.append(
+            f"{name.replace('int', 'INT')} & {held} & {r['dense']:.1f} & {r['qaxis']:.1f} & {r['agreed']:.0f} & "
+            + " & ".join(costs)
         )
-    formats = []
-    for name, protocol, n, ratio, *change, gap, top1, same in records["kv-formats"]["data"]["rows"]:
-        percent, low, high = (show("kv-combined.change", x) if abs(x) >= 100 else signed(x, 3) for x in change)
-        formats.append(
-            f"{escape(name)}{', whole window' if protocol != 'decoding' else ''} & {n} & {ratio:.4f} & {percent} & "
-            f"[{low}, {high}] & {gap:.1f} & {top1:.1f} & " + (f"{same:.1f}" if same is not None else "--")
+    return rows
+
+
+def _formats(records: Records) -> list[str]:
+    rows = []
+    for r in records["kv-formats"]["data"]["rows"]:
+        change = (printed(r[x], "+.2f" if abs(r[x]) >= 100 else "+.3f") for x in ("change", "low", "high"))
+        percent, low, high = change
+        same = f"{r['same']:.1f}" if r["same"] is not None else "--"
+        protocol = ", whole window" if r["protocol"] != "decoding" else ""
+        rows.append(
+            f"{escape(r['format'])}{protocol} & {r['texts']} & {r['ratio']:.4f} & {percent} & [{low}, {high}] & "
+            f"{r['gap']:.1f} & {r['top1']:.1f} & {same}"
         )
+    return rows
+
+
+def _format_lengths(records: Records) -> list[str]:
     lengths: dict[int, list[str]] = {}
-    for n, _name, *change in records["kv-formats"]["data"]["lengths"]:
-        percent, low, high = (signed(x, 3) for x in change)
-        lengths.setdefault(n, []).append(f"{percent} [{low}, {high}]")
-    by_length = [f"{n} & " + " & ".join(cells) for n, cells in lengths.items()]
-    certified = [
+    for r in records["kv-formats"]["data"]["lengths"]:
+        percent, low, high = (printed(r[x], "+.3f") for x in ("change", "low", "high"))
+        lengths.setdefault(r["tokens"], []).append(f"{percent} [{low}, {high}]")
+    return [f"{n} & " + " & ".join(cells) for n, cells in lengths.items()]
+
+
+def _certified(records: Records) -> list[str]:
+    rows = []
+    for r in records["certified-speed"]["data"]["rows"]:
         # Where the CUDA kernels do not run, the step is the Triton one.
-        f"{b} & {thousands(n)} & {thousands(k)} & {WAYS[name]} & {escape(best)} & {dense:.0f} & {triton:.0f} & "
-        f"{f'{took:.0f}' if took != triton else '--'} & {ratio:.2f} & {floor:.0f} & {thousands(round(rescored))}"
-        for b, n, k, name, best, dense, took, ratio, floor, _, rescored, triton in (
-            records["certified-speed"]["data"]["rows"]
+        cuda = f"{r['took']:.0f}" if r["took"] != r["triton"] else "--"
+        rows.append(
+            f"{r['batch']} & {thousands(r['n'])} & {thousands(r['k_eff'])} & {WAYS[r['way']]} & {escape(r['best'])} & "
+            f"{r['dense']:.0f} & {r['triton']:.0f} & {cuda} & {r['ratio']:.2f} & {r['floor']:.0f} & "
+            f"{thousands(round(r['rescored']))}"
         )
-    ]
+    return rows
+
+
+def _approximate(records: Records) -> list[str]:
     recall = records["certified-real"]["data"]["recall"]
-    # The ways differ between the two claims in how many of the head's dimensions are a quarter.
-    approximate = [
-        f"{escape(name.split(',')[0])} & {share:g} & {100 * found:.1f} & {100 * real:.1f} & {took:.0f}"
-        for (name, found, share, took), real in zip(
-            records["certified-speed"]["data"]["peers"],
-            (recall[n] for kind in ("Quest", "SparQ", "Loki") for n in recall if n.startswith(kind)),
-            strict=True,
-        )
-    ]
-    return {
-        "certified": certified, "approximate": approximate,
-        "flags": flags, "families": families, "speed": speed, "caches": caches, "formats": formats,
-        "formatlengths": by_length,
-    }  # fmt: skip
+    rows = []
+    for r in records["certified-speed"]["data"]["peers"]:
+        kind = r["name"].split(",")[0]
+        # The ways differ between the two claims in how many of the head's dimensions are a quarter.
+        (real,) = (found for name, found in recall.items() if name.split(",")[0] == kind)
+        rows.append(f"{escape(kind)} & {r['share']:g} & {100 * r['recall']:.1f} & {100 * real:.1f} & {r['took']:.0f}")
+    return rows
 
 
-def render(records: dict[str, dict[str, Any]]) -> str:
+TABLES: dict[str, Callable[[Records], list[str]]] = {
+    "stops": _stops, "ablation": _ablation, "bits": _bits, "changes": _changes, "flags": _flags,
+    "families": _families, "speed": _speed, "caches": _caches, "formats": _formats,
+    "formatlengths": _format_lengths, "certified": _certified, "approximate": _approximate,
+}  # fmt: skip
+
+
+def render(records: Records) -> str:
     lines = [rf"\qxset{{{key}}}{{{text}}}" for key, text in sorted(macros(records).items())]
     return "% Generated from selfcheck/evidence by paper/numbers.py; do not edit.\n" + "\n".join(lines) + "\n"
 

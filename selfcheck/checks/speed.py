@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,14 +20,14 @@ from qaxis.storage.side import Stored
 
 from ..harness.claim import Context, NotRunError, Result, value
 from ..rivals import approximate_decoding
-from .certified import ways
+from .certified import ways as certified_ways
 
 if torch.cuda.is_available():
     from ..harness.timing import capture, microseconds
     from ..rivals import dense_decoding
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-#: batch, N, k; bfloat16
+#: batch, N, k_eff; bfloat16
 SHAPES = ((1, 131072, 2048), (4, 32768, 2048), (1, 32768, 2048), (1, 1048576, 2048), (1, 131072, 13108))
 #: the marks of choose.cu after which its stages end
 MARKS = {"cut": 3, "compact": 5, "rescore": 6, "choose": 13, "attend": 15}
@@ -40,30 +41,43 @@ def decode(context: Context) -> Result:
     repeats = 5 if context.quick else 41
     generator = torch.Generator("cuda").manual_seed(context.seed)
     bandwidth = _bandwidth(repeats)
-    values: dict[str, Any] = {"repeats": value(repeats, "replays"), "bandwidth": value(bandwidth / 1e12, "TB/s")}
-    rows: list[list[Any]] = []
-    data: dict[str, Any] = {"rows": rows, "parts": {}, "peers": [], "dense": {}}
+    rows: list[dict[str, Any]] = []
+    peers: list[dict[str, Any]] = []
+    dense: list[dict[str, Any]] = []
     exact = True
-    for batch, n, wanted in context.progress(SHAPES[2:3] if context.quick else SHAPES, "shapes"):
+    for batch, n, k_eff in context.progress(SHAPES[2:3] if context.quick else SHAPES, "shapes"):
         # FlexAttention takes long to compile and is far behind: in the first shape only, as are the peers.
-        first = not data["peers"]
-        one = _timed(batch, n, wanted, generator, repeats, flex=first and not context.quick, peers=first)
-        tag = f"B={batch}, N={n}, k={wanted}"
-        data["dense"][tag], data["peers"] = one["dense"], data["peers"] or one["peers"]
-        best = min(one["dense"], key=one["dense"].__getitem__)
-        fastest = one["dense"][best]
-        for name, (rescored, read, same) in one["ways"].items():
-            parts = one["parts"][name]
-            took, floor = parts["all"], 1e6 * read / bandwidth
-            rows.append([batch, n, wanted, name, best, fastest, took, fastest / took, floor, took / floor, rescored,
-                         parts.get("triton", took)])  # fmt: skip
-            data["parts"][f"{tag}, {name}"] = parts
-            values[f"{name}_b{batch}_n{n}_k{wanted}"] = value(fastest / took, "x dense", n=repeats)
-            exact &= same
+        first = not rows
+        timed = _Timed(batch, n, k_eff, generator)
+        found = timed.measure(repeats, flex=first and not context.quick, peers=first)
+        best = min(found.dense, key=found.dense.__getitem__)
+        shape = {"batch": batch, "n": n, "k_eff": k_eff}
+        dense.append({**shape, "took": found.dense})
+        peers += found.peers
+        for way in found.ways:
+            floor, took = 1e6 * way.read / bandwidth, way.stages["all"]
+            rows.append({
+                **shape, "way": way.name, "best": best, "dense": found.dense[best], "took": took,
+                "ratio": found.dense[best] / took, "floor": floor, "over_floor": took / floor,
+                "rescored": way.rescored, "triton": way.stages.get("triton", took), "stages": way.stages,
+            })  # fmt: skip
+            exact &= way.exact
         torch.cuda.empty_cache()
-    headline = "; ".join(f"B={r[0]} N={r[1]} k={r[2]} {r[3]} {r[7]:.2f}x" for r in rows)
-    verdict = "measured, outputs canonical" if exact else "an output is not canonical"
-    return Result(exact, verdict, headline, values, len(rows), data)
+    return Result(
+        passed=exact,
+        verdict="measured, outputs canonical" if exact else "an output is not canonical",
+        headline="; ".join(f"B={r['batch']} N={r['n']} k={r['k_eff']} {r['way']} {r['ratio']:.2f}x" for r in rows),
+        values={
+            "repeats": value(repeats, "replays"),
+            "bandwidth": value(bandwidth / 1e12, "TB/s"),
+            **{
+                f"{r['way']}_b{r['batch']}_n{r['n']}_k{r['k_eff']}": value(r["ratio"], "x dense", n=repeats)
+                for r in rows
+            },
+        },
+        cases=len(rows),
+        data={"rows": rows, "peers": peers, "dense": dense},
+    )
 
 
 def _bandwidth(repeats: int) -> float:
@@ -76,54 +90,88 @@ def _bandwidth(repeats: int) -> float:
     return 1e6 * max((x.nbytes + y.nbytes) / took["copy"], both.nbytes / took["read"])
 
 
-def _timed(
-    batch: int, n: int, wanted: int, generator: torch.Generator, repeats: int, *, flex: bool, peers: bool
-) -> dict[str, Any]:
-    """Median microseconds of every dense step, every certified one, its stages, and peers, of one shape."""
+@dataclass
+class _Way:
+    """One way to read the keys: what it gave, and the microseconds of the whole step and of its stages."""
 
-    def bell(heads: int, m: int) -> torch.Tensor:
-        return torch.randn(batch, heads, m, DIM, dtype=torch.bfloat16, device="cuda", generator=generator)
+    name: str
+    rescored: float
+    #: bytes that one step has to read
+    read: float
+    exact: bool
+    stages: dict[str, float] = field(default_factory=dict)
+    #: of choose.cu, measured as one: the share of each stage
+    shares: dict[str, float] = field(default_factory=dict)
 
-    q, k, v = bell(HEADS, 1), bell(KV_HEADS, n), bell(KV_HEADS, n)
-    graphs = {f"dense/{name}": capture(f) for name, f in dense_decoding.variants(q, k, v, flex).items()}
-    expected = qaxis.topk_attention(q, k, v, wanted)
-    out: dict[str, Any] = {"ways": {}, "peers": [], "shares": {}}
-    alive: list[Any] = []
-    for name, keys, vals, index in ways(k, v):
-        exact = expected
+
+@dataclass
+class _Found:
+    dense: dict[str, float]
+    ways: list[_Way]
+    peers: list[dict[str, Any]]
+
+
+class _Timed:
+    """Everything of one shape that is timed together, in random order."""
+
+    def __init__(self, batch: int, n: int, k_eff: int, generator: torch.Generator) -> None:
+        def bell(heads: int, m: int) -> torch.Tensor:
+            return torch.randn(batch, heads, m, DIM, dtype=torch.bfloat16, device="cuda", generator=generator)
+
+        self.batch, self.n, self.k_eff = batch, n, k_eff
+        self.q, self.k, self.v = bell(HEADS, 1), bell(KV_HEADS, n), bell(KV_HEADS, n)
+        self.exact = qaxis.topk_attention(self.q, self.k, self.v, k_eff)
+        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        #: what the graphs read
+        self.alive: list[Any] = []
+
+    def measure(self, repeats: int, *, flex: bool, peers: bool) -> _Found:
+        """Median microseconds of every dense step, every certified one, its stages, and peers."""
+        for name, f in dense_decoding.variants(self.q, self.k, self.v, flex).items():
+            self.graphs[f"dense/{name}"] = capture(f)
+        ways = [self._way(*way) for way in certified_ways(self.k, self.v)]
+        near = approximate_decoding.ways(self.k, self.k_eff) if peers else []
+        for rival in near:
+            self.graphs[f"peer/{rival.name}"] = capture(partial(_approximate, rival, self.q, self.k, self.v))
+        label = f"B={self.batch}, N={self.n}, k={self.k_eff}"
+        times = {name: statistics.median(x) for name, x in microseconds(self.graphs, repeats, label).items()}
+
+        def of(group: str) -> dict[str, float]:
+            return {x.split("/")[1]: t for x, t in times.items() if x.startswith(f"{group}/")}
+
+        for way in ways:
+            way.stages = of(way.name)
+            if way.shares:
+                rest = way.stages.pop("rest")
+                way.stages |= {stage: rest * share for stage, share in way.shares.items()}
+        rows = [
+            {"name": rival.name, "recall": approximate_decoding.recall(rival.choose(self.q), self.exact.indices),
+             "share": rival.share, "took": of("peer")[rival.name]}
+            for rival in near
+        ]  # fmt: skip
+        return _Found(of("dense"), ways, rows)
+
+    def _way(self, name: str, keys: Any, values: Any, index: KeyIndex) -> _Way:
+        """Run one way, compare it, and add what of it is timed to the graphs."""
+        q, exact = self.q, self.exact
         if isinstance(keys, Stored):
-            exact = qaxis.topk_attention(q, keys.dequantized(), vals.dequantized(), wanted)
-        decoder = Decoder(batch, HEADS, n, DIM, wanted, "cuda")
-        other = TritonStep(batch, HEADS, n, DIM, wanted, "cuda")
-        step = decoder(q, keys, vals, index)
+            exact = qaxis.topk_attention(q, keys.dequantized(), values.dequantized(), self.k_eff)
+        decoder = Decoder(self.batch, HEADS, self.n, DIM, self.k_eff, "cuda")
+        other = TritonStep(self.batch, HEADS, self.n, DIM, self.k_eff, "cuda")
+        step = decoder(q, keys, values, index)
         same = torch.equal(step.indices, exact.indices) and torch.equal(step.output, exact.output)
         rescored = float(step.rescored.float().sum(-1).mean())
-        fast = decoder.cuda_step(q, keys, vals, index)
+        fast = decoder.cuda_step(q, keys, values, index)
         # Once all keys or their codes; once more what is rescored (the CUDA kernels score keys canonically at once),
         # and the values of what is kept, by every query head.
         item, again = 1 if name == "cache" else 2, 0.0 if name == "keys" and fast is not None else rescored
-        read = batch * DIM * (KV_HEADS * n * (2 if name == "keys" else 1) + HEADS * (again + wanted) * item)
-        out["ways"][name] = (rescored, read, same)
-        parts, out["shares"][name] = _stages(fast, other, q, keys, vals, index)
+        read = KV_HEADS * self.n * (2 if name == "keys" else 1) + HEADS * (again + self.k_eff) * item
+        parts, shares = _stages(fast, other, q, keys, values, index)
         if fast is not None:
-            parts |= {"all": partial(decoder, q, keys, vals, index), "triton": partial(other, q, keys, vals, index)}
-        graphs.update({f"{name}/{part}": capture(f) for part, f in parts.items()})
-        alive.append((decoder, other, keys, vals, index, parts))
-    near = approximate_decoding.ways(k, wanted) if peers else []
-    for way in near:
-        graphs[f"peer/{way.name}"] = capture(partial(_approximate, way, q, k, v))
-    label = f"B={batch}, N={n}, k={wanted}"
-    times = {name: statistics.median(x) for name, x in microseconds(graphs, repeats, label).items()}
-    found = {name: {x.split("/")[1]: t for x, t in times.items() if x.startswith(f"{name}/")} for name in out["ways"]}
-    for name, shares in out.pop("shares").items():
-        if shares:
-            rest = found[name].pop("rest")
-            found[name] |= {stage: rest * share for stage, share in shares.items()}
-    for way in near:
-        recall = approximate_decoding.recall(way.choose(q), expected.indices)
-        out["peers"].append([way.name, recall, way.share, times[f"peer/{way.name}"]])
-    dense = {x.split("/")[1]: t for x, t in times.items() if x.startswith("dense/")}
-    return {**out, "parts": found, "dense": dense}
+            parts |= {"all": partial(decoder, q, keys, values, index), "triton": partial(other, q, keys, values, index)}
+        self.graphs.update({f"{name}/{part}": capture(f) for part, f in parts.items()})
+        self.alive.append((decoder, other, keys, values, index, parts))
+        return _Way(name, rescored, self.batch * DIM * read, same, shares=shares)
 
 
 def _approximate(
@@ -183,35 +231,45 @@ def prefill(context: Context) -> Result:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     budgets = {"tenth": qaxis.Budget(), "fixed": qaxis.Budget(0, 2048)}
-    wrong = compared = 0
-    for budget in budgets.values():
-        bits = prefill_attention(q, k, v, budget, selection=True).bits
-        assert bits is not None
-        # The canonical sets of all queries would take long: those of a few stretches.
-        for start in (0, 2000, 4096, n - 64):
-            some = slice(start, start + 64)
-            exact = qaxis.topk_indices(q[:, :, some].contiguous(), k[:, :, : some.stop], budget)
-            found = selected_positions(bits[:, :, some])
-            compared += HEADS * 64
-            same = found.shape == exact.shape
-            wrong += int((found != exact).any(-1).sum()) if same else HEADS * 64
+    compared, wrong = (sum(x) for x in zip(*(_sets_differ(q, k, v, b) for b in budgets.values()), strict=True))
     parts: dict[str, Callable[[], object]] = {
         "flash": partial(dense, SDPBackend.FLASH_ATTENTION), "cudnn": partial(dense, SDPBackend.CUDNN_ATTENTION),
         **{name: partial(prefill_attention, q, k, v, budget) for name, budget in budgets.items()},
     }  # fmt: skip
     graphs = {name: capture(f) for name, f in parts.items()}
     took = {name: statistics.median(t) / 1000 for name, t in microseconds(graphs, repeats, "prefill").items()}
-    values: dict[str, Any] = {
-        "repeats": value(repeats, "replays"), "n": value(n, "queries"), "wrong": value(wrong, "sets"),
-        "compared": value(compared, "sets"), **{name: value(t, "ms") for name, t in took.items()},
-        **{f"{name}_ratio": value(took[name] / took["flash"], "x FlashAttention-2", n=repeats) for name in budgets},
-    }  # fmt: skip
-    headline = (
-        f"{took['tenth']:.2f} ms for a tenth of the keys, {took['fixed']:.2f} for 2048: "
-        f"{took['tenth'] / took['flash']:.2f} and {took['fixed'] / took['flash']:.2f} times FlashAttention-2"
+    ratio = {name: took[name] / took["flash"] for name in budgets}
+    return Result(
+        passed=wrong == 0,
+        verdict=f"measured, {wrong} sets differ",
+        headline=f"{took['tenth']:.2f} ms for a tenth of the keys, {took['fixed']:.2f} for 2048: "
+        f"{ratio['tenth']:.2f} and {ratio['fixed']:.2f} times FlashAttention-2",
+        values={
+            "repeats": value(repeats, "replays"),
+            "n": value(n, "queries"),
+            "wrong": value(wrong, "sets"),
+            "compared": value(compared, "sets"),
+            **{name: value(t, "ms") for name, t in took.items()},
+            **{f"{name}_ratio": value(x, "x FlashAttention-2", n=repeats) for name, x in ratio.items()},
+        },
+        cases=len(took),
+        data={"kernels": _kernels(parts["tenth"])},
     )
-    return Result(wrong == 0, f"measured, {wrong} sets differ", headline, values, len(took),
-                  {"kernels": _kernels(parts["tenth"])})  # fmt: skip
+
+
+def _sets_differ(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, budget: qaxis.Budget) -> tuple[int, int]:
+    """(sets compared, sets that differ): of all queries it would take long, so of a few stretches."""
+    bits = prefill_attention(q, k, v, budget, selection=True).bits
+    assert bits is not None
+    compared = wrong = 0
+    for start in (0, 2000, 4096, q.shape[2] - 64):
+        some = slice(start, start + 64)
+        exact = qaxis.topk_indices(q[:, :, some].contiguous(), k[:, :, : some.stop], budget)
+        found = selected_positions(bits[:, :, some])
+        sets = q.shape[0] * q.shape[1] * 64
+        same = found.shape == exact.shape
+        compared, wrong = compared + sets, wrong + (int((found != exact).any(-1).sum()) if same else sets)
+    return compared, wrong
 
 
 def _kernels(f: Callable[[], object]) -> dict[str, float]:

@@ -18,7 +18,6 @@ def build(
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1 << 18,
-        attn_implementation="sdpa",
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

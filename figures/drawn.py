@@ -1,0 +1,92 @@
+"""Which evidence each figure was drawn from, so that the paper refuses one of other evidence. Imports no matplotlib."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from selfcheck.harness import evidence
+from selfcheck.harness.files import ROOT, SelfcheckError, sha256, write_atomic
+
+#: {figure: {"records": {claim: digest of its record}, "code": digests, "files": digests}}
+LEDGER = "figures/figures.json"
+SUFFIXES = ("pdf", "png")
+
+
+class Watched(Mapping[str, dict[str, Any]]):
+    """Records by claim, which remembers which of them were looked at."""
+
+    def __init__(self, records: dict[str, dict[str, Any]]) -> None:
+        self.records, self.seen = records, set[str]()
+
+    def __getitem__(self, claim: str) -> dict[str, Any]:
+        self.seen.add(claim)
+        return self.records[claim]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def entry(name: str, watched: Watched, root: Path = ROOT) -> dict[str, dict[str, str]]:
+    """What the ledger says of a figure that was just drawn and saved."""
+    return {
+        "records": {claim: evidence.record_digest(watched.records[claim]) for claim in sorted(watched.seen)},
+        "code": {path: sha256(root / path) for path in (f"figures/{name}.py", "figures/style.py")},
+        "files": {suffix: sha256(root / f"figures/{name}.{suffix}") for suffix in SUFFIXES},
+    }
+
+
+def write(ledger: dict[str, dict[str, dict[str, str]]], root: Path = ROOT) -> None:
+    write_atomic(root / LEDGER, (json.dumps(ledger, indent=1, sort_keys=True) + "\n").encode())
+
+
+def included(tex: str) -> list[str]:
+    """Names of the figures that a TeX source includes.
+
+    Raises:
+        SelfcheckError: for a graphic from elsewhere than figures/, which nothing could vouch for.
+    """
+    names = []
+    for target in re.findall(r"\\includegraphics\s*(?:\[[^\]]*\])?\s*\{([^}]*)\}", re.sub(r"(?<!\\)%.*", "", tex)):
+        found = re.fullmatch(r"\.\./figures/(\w+)\.pdf", target)
+        if found is None:
+            raise SelfcheckError(f"paper.tex includes {target}: allowed is ../figures/NAME.pdf, drawn from evidence")
+        names.append(found[1])
+    return names
+
+
+def check(tex: str, records: dict[str, dict[str, Any]], root: Path = ROOT) -> None:
+    """Refuse figures that were not drawn from these records by the code that is there now.
+
+    Raises:
+        SelfcheckError: naming every such figure and why.
+    """
+    try:
+        ledger = json.loads((root / LEDGER).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SelfcheckError(f"{LEDGER}: unreadable ({error}); run `nox -s figures` first") from None
+    wrong = [f"figures/{name}.pdf: {why}" for name in included(tex) for why in _wrong(name, ledger, records, root)]
+    if wrong:
+        raise SelfcheckError("figures are not of this evidence:\n  " + "\n  ".join(wrong) + "\nRun `nox -s figures`.")
+
+
+def _wrong(name: str, ledger: dict[str, Any], records: dict[str, dict[str, Any]], root: Path) -> Iterator[str]:
+    said = ledger.get(name)
+    path = root / f"figures/{name}.pdf"
+    if said is None or not path.is_file():
+        yield "missing" if said is not None else f"not in {LEDGER}"
+        return
+    if sha256(path) != said["files"]["pdf"]:
+        yield "not the file that was drawn"
+    for claim, digest in said["records"].items():
+        if claim not in records or evidence.record_digest(records[claim]) != digest:
+            yield f"drawn from other evidence of {claim}"
+    for code, digest in said["code"].items():
+        if not (root / code).is_file() or sha256(root / code) != digest:
+            yield f"drawn before {code} changed"
