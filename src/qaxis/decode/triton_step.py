@@ -119,7 +119,7 @@ class TritonStep:
             return torch.empty(shape, dtype=dtype, device=self.made_for.device)
 
         self.fast = empty(rows, self.padded, dtype=torch.uint16)
-        check_device("decoder", self.fast)
+        check_device("q", self.fast, calls_library=True)
         self.best = empty(rows, self.padded // self.sub, dtype=torch.uint16)
         self.coded = False
         self.top = empty(rows, dtype=torch.float32)

@@ -88,7 +88,7 @@ def prefill_attention(
         ValueError: naming the argument, on a type, layout, dtype, device, shape or value that is not allowed.
     """
     check_qkv_form(q, k, v, causal=causal)
-    check_device("q", q)
+    check_device("q", q, calls_library=True)
     for name, x in (("q", q), ("k", k)):
         require(x.shape[2] <= MOST_KEYS, f"{name}.shape[2]", x.shape[2], f"at most {MOST_KEYS} positions")
     require(backend in ("auto", "cuda", "triton"), "backend", backend, "'auto', 'cuda' or 'triton'")
