@@ -696,8 +696,8 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fin
         if (p.owns(s.winner[i])) send(p, s.winner[i], s.winner_word[i], winners);
 }
 
-// Too many candidates, or too many near the edge: the k_eff-th word is found byte by byte, over all keys, which needs no
-// room. Of ties the first are taken (rule 4). Words are unsigned numbers here, 0 for keys that do not reach the cut.
+// Too many candidates, or too many near the edge: the k_eff-th word is found byte by byte, over all keys, which needs
+// no room. Of ties the first are taken (rule 4). Words are unsigned numbers here, 0 for keys that do not reach the cut.
 struct WordSearch {
     const Program& p;
     int* words;  // of the row
@@ -829,24 +829,22 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
 // ---- 5. attention ---------------------------------------------------------------------------------------------------
 //
 // Of ranks [span rank, span (rank + 1)), within one tree over all ranks (rule 2): a team of LANES_V lanes takes
-// RANKS << LEVELS neighbouring ones; then the teams of a warp, warps and programs are added, of each a power of two. Ranks
-// beyond the last weigh +0.0, as padding does. The highest score is known by now, so no sum is ever rescaled (rule 5).
+// RANKS << LEVELS neighbouring ones; then the teams of a warp, warps and programs are added, of each a power of two.
+// Ranks beyond the last weigh +0.0, as padding does. The highest score is known by now, so no sum is ever rescaled
+// (rule 5).
 
 constexpr int SUMS = E + 1;  // numerators of a lane, and the denominator
 
-// x is the u-th of 1 << DEPTH neighbours: pairs are added as soon as both are there. After the last, x is their sum.
+// x is the u-th of 1 << DEPTH neighbours: pairs are added when their second comes, as carries are in a counter. After
+// the last, x is the sum of all. A sum that is not complete can wait at a level, but is overwritten before it is read.
 template <int DEPTH> __device__ __forceinline__ void add_up(float (&level)[DEPTH + 1][SUMS], float (&x)[SUMS], int u) {
-    bool waits = false;
 #pragma unroll
-    for (int l = 0; l < DEPTH; l++) {
-        const bool second = u >> l & 1;
+    for (int l = 0; l < DEPTH; l++)
 #pragma unroll
         for (int e = 0; e < SUMS; e++) {
-            if (!waits && !second) level[l][e] = x[e];
-            if (!waits && second) x[e] = __fadd_rn(level[l][e], x[e]);
+            if (u >> l & 1) x[e] = __fadd_rn(level[l][e], x[e]);
+            else level[l][e] = x[e];
         }
-        waits |= !second;
-    }
 }
 
 // Writes the indices, and over their words their weights (rules 3 and 5).
