@@ -214,12 +214,24 @@ def far_apart(x, at):
     return room.as_strided(x.shape, strides).copy_(x)
 
 
+FAR = [
+    # At least three along the dimension: two would have a stride that is 64-bit by itself.
+    pytest.param(0, {"b": 3, "m": 1, "n": 33}, id="batch"),
+    pytest.param(1, {"h": 3, "kv": 3, "m": 1, "n": 33}, id="head"),
+    pytest.param(2, {"m": 3, "n": 33}, id="position"),
+    pytest.param(2, {"m": 3, "n": 129}, id="position in a later tile"),
+    pytest.param(3, {"m": 1, "n": 33}, id="number"),
+]
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes all memory at once")
 @both_backends
-@pytest.mark.parametrize("at", range(4), ids=["batch", "head", "position", "number"])
+@pytest.mark.parametrize("at, sizes", FAR)
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-def test_offsets_into_tensors_are_64_bit(which, at, backend):
-    tensors = qkv(b=2, h=2, kv=2, m=2, n=20, dtype=torch.float16)
+def test_offsets_into_tensors_are_64_bit(which, at, sizes, backend):
+    tensors = qkv(**{"h": 2, "kv": 2} | sizes, dtype=torch.float16)
+    # All keys of the first head tie: a list that is full, or overflows.
+    tensors[1][:, 0] = -tensors[0][:, 0, -1:]
     changed = change(which, lambda x: far_apart(x, at), tensors)
     out = prefill_attention(*changed, 7, selection=True, backend=backend)
     expected = prefill_attention(*tensors, 7, selection=True, backend=backend)
