@@ -247,6 +247,13 @@ def test_a_cache_depends_on_storage_and_on_no_other_engine():
     assert python_files(found, "prefill", "decode", "cuda", "attention/api.py", "measures") == set()
 
 
+def test_what_ran_while_a_module_was_imported_counts_when_the_module_runs():
+    # Formats that the passes make at import; the caches that they also import stay out.
+    found = traced("from selfcheck.inputs import passes; passes.lengths_upto(64)")
+    assert {"selfcheck/inputs/passes.py", "src/qaxis/storage/formats.py", "src/qaxis/storage/grid.py"} <= found
+    assert python_files(found, "models", "attention", "prefill") == set()
+
+
 def test_a_class_whose_constructor_was_generated_is_a_dependency():
     assert "src/qaxis/attention/logits.py" not in traced("from qaxis.attention.logits import Logits; Logits.soft_cap")
     made = traced("from qaxis.attention.logits import Logits; Logits(1.0)")
