@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .harness import evidence, renew, seal, tables
+from .harness import evidence, renew, seal, tables, versions
 from .harness.display import Lines, console
 from .harness.files import ROOT, SelfcheckError
 from .harness.jobs import Pool, cores
@@ -113,21 +113,23 @@ def evidence_command(device: str, minutes: float | None, only: tuple[str, ...], 
     """Renew evidence that is stale, failed or missing, the shortest claims first; written after each, so resumable."""
     seal.verify()
     _check_arguments(only, device, jobs)
-    jobs, options = _jobs(jobs, device), Options(device=device)
+    jobs, options, on_gpu = _jobs(jobs, device), Options(device=device), device != "cpu"
+    here = {"versions": versions.installed(), "machine": versions.machine()}
+    if outside := versions.outside(here, on_gpu):
+        raise SelfcheckError(f"records made here would be stale: {', '.join(outside)}")
     console.print("seal intact; importing torch and transformers ...")
     with Lines(0) as lines, Pool(options, jobs, lines).open() as pool:
-        here = pool.ready()
-        states = evidence.states()
-        due = renew.due(states, here, device != "cpu", only)
+        found, states = pool.ready(), [s for s in evidence.states() if s.on_gpu == on_gpu]
+        due = renew.due(states, found, only)
         lines.total = len(due)
-        console.print(f"{here}: {len(due)} of {sum(s.on_gpu == (device != 'cpu') for s in states)} claims to renew")
+        console.print(f"{found}: {len(due)} of {len(states)} records to renew, the shortest first")
         for state in due:
             why = "; ".join(state.reasons) or "another card than its table"
             console.print(f"    {state.name}: {why} ({renew.expected(state):.0f} s)", markup=False)
         clock = renew.Time(minutes, {s.claim["id"]: renew.expected(s) for s in due})
-        pool.fits, pool.done = clock.fits, lambda record: keep([record], options) and None
+        pool.fits, pool.done = clock.fits, lambda record: keep([record], options)
         records = pool.run([state.claim for state in due])
-    left = [state for state in evidence.states() if state.word != "fresh" and state.on_gpu == (device != "cpu")]
+    left = [state for state in evidence.states() if state.word != "fresh" and state.on_gpu == on_gpu]
     console.print(f"{len(records)} claims measured in {(time.monotonic() - clock.began) / 60:.1f} minutes; "
                   f"left: {', '.join(state.name for state in left) or 'none'}")  # fmt: skip
     if clock.left_out and not records:

@@ -79,8 +79,9 @@ def _merged(parts: list[Any]) -> list[Any]:
     """Parts of an f-string, neighbouring constants joined and empty ones dropped: Python's versions split them anew."""
     out: list[Any] = []
     for part in parts:
-        if isinstance(part, ast.Constant) and out and isinstance(out[-1], ast.Constant):
-            out[-1] = ast.Constant(out[-1].value + part.value)
+        last = out[-1] if out else None
+        if isinstance(part, ast.Constant) and isinstance(last, ast.Constant):
+            out[-1] = ast.Constant(str(last.value) + str(part.value))
         elif not isinstance(part, ast.Constant) or part.value:
             out.append(part)
     return out

@@ -106,7 +106,7 @@ class Pool:
     jobs: int
     display: Display
     fits: Callable[[Claim], bool] = lambda claim: True
-    done: Callable[[dict[str, Any]], None] = lambda record: None
+    done: Callable[[dict[str, Any]], object] = lambda record: None
     running: list[Job] = field(default_factory=list)
     #: claims that wait: for the worker that has the model, and for any
     of_model: list[Claim] = field(default_factory=list)

@@ -142,8 +142,8 @@ def _used(node: ast.AST, whole: bool) -> Iterator[tuple[list[str], bool]]:
         parts = [node.target, *([node.value] if node.value else [])]
     elif isinstance(node, ast.ClassDef):
         for base in node.bases:
-            for chain, _ in _used(base, whole):
-                yield chain, True
+            for inherited, _ in _used(base, whole):
+                yield inherited, True
         parts = [*node.decorator_list, *node.body]
     elif isinstance(node, ast.Attribute):
         chain: list[str] = []

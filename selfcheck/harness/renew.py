@@ -18,13 +18,13 @@ def expected(state: State) -> float:
     return float(state.record["seconds"]) if state.record else UNKNOWN
 
 
-def due(found: list[State], device: str, on_gpu: bool, only: tuple[str, ...] = ()) -> list[State]:
+def due(found: list[State], device: str, only: tuple[str, ...] = ()) -> list[State]:
     """What can be renewed on this device and is not fresh, the shortest first.
 
     The shortest first, so that a session of a few minutes renews as many claims as it can. Timing claims of one table
     come from one card: if one of them has to be measured here, so have those that were measured on another.
     """
-    here = [s for s in found if s.on_gpu == on_gpu and (not s.card or s.card == family(device, s.claim))]
+    here = [s for s in found if not s.card or s.card == family(device, s.claim)]
     wanted = [s for s in here if s.word != "fresh" and (not only or s.claim["id"] in only)]
     tables = {s.claim["table"] for s in wanted if "table" in s.claim} | (
         mixed_tables(found).keys() if not only else set()

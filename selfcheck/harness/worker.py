@@ -103,6 +103,7 @@ class Worker:
         if threads is not None:
             torch.set_num_threads(threads)
             device = f"{device}, {threads} thread{'s' if threads > 1 else ''}"
+        said: dict[str, Any]
         try:
             said = {"record": run_claim(claim, self.context, options, device)}
         except NotRunError as error:
