@@ -13,8 +13,8 @@ Claim = dict[str, Any]
 console = Console(width=None if sys.stdout.isatty() else 150)
 #: seconds between two plain lines about one claim
 SELDOM = 15.0
-#: lines of a library's output that are shown under a claim
-NOTES = 12
+#: first and last lines of a library's output that are shown under a claim
+NOTES = 6
 
 
 class Lines:
@@ -70,7 +70,7 @@ class Lines:
             line = f"    {claim['id']} {mark}: {record['headline']}  ({record['seconds']:.0f} s)"
             console.print(line, markup=False)
         shown = list(dict.fromkeys(line.rstrip() for line in notes.splitlines() if line.strip()))
-        for line in shown[-NOTES:]:
+        if len(shown) > 2 * NOTES:
+            shown[NOTES:-NOTES] = [f"... {len(shown) - 2 * NOTES} more lines ..."]
+        for line in shown:
             console.print(f"      | {line}", markup=False, style="dim", highlight=False)
-        if len(shown) > NOTES:
-            console.print(f"      | and {len(shown) - NOTES} more lines before these", style="dim", highlight=False)

@@ -167,6 +167,12 @@ class Pool:
             SelfcheckError: for what stops the whole run, as a missing subject.
         """
         alone = self.jobs == 1
+        if self.options.device == "cpu":
+            for claim in (c for c in claims if c.get("where") == "gpu"):
+                self.not_run.append(claim["id"])
+                self.display.started(claim)
+                self.display.finished(claim, None, "this claim needs a GPU (--device cuda)", "")
+            claims = [c for c in claims if c.get("where") != "gpu"]
         self.of_model = [c for c in claims if alone or c.get("model")]
         self.others = [c for c in claims if not (alone or c.get("model"))]
         self.begun = True
