@@ -12,6 +12,7 @@ import torch
 import qaxis
 from selfcheck.harness import evidence
 from selfcheck.harness.files import ROOT
+from selfcheck.inputs.capture import Capture
 from selfcheck.inputs.subjects import documents, load_model, texts_of
 
 
@@ -23,17 +24,12 @@ def main(tokens: int, layer: int) -> None:
     model, tokenizer, _ = load_model(None, "cpu")
     (ids,) = texts_of(tokenizer, documents(None)[0], "cpu", 1, tokens)
     records = evidence.load(ROOT / evidence.DEFAULT)
-    captured: dict[str, torch.Tensor] = {}
-
-    def keep(at: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        if at == layer:
-            captured.update(q=q[:, :, -32:].clone(), k=k.clone())
-
-    with torch.inference_mode(), qaxis.observe_attention(model, keep):
+    seen = Capture([layer], queries=32)
+    with torch.inference_mode(), qaxis.observe_attention(model, seen):
         stock = model(ids).logits
 
     click.echo(f"1. Are the selected keys the top ones? Layer {layer}, the last 32 queries, {tokens} keys, budget 64.")
-    q, k = captured["q"], captured["k"]
+    (_, q, k, _) = seen.found[0]
     indices = qaxis.topk_indices(q, k, 64)[0].numpy()
     wrong = 0
     for head in range(q.shape[1]):

@@ -1,1 +1,1 @@
-"""What the checks are fed: the pinned model and text, tensors of the model, random and adversarial ones, a witness."""
+"""What the checks are fed: the pinned model and text, tensors of models, hard ones, every layout of them, a witness."""

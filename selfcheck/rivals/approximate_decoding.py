@@ -28,7 +28,7 @@ def _grouped(q: torch.Tensor, kv: int) -> torch.Tensor:
     return q.reshape(q.shape[0], kv, -1, q.shape[3])
 
 
-def ways(k: torch.Tensor, wanted: int) -> list[Approximate]:
+def ways(k: torch.Tensor, k_eff: int) -> list[Approximate]:
     """The three ways for keys ``k [B, Hkv, N, D]``, prepared once, as their caches would be."""
     kv, n, dim = k.shape[1:]
     pages = k[:, :, : n // PAGE * PAGE].unflatten(2, (-1, PAGE))
@@ -37,7 +37,7 @@ def ways(k: torch.Tensor, wanted: int) -> list[Approximate]:
     def quest(q: torch.Tensor) -> torch.Tensor:
         g = _grouped(q, kv)
         bound = g.clamp(min=0) @ high.transpose(-1, -2) + g.clamp(max=0) @ low.transpose(-1, -2)
-        page = bound.flatten(1, 2).topk(max(1, wanted // PAGE), dim=-1).indices
+        page = bound.flatten(1, 2).topk(max(1, k_eff // PAGE), dim=-1).indices
         return (page[..., None] * PAGE + torch.arange(PAGE, device=q.device)).flatten(-2)
 
     channels = dim // 4
@@ -49,7 +49,7 @@ def ways(k: torch.Tensor, wanted: int) -> list[Approximate]:
         kept = g.abs().sum(2).topk(channels, dim=-1).indices
         rows = turned.gather(2, kept[..., None].expand(-1, -1, -1, n))
         score = g.gather(3, kept[:, :, None].expand(-1, -1, g.shape[2], -1)) @ rows
-        return score.flatten(1, 2).topk(wanted, dim=-1).indices
+        return score.flatten(1, 2).topk(k_eff, dim=-1).indices
 
     sample = k[:, :, :: max(1, n // 4096)].float()
     basis = torch.linalg.eigh(sample.transpose(-1, -2) @ sample).eigenvectors[..., -channels:].to(k.dtype)
@@ -57,7 +57,7 @@ def ways(k: torch.Tensor, wanted: int) -> list[Approximate]:
 
     def loki(q: torch.Tensor) -> torch.Tensor:
         score = (_grouped(q, kv) @ basis) @ short.transpose(-1, -2)
-        return score.flatten(1, 2).topk(wanted, dim=-1).indices
+        return score.flatten(1, 2).topk(k_eff, dim=-1).indices
 
     return [
         Approximate(f"Quest-style, pages of {PAGE}", quest, 2 / PAGE),
