@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import sys
 import time
 from typing import Any
@@ -179,6 +180,8 @@ def hear_every_interrupt() -> None:
 
 if __name__ == "__main__":
     hear_every_interrupt()
+    # Asked to end (by `timeout`, a batch system), it leaves no worker behind either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(standalone_mode=False)
     except SelfcheckError as error:
