@@ -31,14 +31,20 @@ def _check_arguments(only: tuple[str, ...], device: str, jobs: int | None) -> No
 
 
 def _jobs(asked: int | None, device: str) -> int:
-    """Two claims at once where there are cores for them; a GPU is not shared."""
-    return 1 if device != "cpu" else asked or min(2, cores())
+    """Two claims at once where there are cores for them; on a GPU one, if not asked for more."""
+    return asked or (1 if device != "cpu" else min(2, cores()))
 
 
 def _in_order(claims: list[Claim], states: list[evidence.State], jobs: int) -> list[Claim]:
     """Claims of one job as they stand in checks.toml; of several, the long ones first, so that they end together."""
     seconds = {state.claim["id"]: renew.expected(state) for state in states}
     return claims if jobs == 1 else sorted(claims, key=lambda c: 0 if c.get("model") else -seconds[c["id"]])
+
+
+def _renewed(pool: Pool, claims: list[Claim], clock: renew.Time) -> list[dict[str, Any]]:
+    """Measure claims while there is time, and keep the record of each as it comes."""
+    pool.fits, pool.done = clock.fits, lambda record: keep([record], pool.options)
+    return pool.run(claims)
 
 
 def _failures(records: list[dict[str, Any]]) -> None:
@@ -109,7 +115,7 @@ def run(
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda for the claims that need a GPU.")
 @click.option("--minutes", type=float, help="Start no claim that would end later, going by its last duration.")
 @click.option("--only", multiple=True, metavar="CLAIM", help="Renew this claim only; may be repeated.")
-@click.option("--jobs", type=int, help="Claims measured at once on a CPU; 2 where there are two cores.")
+@click.option("--jobs", type=int, help="Claims measured at once; what is timed side by side is measured alone.")
 def evidence_command(device: str, minutes: float | None, only: tuple[str, ...], jobs: int | None) -> None:
     """Renew evidence that is stale, failed or missing, the shortest claims first; written after each, so resumable."""
     seal.verify()
@@ -128,8 +134,12 @@ def evidence_command(device: str, minutes: float | None, only: tuple[str, ...], 
             why = "; ".join(state.reasons) or "another card than its table"
             console.print(f"    {state.name}: {why} ({renew.expected(state):.0f} s)", markup=False)
         clock = renew.Time(minutes, {s.claim["id"]: renew.expected(s) for s in due})
-        pool.fits, pool.done = clock.fits, lambda record: keep([record], options)
-        records = pool.run([state.claim for state in due])
+        # Most of a claim on a GPU is the CPU compiling its kernels: that can be shared, but not what is timed.
+        timed = [s.claim for s in due if jobs > 1 and "table" in s.claim]
+        records = _renewed(pool, [s.claim for s in due if s.claim not in timed], clock)
+    if timed:
+        with Lines(len(timed)) as lines, Pool(options, 1, lines).open() as pool:
+            records += _renewed(pool, timed, clock)
     left = [state for state in evidence.states() if state.word != "fresh" and state.on_gpu == on_gpu]
     console.print(f"{len(records)} claims measured in {(time.monotonic() - clock.began) / 60:.1f} minutes; "
                   f"left: {', '.join(state.name for state in left) or 'none'}")  # fmt: skip

@@ -67,6 +67,7 @@ MODELS, ALWAYS, RECORDING = (
 )
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 
+EVIDENCE, TRACING = "selfcheck/harness/evidence.py", "selfcheck/harness/tracing.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
@@ -75,11 +76,11 @@ MUTANTS = (
     Mutant("certified", "no error at all", CERTIFIED, "2.0 * (error * units * 1.01 + 1.0)", "0.0 * (error * units * 1.01 + 1.0)"),
     Mutant("certified", "keys without a fast score are dropped", CERTIFIED, "(fast >= cut) | (j < start)", "(fast >= cut) & (j >= start)"),
     Mutant("certified", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
-    Mutant("test_certified.py::test_ties_go_to_the_lower_position", "ties go to the higher position", CERTIFIED, "j = tl.load(position_ptr + offset + o,", "j = tl.load(position_ptr + total - 1 - offset - o,"),
+    Mutant("test_decode.py::test_ties_go_to_the_lower_position", "ties go to the higher position", CERTIFIED, "j = tl.load(position_ptr + offset + o,", "j = tl.load(position_ptr + total - 1 - offset - o,"),
     # The CUDA C++, emulated
     Mutant("native", "no error behind codes", NATIVE, "(int)ceilf((float)found - margin)", "(int)ceilf((float)found)"),
     Mutant("native", "keys without a code are dropped", NATIVE, "i < start + n - end; i += THREADS", "i < 0; i += THREADS"),
-    Mutant("native", "near keys are not ordered by position", NATIVE, "s.near_position[r * NEAR + o] < j", "s.near_position[r * NEAR + o] > j"),
+    Mutant("native", "near keys are not ordered by position", NATIVE, "s.near_position[o] < j", "s.near_position[o] > j"),
     Mutant("native", "a sum over neighbours in another order", "src/qaxis/arithmetic/canonical.cuh", "for (int s = 1; s < n; s *= 2)", "for (int s = n / 2; s > 0; s /= 2)"),
     Mutant("native", "lists that overflow are used as they are", NATIVE, "slow |= pull(&s.full, r) != 0;", "slow |= false;"),
     Mutant("prefill", "keys below the threshold are surely in", "src/qaxis/prefill/select.cu", "min(cut.behind + error, TOP)", "max(cut.behind - 40 * error, 1)"),
@@ -175,19 +176,19 @@ MUTANTS = (
     Mutant(GENERATION + "test_sinks_and_recent_keys_are_kept_inside_the_budget", "recent window off by one", ALWAYS, "place[..., -1:] - always.recent)", "place[..., -1:] - always.recent + 1)"),
     Mutant(GENERATION + "test_layers_with_their_own_budgets", "mass of the dropped keys", RECORDING, "torch.where(kept, weights, 0.0)", "torch.where(kept, 0.0, weights)"),
     Mutant(GENERATION + "test_recording_changes_no_bit_and_counts", "recording changes the cached keys", RECORDING, "q, k = call.query.float(), call.key.float()", "q, k = call.query.float(), call.key.mul_(-0.5).float()"),
-    Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "fallbacks not counted", RECORDING, "recording.fallbacks += calls == seen[id(module)]", "recording.fallbacks += 0"),
+    Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "fallbacks not counted", RECORDING, "self.recording.fallbacks += calls == self.seen[id(module)]", "self.recording.fallbacks += 0"),
     Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "strict mode silent", ENABLE, "        if self.seen == before:", "        if False:"),
     Mutant(GENERATION + "test_a_compiled_decode_step_gives_the_same_bits_and_leaves_attention_alone", "attention handed to the compiler", MODELS, "@torch.compiler.disable(", "@(lambda reason: lambda f: f)("),
     # Harness
     Mutant(HARNESS + "test_one_changed_byte_is_named_and_nothing_runs", "stale lock entry passes", "selfcheck/harness/seal.py", "elif (actual := sha256(path)) != digest:", "elif (actual := sha256(path)) == digest and False:"),
     Mutant(HARNESS + "test_missing_extra_and_unreadable_sealed_files_are_named", "extra files pass", "selfcheck/harness/seal.py", "if n not in files]", "if False]"),
-    Mutant(HARNESS + "test_a_changed_kernel_makes_its_evidence_stale", "stale evidence passes", "selfcheck/harness/evidence.py", "        if changed:", "        if False:"),
-    Mutant(HARNESS + "test_the_paper_fails_closed", "failed claim reaches the paper", "selfcheck/harness/evidence.py", 'if not record["passed"]:', "if False:"),
-    Mutant(HARNESS + "test_the_paper_fails_closed", "quick evidence reaches the paper", "selfcheck/harness/evidence.py", 'if record["profile"] != "full":', "if False:"),
-    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "records not chained", "selfcheck/harness/evidence.py", "(link + record_digest(record))", "record_digest(record)"),
-    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "chain not checked", "selfcheck/harness/evidence.py", "if chain(records) != (links, root):", "if False:"),
-    Mutant(HARNESS + "test_gpu_evidence_is_needed_and_read_from_its_own_file", "GPU claims not needed", "selfcheck/harness/evidence.py", "        if record is None:\n            wrong.append(", "        if record is None:\n            [].append("),
-    Mutant(HARNESS + "test_a_claim_that_cannot_run_is_never_passed", "a claim that cannot run passes", "selfcheck/__main__.py", "    if not records:\n", "    if False:\n"),
+    Mutant(HARNESS + "test_a_changed_token_makes_evidence_stale_and_a_comment_does_not", "stale evidence passes", EVIDENCE, "    if changed:", "    if False:"),
+    Mutant(HARNESS + "test_the_paper_fails_closed", "failed claim reaches the paper", EVIDENCE, 'failed = [] if record["passed"] else', "failed = [] if True else"),
+    Mutant(HARNESS + "test_the_paper_fails_closed", "quick evidence reaches the paper", EVIDENCE, 'if record["profile"] != "full":', "if False:"),
+    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "records not chained", EVIDENCE, "(link + record_digest(record))", "record_digest(record)"),
+    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "chain not checked", EVIDENCE, "holds = chain(records) == (links, root) and", "holds = True or"),
+    Mutant(HARNESS + "test_gpu_evidence_is_needed_and_read_from_its_own_file", "GPU claims not needed", EVIDENCE, 'state.word, state.reasons = "missing", ["missing"]', 'state.word, state.reasons = "missing", []'),
+    Mutant(HARNESS + "test_a_claim_that_cannot_run_is_never_passed", "a claim that cannot run passes", "selfcheck/__main__.py", "    if not made:\n", "    if False:\n"),
     Mutant(HARNESS + "test_unwritable_and_full_targets_lose_nothing", "evidence written in place", "selfcheck/harness/files.py", "            stream.write(data)\n", "            path.write_bytes(data)\n"),
     Mutant(HARNESS + "test_an_interruption_that_python_drops_is_heard", "an interruption may be dropped", "selfcheck/__main__.py", "_thread.start_new_thread(interrupt_again, ())", "pass"),
     Mutant(HARNESS + "test_no_measured_number_is_typed_into_the_paper", "a number typed by hand", "paper/paper.tex", "\\section{Limitations}", "\\section{Limitations}\nThe ratio was 0.5059."),

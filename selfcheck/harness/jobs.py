@@ -88,7 +88,7 @@ def threads_of(claim: Claim, options: Options) -> int | None:
     Half the cores for forward passes of the model, one for all else, which is single-threaded Python.
     """
     if options.device != "cpu":
-        return None
+        return None  # the GPU computes
     return max(1, cores() // 2) if claim.get("model") else 1
 
 
