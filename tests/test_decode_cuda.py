@@ -146,12 +146,12 @@ def test_more_rows_than_a_grid_has_are_left_to_triton():
 @needs_compiler
 def test_an_emulated_kernel_refuses_what_a_gpu_could_not_take():
     nothing = emulator.compiled('extern "C" __global__ void nothing(int x) {}', "nothing", [])
-    nothing((1, 65535, 1), (1, 1, 1), [0])
+    nothing((1, 65535, 1), (32, 1, 1), [0])
     for grid in ((1, 65536, 1), (1, 1, 2)):
         with pytest.raises(ValueError, match=r"^grid=\(1, "):
-            nothing(grid, (1, 1, 1), [0])
+            nothing(grid, (32, 1, 1), [0])
     with pytest.raises(ValueError, match="^argument=2147483648"):
-        nothing((1, 1, 1), (1, 1, 1), [1 << 31])
+        nothing((1, 1, 1), (32, 1, 1), [1 << 31])
 
 
 def _stored(x: torch.Tensor, grid: Grid | None = None) -> Stored:
@@ -162,22 +162,26 @@ def _stored(x: torch.Tensor, grid: Grid | None = None) -> Stored:
 
 @needs_compiler
 def test_caches_that_the_kernels_read_and_those_they_leave_to_triton():
-    q, k, v = (bell(1, h, n, 64, seed=n + h, dtype=torch.bfloat16) for h, n in ((2, 1), (1, 200), (1, 201)))
-    keys, values = _stored(k), _stored(v[:, :, 1:])
-    decoder = decode.Decoder(1, 2, 200, 64, 30, "cpu")
-    index = decode.index_cache(keys)
-    wide = torch.zeros(1, 1, 128, 72, dtype=torch.int8)[..., :64].copy_(keys.codes)
+    # 190 tokens are 128 in codes, in groups of 128 as of 64.
+    q, k, v = (bell(1, h, n, 64, seed=s, dtype=torch.bfloat16) for h, n, s in ((2, 1, 0), (1, 190, 1), (1, 190, 2)))
+    keys, values = _stored(k), _stored(v)
+    decoder = decode.Decoder(1, 2, 190, 64, 30, "cpu")
+    index, beside = decode.index_cache(keys), decode.index_keys(k, codes=True)
+    # 16 bytes of codes, or four bounds, are read at once.
+    wide = torch.zeros(2, 1, 128, 72, dtype=torch.int8)[..., :64]
+    rows_of_72 = dataclasses.replace(keys, codes=wide[:1].copy_(keys.codes))
+    codes_of_72 = dataclasses.replace(beside.codes, codes=wide[1:].copy_(beside.codes.codes))
     shifted = torch.empty(65)[1:].view(1, 1, 64).copy_(index.largest_scales)
-    rows_of_72 = dataclasses.replace(keys, codes=wide)
     for given, taken in [
         ((keys, values, index), True),
         ((keys, dataclasses.replace(values, first=values.first[:, :, :2]), index), False),
-        ((keys, _stored(v[:, :, 1:], Grid(8, "channel", 64)), index), False),
-        ((keys, _stored(v[:, :, 1:], Grid(8, "token", 64)), index), False),
-        ((keys, v[:, :, 1:], index), False),
+        ((keys, _stored(v, Grid(8, "channel", 64)), index), False),
+        ((keys, _stored(v, Grid(8, "token", 64)), index), False),
+        ((keys, v, index), False),
         ((k, values, decode.index_keys(k)), False),
-        # 16 bytes of codes, or four bounds, are read at once.
         ((rows_of_72, values, decode.index_cache(rows_of_72)), False),
+        ((k, v, beside), True),
+        ((k, v, dataclasses.replace(beside, codes=codes_of_72)), False),
         ((keys, values, dataclasses.replace(index, largest_scales=shifted)), False),
     ]:
         assert (decoder.cuda_step(q, *given) is not None) == taken
