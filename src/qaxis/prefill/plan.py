@@ -142,12 +142,12 @@ class Plan:
 
     @property
     def off(self) -> float:
-        """Steps of the 15-bit score between the fast score and the canonical, either way: half a step is rounding."""
+        """Units of the 15-bit score between the fast score and the canonical, either way: half a unit is rounding."""
         return fast_scores.UNITS / 2 * fast_scores.rounding(self.dim) * 1.02 + 0.51
 
     @property
     def error(self) -> int:
-        """Steps between two keys that suffice to tell their canonical order."""
+        """Units between two keys that suffice to tell their canonical order."""
         return math.ceil(2 * self.off)
 
     def parts(self, batch: int) -> Iterator[tuple[slice, slice, slice]]:
