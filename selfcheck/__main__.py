@@ -1,67 +1,49 @@
-"""Command line: ``python -m selfcheck [run|seal]``; nox calls it."""
+"""Command line: ``python -m selfcheck [run|evidence|status|seal]``; nox calls it."""
 
 from __future__ import annotations
 
 import _thread
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
-from .harness import evidence, seal
+from .harness import evidence, renew, seal, tables, versions
+from .harness.display import Lines, console
 from .harness.files import ROOT, SelfcheckError
+from .harness.jobs import Pool, cores
+from .harness.run import Options, keep
 
-console = Console(width=None if sys.stdout.isatty() else 150)
-
-
-def _progress(items: Iterable[Any], label: str) -> Iterator[Any]:
-    yield from tqdm(
-        list(items), desc=f"    {label}", file=sys.stdout, leave=False, mininterval=0.5 if sys.stdout.isatty() else 15
-    )
+Claim = dict[str, Any]
 
 
-def _table(records: list[dict[str, Any]], elsewhere: list[tuple[dict[str, Any], str]]) -> Table:
-    published = {claim["id"]: claim["published"] for claim in seal.claims()}
-    table = Table(box=box.SIMPLE_HEAD, title="Claims", title_justify="left")
-    for name in ("id", "statement", "published", "measured", "status", "s"):
-        table.add_column(name, overflow="fold", justify="right" if name == "s" else "left")
-    for r in records:
-        status = r["status"] if r["passed"] else "FAILED: " + r["verdict"]
-        table.add_row(
-            r["claim"], r["statement"], published[r["claim"]], r["headline"], status, f"{r['seconds']:.0f}",
-            style=None if r["passed"] else "bold red",
-        )  # fmt: skip
-    for r, status in elsewhere:
-        table.add_row(r["id"], r["statement"], r["published"], r.get("headline", "-"), status, "", style="dim")
-    for r in seal.reported():
-        table.add_row(r["id"], r["statement"], r["published"], "-", "reported", "")
-    return table
+def _check_arguments(only: tuple[str, ...], device: str, jobs: int | None) -> None:
+    ids = [claim["id"] for claim in seal.claims()]
+    for name in only:
+        if name not in ids:
+            raise SelfcheckError(f"--only={name!r}: allowed is one of {', '.join(ids)}")
+    if device != "cpu" and not device.startswith("cuda"):
+        raise SelfcheckError(f"--device={device!r}: allowed is cpu, or cuda where torch sees a GPU")
+    if jobs is not None and jobs < 1:
+        raise SelfcheckError(f"--jobs={jobs}: allowed is a number of at least 1")
 
 
-def _elsewhere(claims: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    """Claims that were not run now: what the committed evidence says of them, if it is fresh."""
-    rows = []
-    for claim in claims:
-        record = None
-        for name in (evidence.GPU, evidence.DEFAULT):
-            try:
-                record = record or evidence.load(ROOT / name).get(claim["id"])
-            except SelfcheckError:
-                continue
-        if record is None:
-            rows.append((claim, "NOT RUN"))
-        elif record["depends"] != seal.digests_of(claim):
-            rows.append((claim, "NOT RUN; evidence stale"))
-        else:
-            status = "committed evidence" if record["passed"] else "committed evidence: FAILED"
-            rows.append(({**claim, "headline": record["headline"]}, f"{status}, {record['device']}"))
-    return rows
+def _jobs(asked: int | None, device: str) -> int:
+    """Two claims at once where there are cores for them; a GPU is not shared."""
+    return 1 if device != "cpu" else asked or min(2, cores())
+
+
+def _in_order(claims: list[Claim], states: list[evidence.State], jobs: int) -> list[Claim]:
+    """Claims of one job as they stand in checks.toml; of several, the long ones first, so that they end together."""
+    seconds = {state.claim["id"]: renew.expected(state) for state in states}
+    return claims if jobs == 1 else sorted(claims, key=lambda c: 0 if c.get("model") else -seconds[c["id"]])
+
+
+def _failures(records: list[dict[str, Any]]) -> None:
+    failed = [r["claim"] for r in records if not r["passed"]]
+    if failed:
+        raise SelfcheckError(f"failed: {', '.join(failed)}")
 
 
 @click.group()
@@ -95,57 +77,83 @@ def golden_command() -> None:
     "--corpus", metavar="NAME_OR_PATH", help="Other texts: .bz2 dump, .txt, .json, .parquet, or a dataset name."
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-def run(quick: bool, only: tuple[str, ...], model: str | None, corpus: str | None, device: str) -> None:
+@click.option("--jobs", type=int, help="Claims measured at once on a CPU; 2 where there are two cores.")
+def run(
+    quick: bool, only: tuple[str, ...], model: str | None, corpus: str | None, device: str, jobs: int | None
+) -> None:
     """Verify the lock, run the checks, write evidence."""
     seal.verify()
-    claims = seal.claims()
-    ids = [claim["id"] for claim in claims]
-    for name in only:
-        if name not in ids:
-            raise SelfcheckError(f"--only={name!r}: allowed is one of {', '.join(ids)}")
-    console.print("seal intact; importing torch and transformers ...")
-    import torch
-
-    from .harness.claim import Context, NotRunError
-    from .harness.run import destination, gpu_destination, merge, run_claim
-
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise SelfcheckError(f"--device={device!r}: allowed is cpu, or cuda where torch sees a GPU")
-    context = Context(quick=quick, device=device, model_name=model, corpus_name=corpus, progress=_progress)
+    _check_arguments(only, device, jobs)
+    claims, jobs = seal.claims(), _jobs(jobs, device)
     on_gpu = {claim["id"] for claim in claims if claim.get("where") == "gpu"}
-    wanted = [c for c in claims if c["id"] in (only or ids) and (only or device != "cpu" or c["id"] not in on_gpu)]
-    started, records, not_run = time.perf_counter(), [], []
-    for i, claim in enumerate(wanted, 1):
-        console.print(f"[{i}/{len(wanted)}] {claim['id']}: {claim['statement']} ...", markup=False)
-        try:
-            record = run_claim(claim, context)
-        except NotRunError as error:
-            console.print(f"    not run: {error}", markup=False)
-            not_run.append(claim["id"])
-            continue
-        records.append(record)
-        mark = "ok" if record["passed"] else f"FAILED ({record['verdict']})"
-        console.print(f"    {mark}: {record['headline']}  ({record['seconds']:.0f} s)", markup=False)
-    if not records:
-        raise SelfcheckError(f"not run: {', '.join(not_run)}; the reason is above")
-    gpu_path = gpu_destination(context)
-    made_on_gpu = [r for r in records if gpu_path and r["claim"] in on_gpu]
-    others = [r for r in records if r not in made_on_gpu]
-    written = []
-    for path, made in ((destination(context, only), others), (gpu_path, made_on_gpu)):
-        if path and made:
-            root = evidence.write(path, merge(path, made, ids))
-            written.append(f"evidence {path.relative_to(ROOT)}, root {root}")
-    made_here = {r["claim"] for r in records}
-    missing = [c for c in claims if c["id"] not in made_here and (not only or c["id"] in only)]
-    console.print(_table(records, _elsewhere(missing)))
+    wanted = [c for c in claims if (c["id"] in only if only else device != "cpu" or c["id"] not in on_gpu)]
+    started, options = time.perf_counter(), Options(quick, device, model, corpus)
+    console.print("seal intact; importing torch and transformers ...")
+    with Lines(len(wanted)) as lines, Pool(options, jobs, lines).open() as pool:
+        made = {r["claim"]: r for r in pool.run(_in_order(wanted, evidence.states(), jobs))}
+    if not made:
+        raise SelfcheckError(f"not run: {', '.join(pool.not_run)}; the reason is above")
+    records = [made[c["id"]] for c in wanted if c["id"] in made]
+    written = [f"evidence {path.relative_to(ROOT)}, root {root}" for path, root in keep(records, options)]
+    rows = [s for s in evidence.states() if s.claim["id"] in made or not only or s.claim["id"] in only]
+    console.print(tables.measured(records, rows))
     console.print(
         f"{len(records)} claims, {sum(len(r['checks']) for r in records)} parametrised checks in "
         f"{time.perf_counter() - started:.0f} s\n" + "\n".join(written)
     )
-    failed = [r["claim"] for r in records if not r["passed"]]
-    if failed:
-        raise SelfcheckError(f"failed: {', '.join(failed)}")
+    _failures(records)
+
+
+@main.command("evidence")
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda for the claims that need a GPU.")
+@click.option("--minutes", type=float, help="Start no claim that would end later, going by its last duration.")
+@click.option("--only", multiple=True, metavar="CLAIM", help="Renew this claim only; may be repeated.")
+@click.option("--jobs", type=int, help="Claims measured at once on a CPU; 2 where there are two cores.")
+def evidence_command(device: str, minutes: float | None, only: tuple[str, ...], jobs: int | None) -> None:
+    """Renew evidence that is stale, failed or missing, the shortest claims first; written after each, so resumable."""
+    seal.verify()
+    _check_arguments(only, device, jobs)
+    jobs, options, on_gpu = _jobs(jobs, device), Options(device=device), device != "cpu"
+    here = {"versions": versions.installed(), "machine": versions.machine()}
+    if outside := versions.outside(here, on_gpu):
+        raise SelfcheckError(f"records made here would be stale: {', '.join(outside)}")
+    console.print("seal intact; importing torch and transformers ...")
+    with Lines(0) as lines, Pool(options, jobs, lines).open() as pool:
+        found, states = pool.ready(), [s for s in evidence.states() if s.on_gpu == on_gpu]
+        due = renew.due(states, found, only)
+        lines.total = len(due)
+        console.print(f"{found}: {len(due)} of {len(states)} records to renew, the shortest first")
+        for state in due:
+            why = "; ".join(state.reasons) or "another card than its table"
+            console.print(f"    {state.name}: {why} ({renew.expected(state):.0f} s)", markup=False)
+        clock = renew.Time(minutes, {s.claim["id"]: renew.expected(s) for s in due})
+        pool.fits, pool.done = clock.fits, lambda record: keep([record], options)
+        records = pool.run([state.claim for state in due])
+    left = [state for state in evidence.states() if state.word != "fresh" and state.on_gpu == on_gpu]
+    console.print(f"{len(records)} claims measured in {(time.monotonic() - clock.began) / 60:.1f} minutes; "
+                  f"left: {', '.join(state.name for state in left) or 'none'}")  # fmt: skip
+    if clock.left_out and not records:
+        shortest = min(clock.seconds[name] for name in clock.left_out)
+        raise SelfcheckError(f"--minutes={minutes:g}: the shortest claim took {shortest:.0f} s last time")
+    _failures(records)
+
+
+@main.command()
+@click.option("--strict", is_flag=True, help="Exit with 1 unless every claim is fresh.")
+@click.option("--depends", is_flag=True, help="Show the files that each record depends on as well.")
+def status(strict: bool, depends: bool) -> None:
+    """Say of every claim whether its evidence is fresh, and what renews it."""
+    states = evidence.states()
+    console.print(tables.states(states))
+    if depends:
+        console.print(tables.dependencies(states))
+    words = [state.word for state in states]
+    console.print(", ".join(f"{words.count(word)} {word}" for word in tables.STYLES))
+    mixed = evidence.mixed_tables(states)
+    for table, devices in mixed.items():
+        console.print(f"table {table} is from several cards: {', '.join(devices)}")
+    if strict and (set(words) != {"fresh"} or mixed):
+        raise SelfcheckError("not every claim is fresh")
 
 
 def hear_every_interrupt() -> None:

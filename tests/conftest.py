@@ -29,6 +29,6 @@ def tree(tmp_path: Path) -> Path:
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "local")
         )
-    for name in ("constraints.txt", "pyproject.toml", "noxfile.py"):
+    for name in ("constraints.txt", "constraints-gpu.txt", "pyproject.toml", "noxfile.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path

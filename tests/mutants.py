@@ -21,7 +21,17 @@ from typing import NamedTuple
 
 from selfcheck.harness.files import ROOT, write_atomic
 
-COPIED = ("src", "selfcheck", "figures", "paper", "tests", "constraints.txt", "pyproject.toml", "noxfile.py")
+COPIED = (
+    "src",
+    "selfcheck",
+    "figures",
+    "paper",
+    "tests",
+    "constraints.txt",
+    "constraints-gpu.txt",
+    "pyproject.toml",
+    "noxfile.py",
+)
 TABLE = ROOT / "tests/MUTANTS.md"
 WORKERS = 2
 CONTROL = "control"

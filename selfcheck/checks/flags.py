@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import subprocess
-import sys
 from contextlib import suppress
 from typing import Any
 
@@ -13,8 +11,8 @@ import torch
 
 import qaxis
 
+from ..harness import children
 from ..harness.claim import Context, Result, value
-from ..harness.files import ROOT
 from ..rivals.attending import attending
 
 USES = ("prompt", "padded batch", "generate", "static cache", "assisted")
@@ -91,12 +89,7 @@ def _cells(model: Any, ids: torch.Tensor, new: int) -> tuple[dict[str, float], f
 
 def _import_changes_nothing() -> bool:
     """Whether a model in a fresh process has the same logits with and without ``import qaxis``."""
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", IMPORT_ONLY, how], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-        for how in ("with", "without")
-    }
+    digests = {children.run(IMPORT_ONLY, how).stdout.strip() for how in ("with", "without")}
     return len(digests) == 1 and len(next(iter(digests))) == 64
 
 

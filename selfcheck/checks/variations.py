@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +15,8 @@ from qaxis.arithmetic import reference as canonical
 from qaxis.attention import reference
 from qaxis.attention.logits import Logits
 
+from ..harness import children
 from ..harness.claim import Context, NotRunError, Result, value
-from ..harness.files import ROOT
 from ..inputs.adversarial import make
 from ..inputs.capture import capture
 from ..inputs.seeded import DTYPES
@@ -276,10 +274,8 @@ def sanitizer(context: Context) -> Result:
     )
     said: dict[str, str] = {}
     for kind in context.progress(("memcheck", "racecheck"), "sanitizer"):
-        done = subprocess.run(
-            [tool, "--tool", kind, sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=240,
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )  # fmt: skip
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = children.run(script, under=[tool, "--tool", kind], timeout=240, env=env)
         lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
         said[kind] = lines[-1].strip("= ") if lines else (done.stdout + done.stderr)[-200:]
     clean = "ERROR SUMMARY: 0 errors" in said["memcheck"] and "(0 errors, 0 warnings)" in said["racecheck"]
