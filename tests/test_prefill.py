@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 import qaxis
+from qaxis.budget import as_budget
 from qaxis.cuda import emulator
-from qaxis.prefill import PrefillTuning, prefill_attention, selected_positions
+from qaxis.prefill import Prefill, PrefillTuning, prefill_attention, selected_positions
+from qaxis.prefill.attention import fill
+from qaxis.prefill.cuda import row_selector
+from qaxis.prefill.plan import DEFAULT_TUNING, MOST_HEADS, MOST_KEYS, Buffers, Part, bytes_a_row, make_plan
 
 needs_compiler = pytest.mark.skipif(not emulator.available(), reason="g++ is needed to emulate CUDA")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="one program a row: too many to interpret")
@@ -25,10 +31,12 @@ def qkv(b=1, h=2, kv=1, m=4, n=40, d=32, dtype=torch.float32):
     return bell(b, h, m, d, dtype=dtype), bell(b, kv, n, d, seed=1, dtype=dtype), bell(b, kv, n, d, seed=2, dtype=dtype)
 
 
-def check(q, k, v, budget, backend, causal=True, tuning=PrefillTuning()):
+def check(q, k, v, budget, backend, causal=True, tuning=DEFAULT_TUNING):
     """The selection is the canonical one and the output close to it, compared on contiguous copies."""
     out = prefill_attention(q, k, v, budget, causal=causal, selection=True, backend=backend, tuning=tuning)
-    exact = qaxis.topk_attention(*(x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)), budget, causal=causal)
+    exact = qaxis.topk_attention(
+        *(x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)), budget, causal=causal
+    )
     assert torch.equal(selected_positions(out.bits), exact.indices)
     atol = {torch.float32: 2.0**-10, torch.float16: 2.0**-6, torch.bfloat16: 2.0**-5}[q.dtype]
     assert out.output.dtype == q.dtype
@@ -155,22 +163,23 @@ def middle_of_more(x):
     return torch.nn.functional.pad(x, (8, 8, 1, 2, 1, 1, 1, 1))[1:-1, 1:-1, 1:-2, 8:-8]
 
 
-def reversed_heads_of_one_batch(x):
-    return x.transpose(0, 1).contiguous().transpose(0, 1)
-
-
 LAYOUTS = [
     last_dimension_strided, heads_behind_positions, every_second_position, row_of_an_odd_stride, every_second_number,
-    misaligned, middle_of_more, reversed_heads_of_one_batch,
+    misaligned, middle_of_more,
 ]  # fmt: skip
 
 
+def change(which, how, tensors):
+    """The named ones of q, k and v in another layout."""
+    return [how(x) if name in which else x for name, x in zip("qkv", tensors, strict=True)]
+
+
 @both_backends
-@pytest.mark.parametrize("which", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_any_layout_gives_the_same(layout, which, backend):
-    q, k, v = qkv(dtype=torch.bfloat16)
-    changed = [layout(x) if name in which else x for name, x in zip("qkv", (q, k, v), strict=True)]
+    q, k, v = qkv(m=2, dtype=torch.bfloat16)
+    changed = change(which, layout, (q, k, v))
     assert all(torch.equal(x, y) for x, y in zip(changed, (q, k, v), strict=True))
     expected, out = (prefill_attention(*x, 7, selection=True, backend=backend) for x in ((q, k, v), changed))
     assert all(torch.equal(x, y) for x, y in zip(out[:2], expected[:2], strict=True))
@@ -178,15 +187,13 @@ def test_any_layout_gives_the_same(layout, which, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(4), ids=["batch", "head", "position", "number"])
 @pytest.mark.parametrize("which", ["q", "k", "v", "qkv"])
 def test_expanded_tensors_are_read(which, at, backend):
-    q, k, v = qkv(b=2, h=4, kv=2, m=2)
-    q, k, v = (
-        x[(slice(None),) * at + (slice(1),)].expand(x.shape) if name in which else x
-        for name, x in zip("qkv", (q, k, v), strict=True)
-    )
-    check(q, k, v, 7, backend)
+    def expanded(x):
+        return x[(slice(None),) * at + (slice(1),)].expand(x.shape)
+
+    check(*change(which, expanded, qkv(b=2, h=2, kv=2, m=1, n=20)), 7, backend)
 
 
 # ---- offsets beyond 2^31 --------------------------------------------------------------------------------------------
@@ -195,23 +202,148 @@ def test_expanded_tensors_are_read(which, at, backend):
 def far_apart(x, at):
     """``x`` with a stride along ``at`` that puts its last slice 2^31 numbers behind its first.
 
-    Most of the memory is never touched, so there is none behind it.
+    Most of the memory is never touched, so none is taken.
     """
-    size = x.shape[at]
     inner = [s for i, s in enumerate(x.shape) if i != at]
     strides = [math.prod(inner[i + 1 :]) for i in range(3)]
-    strides.insert(at, -(-(1 << 31) // (size - 1) // 64 - 1) * 64 if False else ((1 << 31) // (size - 1) // 64 + 1) * 64)
+    strides.insert(at, ((1 << 31) // (x.shape[at] - 1) // 64 + 1) * 64)
     try:
-        room = torch.empty(strides[at] * (size - 1) + math.prod(inner), dtype=x.dtype, device=x.device)
+        room = torch.empty(sum((s - 1) * t for s, t in zip(x.shape, strides, strict=True)) + 1, dtype=x.dtype)
     except RuntimeError:
         pytest.skip("needs 5 GB of address space")
     return room.as_strided(x.shape, strides).copy_(x)
 
 
+FAR = [
+    # At least three along the dimension: two would have a stride that is 64-bit by itself.
+    pytest.param(0, {"b": 3, "m": 1, "n": 33}, id="batch"),
+    pytest.param(1, {"h": 3, "kv": 3, "m": 1, "n": 33}, id="head"),
+    pytest.param(2, {"m": 3, "n": 33}, id="position"),
+    pytest.param(2, {"m": 3, "n": 129}, id="position in a later tile"),
+    pytest.param(3, {"m": 1, "n": 33}, id="number"),
+]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes all memory at once")
 @both_backends
-@pytest.mark.parametrize("at", range(4), ids=["batch", "head", "position", "number"])
+@pytest.mark.parametrize("at, sizes", FAR)
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-def test_offsets_are_64_bit(which, at, backend):
-    q, k, v = qkv(b=2, h=4, kv=2, m=5, n=40, dtype=torch.float16)
-    q, k, v = (far_apart(x, at) if name == which else x for name, x in zip("qkv", (q, k, v), strict=True))
-    check(q, k, v, 7, backend)
+def test_offsets_into_tensors_are_64_bit(which, at, sizes, backend):
+    tensors = qkv(**{"h": 2, "kv": 2} | sizes, dtype=torch.float16)
+    # All keys of the first head tie: a list that is full, or overflows.
+    tensors[1][:, 0] = -tensors[0][:, 0, -1:]
+    changed = change(which, lambda x: far_apart(x, at), tensors)
+    out = prefill_attention(*changed, 7, selection=True, backend=backend)
+    expected = prefill_attention(*tensors, 7, selection=True, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(out[:2], expected[:2], strict=True))
+    assert torch.equal(selected_positions(out.bits), qaxis.topk_indices(*tensors[:2], 7))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes all memory at once")
+@both_backends
+def test_offsets_into_buffers_are_64_bit(backend):
+    q, k, v = qkv(h=1, m=5, n=150)
+    # All keys tie: more than a list has room for.
+    q[:, :, 4] = 0
+    plan = make_plan(tuple(q.shape), 1, 150)
+    plan = replace(plan, padded=(1 << 29) + 256, wide_programs=1)
+    result = Prefill(torch.empty_like(q), *torch.zeros(2, 1, 1, 5, 5, dtype=torch.int32))
+    result = result._replace(band=result.band[..., 0])
+    fill(result, plan, q, k, v, as_budget(7), 32**-0.5, backend)
+    expected = qaxis.topk_attention(q, k, v, 7)
+    assert torch.equal(selected_positions(result.bits), expected.indices)
+    assert int(result.band[0, 0, 4]) == 150
+    assert torch.allclose(result.output, expected.output, atol=2.0**-10 * float(v.abs().max()))
+
+
+@needs_gpu
+def test_more_than_two_billion_numbers_and_more_heads_than_a_grid_has_room_for():
+    q, k = bell(1, 64, 1, 64, dtype=torch.bfloat16), bell(1, 1, 1 << 19, 64, seed=1, dtype=torch.bfloat16)
+    # As 64 heads that share one, and as 64 that happen to be the same.
+    shared = prefill_attention(q, k, k, 100, selection=True)
+    alike = prefill_attention(q, *[k.expand(1, 64, 1 << 19, 64)] * 2, 100, selection=True)
+    assert torch.equal(selected_positions(shared.bits), qaxis.topk_indices(q, k, 100))
+    assert all(torch.equal(x, y) for x, y in zip(shared[:2], alike[:2], strict=True))
+    for shape in ((70000, 1), (3, 30000), (1, 70000)):
+        q, k, v = bell(*shape, 2, 32), bell(*shape, 8, 32, seed=1), bell(*shape, 8, 32, seed=2)
+        for backend in ("triton", "cuda"):
+            check(q, k, v, 3, backend)
+            check(q, k[:, :1], v[:, :1], 3, backend)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+SHAPES = [
+    ((1, 32, 8192, 128), 8, 8192), ((1, 32, 131072, 128), 8, 131072), ((64, 32, 4096, 128), 8, 8192),
+    ((70000, 1, 16, 32), 1, 16), ((3, 66000, 1, 32), 66000, 50), ((1, 66000, 40, 32), 1, 50),
+    ((1, 8, 128, 128), 1, MOST_KEYS), ((2, 4, 300, 32), 2, 300),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [4 << 30, 1 << 20])
+@pytest.mark.parametrize("shape, kv_heads, n", SHAPES)
+def test_memory_is_bounded_and_every_row_is_handled_once(shape, kv_heads, n, memory):
+    plan = make_plan(shape, kv_heads, n, tuning=PrefillTuning(memory=memory))
+    buffers = Buffers(plan, torch.device("meta"))
+    sizes = {name: x.numel() * x.element_size() for name, x in vars(buffers).items()}
+    lines = sizes.pop("line")
+    least = bytes_a_row(plan.padded, plan.words, plan.tuning) * plan.group
+    assert sum(sizes.values()) <= max(memory, least) and lines <= max(memory // 4, 4 * plan.padded)
+    # Nor is less in flight than fits.
+    assert plan.rows == math.prod(shape[:3]) or sum(sizes.values()) > min(memory, least) / 3 or plan.chunk == 2048
+    batch, heads, m, _ = shape
+    covered = torch.zeros(batch, heads, dtype=torch.int8)
+    for b, h, kv in plan.parts(batch):
+        covered[b, h] += 1
+        here, kv_here = covered[b, h].shape[1], len(range(kv_heads)[kv])
+        assert here == kv_here * plan.group and covered[b, h].numel() * plan.chunk <= plan.rows
+        assert covered[b, h].numel() <= MOST_HEADS or plan.group > MOST_HEADS
+    assert bool((covered == 1).all())
+    chunks = list(plan.chunks())
+    ends = list(itertools.accumulate(c.rows for c in chunks))
+    assert [c.start for c in chunks] == [0, *ends[:-1]] and ends[-1] == m
+    assert max(c.rows for c in chunks) <= plan.chunk and chunks[-1].visible == n
+
+
+@both_backends
+@pytest.mark.parametrize(
+    "shape, kv, memory, expected",
+    # Two batches and then one; a KV head at a time; two queries and then one; one query at a time.
+    [
+        ((3, 2, 3), 1, 21000, (3, 2)),
+        ((1, 4, 3), 2, 12000, (3, 1)),
+        ((1, 4, 3), 2, 7000, (2, 1)),
+        ((1, 2, 3), 1, 1, (1, 1)),
+    ],
+)
+def test_parts_and_short_chunks_select_the_same(shape, kv, memory, expected, backend):
+    b, h, m = shape
+    q, k, v = qkv(b, h, kv, m, 60)
+    tuning = PrefillTuning(memory=memory)
+    plan = make_plan(tuple(q.shape), kv, 60, tuning=tuning)
+    assert (plan.chunk, plan.kv_heads_at_once) == expected
+    check(q, k, v, 9, backend, tuning=tuning)
+
+
+def test_what_select_cu_cannot_read_is_left_to_triton():
+    def selector(heads=2, visible=40, how=lambda x: x, **tuning):
+        q, k = bell(1, 1, 1, 32).expand(1, heads, 1, 32), bell(1, 1, 40, 32)
+        plan = make_plan(tuple(q.shape), 1, 40, tuning=PrefillTuning(**tuning))
+        norm = torch.ones(1, 1)
+        return row_selector(Part(plan, None, None, how(q), how(k), how(k), norm, None, None, None), visible)
+
+    assert selector(heads=MOST_HEADS + 1) is None and selector(visible=32769) is None
+    assert selector(capacity=16) is None and selector(capacity=256) is None
+    assert selector(how=misaligned) is None and selector(how=row_of_an_odd_stride) is None
+    assert selector(how=every_second_number) is None and selector(how=lambda x: x[..., :24]) is None
+    if emulator.available() or DEVICE == "cuda":
+        assert selector() is not None and selector(visible=32768) is not None and selector(heads=MOST_HEADS) is not None
+
+
+@pytest.mark.parametrize(
+    "field, x", [(f.name, x) for f in fields(PrefillTuning) for x in (0, -1, 1.5, True)]
+    + [("queries", 48), ("capacity", 100), ("attend_keys", 16), ("attend_keys", 256), ("cut", 64)],
+)  # fmt: skip
+def test_tuning_that_is_none_is_refused(field, x):
+    with pytest.raises(ValueError, match=f"tuning.{field}={x}: allowed is"):
+        PrefillTuning(**{field: x})

@@ -19,8 +19,19 @@ from ..budget import Budget, as_budget
 from ..validation import check_qkv_form, check_scale, require
 from . import cuda
 from .plan import (
-    MOST_KEYS, WIDE_ROWS, Buffers, Chunk, Part, PrefillTuning, bit_words, cut_block, make_plan, tables,
-)  # fmt: skip
+    DEFAULT_TUNING,
+    MOST_KEYS,
+    WIDE_ROWS,
+    Buffers,
+    Chunk,
+    Part,
+    Plan,
+    PrefillTuning,
+    bit_words,
+    cut_block,
+    make_plan,
+    tables,
+)
 from .triton import (
     prefill_attend_kernel,
     prefill_band_kernel,
@@ -54,7 +65,7 @@ def prefill_attention(
     causal: bool = True,
     selection: bool = False,
     backend: str = "auto",
-    tuning: PrefillTuning = PrefillTuning(),
+    tuning: PrefillTuning = DEFAULT_TUNING,
 ) -> Prefill:
     """Softmax attention over the keys that :func:`qaxis.topk_indices` selects.
 
@@ -87,25 +98,34 @@ def prefill_attention(
         backend = "cuda" if q.is_cuda else "triton"
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     plan = make_plan(tuple(q.shape), k.shape[1], k.shape[2], causal=causal, tuning=tuning)
-    buffers, of_seen = Buffers(plan, q.device), tables(budget, plan.n, str(q.device))
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     bits = band = None
     if selection:
         bits = torch.zeros(*q.shape[:3], triton.cdiv(plan.n, 32), dtype=torch.int32, device=q.device)
         band = torch.zeros(q.shape[:3], dtype=torch.int32, device=q.device)
+    result = Prefill(out, bits, band)
+    fill(result, plan, q, k, v, budget, factor, backend)
+    return result
+
+
+def fill(
+    result: Prefill, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, budget: Budget, scale: float,
+    backend: str,
+) -> None:  # fmt: skip
+    """Carry the plan out; k and v have a last stride of 1, and ``backend`` is one of two."""
+    buffers, of_seen = Buffers(plan, q.device), tables(budget, plan.n, str(q.device))
     for b, h, kv in plan.parts(q.shape[0]):
-        bits_of, band_of = (None if x is None else x[b, h] for x in (bits, band))
+        bits, band = (None if x is None else x[b, h] for x in result[1:])
         norm = _longest(k[b, kv])
-        part = Part(plan, buffers, of_seen, q[b, h], k[b, kv], v[b, kv], norm, out[b, h], bits_of, band_of)
+        part = Part(plan, buffers, of_seen, q[b, h], k[b, kv], v[b, kv], norm, result.output[b, h], bits, band)
         for chunk in plan.chunks():
             _score(part, chunk)
             words = cuda.select(part, chunk) if backend == "cuda" else None
             if words is None:
                 words = _select(part, chunk)
             _order_wide_bands(part, chunk, words)
-            _attend(part, chunk, words, factor)
+            _attend(part, chunk, words, scale)
             _hand_over(part, chunk, words)
-    return Prefill(out, bits, band)
 
 
 def selected_positions(bits: torch.Tensor) -> torch.Tensor:

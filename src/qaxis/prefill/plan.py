@@ -1,6 +1,6 @@
 """How a prefill is cut: into parts (heads in flight), chunks (queries at once) and buffers that are used again.
 
-A row is one query of one head. Buffers hold the rows of one chunk of one part, so memory is bounded whatever the length.
+A row is one query of one head. Buffers hold the rows of one chunk of one part: memory is bounded whatever the length.
 """
 
 from __future__ import annotations
@@ -79,11 +79,23 @@ class PrefillTuning:
         for field in fields(self):
             x = getattr(self, field.name)
             require(is_integer(x) and x >= 1, f"tuning.{field.name}", x, "an integer of at least 1")
-            if field.name not in ("memory", "chunk", "loop", "stages", "attend_stages", "slack", "listed", "wide_programs"):
+            if field.name not in (
+                "memory",
+                "chunk",
+                "loop",
+                "stages",
+                "attend_stages",
+                "slack",
+                "listed",
+                "wide_programs",
+            ):
                 require(x & (x - 1) == 0, f"tuning.{field.name}", x, "a power of two")
         # A tile reads whole words of bits, and no further than the 128 keys that a row of bits is a multiple of.
         require(32 <= self.attend_keys <= 128, "tuning.attend_keys", self.attend_keys, "32, 64 or 128")
         require(self.cut >= 128, "tuning.cut", self.cut, "at least 128")
+
+
+DEFAULT_TUNING = PrefillTuning()
 
 
 class Chunk(NamedTuple):
@@ -157,12 +169,12 @@ class Plan:
 
 
 def make_plan(
-    shape: tuple[int, ...], kv_heads: int, n: int, *, causal: bool = True, tuning: PrefillTuning = PrefillTuning()
+    shape: tuple[int, ...], kv_heads: int, n: int, *, causal: bool = True, tuning: PrefillTuning = DEFAULT_TUNING
 ) -> Plan:
     """Sizes for queries of ``shape [B, H, M, D]`` and ``n`` keys of ``kv_heads``.
 
-    Chunks shrink, down to one tile of scores, until all heads fit into ``tuning.memory``; then fewer heads are in flight,
-    then fewer queries still. One query of a KV head's group is the least.
+    Chunks shrink, down to one tile of scores, until all heads fit into ``tuning.memory``; then fewer heads are in
+    flight, then fewer queries still. One query of a KV head's group is the least.
     """
     batch, heads, m, dim = shape
     group, t = heads // kv_heads, tuning
@@ -173,7 +185,9 @@ def make_plan(
     chunk = min(chunk, max(1, most // group))
     kv_heads_at_once = min(batch * kv_heads, max(1, min(most // chunk, MOST_HEADS) // group))
     # A quarter of the memory for lines; and no program without rows.
-    lines = min(t.wide_programs, max(1, t.memory // 4 // (4 * padded)), -(-kv_heads_at_once * group * chunk // WIDE_ROWS))
+    lines = min(
+        t.wide_programs, max(1, t.memory // 4 // (4 * padded)), -(-kv_heads_at_once * group * chunk // WIDE_ROWS)
+    )
     return Plan(heads, kv_heads, m, n, dim, causal, chunk, kv_heads_at_once, padded, words, lines, tuning)
 
 
