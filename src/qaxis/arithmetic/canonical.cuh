@@ -37,6 +37,15 @@ template <int n> __device__ __forceinline__ void tree(float* x) {
         for (int i = 0; i < n; i += 2 * s) x[i] = __fadd_rn(x[i], x[i + s]);
 }
 
+// The sum of E products (rules 2 and 3): a lane's part of a score.
+__device__ __forceinline__ float product(const float* a, const float* b) {
+    float x[E];
+#pragma unroll
+    for (int e = 0; e < E; e++) x[e] = __fmul_rn(a[e], b[e]);
+    tree<E>(x);
+    return x[0];
+}
+
 // The upper levels of V trees whose leaves lie in LANES neighbouring lanes. Lanes share the work: a lane gives half of its
 // sums away and gets the other half of its neighbour's; at the end it has sums first_sum(lane) and following. In the first
 // PLACED halvings the half to give is the second, as the caller put sum i into slot i ^ first_sum(lane) that far.

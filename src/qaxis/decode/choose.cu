@@ -1,13 +1,13 @@
 // From scores to the output of a decode step, in five stages: cut, candidates, canonical scores, choice, attention.
 //
 // A row is one query head; a cluster of programs works on it. Every sum that reaches the output has the order of
-// qaxis/arithmetic, so the bits are those of the Triton kernels and of the PyTorch reference. What only decides how much is
-// looked at may round as it likes: bins are monotone in the score. Too little room, or too many scores in one bin, and a
-// slower way that needs neither is taken.
+// qaxis/arithmetic, so the bits are those of the Triton kernels and of the PyTorch reference. What only decides how
+// much is looked at may round as it likes: bins are monotone in the score. Too little room, or too many scores in one
+// bin, and a slower way that needs neither is taken.
 //
-// compiler.py puts hardware.cuh and canonical.cuh before this and defines, besides what is said there: DIM_V, GROUP, SUB,
-// CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED (keys and values are an 8-bit
-// cache), PROFILE, SHARED (bytes).
+// compiler.py puts hardware.cuh and canonical.cuh before this and defines, besides what is said there: DIM_V, GROUP,
+// SUB (keys of a neighbourhood), CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED
+// (keys and values are an 8-bit cache), PROFILE, SHARED (bytes).
 
 constexpr int WARPS = THREADS / 32, LANES = DIM / E, LANES_V = DIM_V / E, BLOCK = 512, BINS = 1024, NEAR = 112;
 constexpr int WORDS = BLOCK / 32;  // of a bitmap, a block
@@ -56,7 +56,8 @@ struct Rows {  // one KV head of a side
     // Numbers E * part and following of token j, as they are stored. PLAIN: the token is known to be coded.
     template <bool PLAIN> __device__ __forceinline__ uint4 load(int j, int part) const {
         if constexpr (!STORED) return load16(rows + ((i64)j * rows_n + part) * 16);
-        const char *lower = rows + ((i64)j * rows_n + part) * E, *upper = scales + ((i64)(j >> 7) * scales_n + part) * E;
+        const char* lower = rows + ((i64)j * rows_n + part) * E;
+        const char* upper = scales + ((i64)(j >> 7) * scales_n + part) * E;
         if (!PLAIN && !coded(j)) {
             // The two halves of 16 bytes instead of codes and exponents: no other loads, so that many are in flight.
             lower = (j < sinks ? first + (i64)j * first_n * 16 : newest + (i64)(j - whole) * newest_n * 16) + part * 16;
@@ -65,6 +66,7 @@ struct Rows {  // one KV head of a side
         const uint2 a = load8(lower), b = load8(upper);
         return make_uint4(a.x, a.y, b.x, b.y);
     }
+    // As numbers (rule 1).
     template <bool PLAIN> __device__ __forceinline__ void numbers(int j, uint4 w, float* x) const {
         if (STORED && (PLAIN || coded(j))) dequantize(w, x);
         else widen(w, x);
@@ -126,7 +128,8 @@ __device__ __forceinline__ void sums_before(int* counts, int blocks, int* scratc
 }
 
 // This thread's EACH neighbouring counts of COUNT, summed over PROGRAMS of the cluster: its own alone if that is one.
-template <int COUNT, int PROGRAMS, int EACH> __device__ __forceinline__ void sum_counts(const int* counts, int (&c)[EACH]) {
+template <int COUNT, int PROGRAMS, int EACH>
+__device__ __forceinline__ void sum_counts(const int* counts, int (&c)[EACH]) {
     constexpr int AT_ONCE = EACH % 2 == 0 ? 2 : 1;
     if (threadIdx.x >= COUNT) return;
 #pragma unroll
@@ -143,9 +146,11 @@ template <int COUNT, int PROGRAMS, int EACH> __device__ __forceinline__ void sum
         }
 }
 
-// The highest bin at or above which there are so many as are needed (-1: there is none), how many are above it and inside.
+// The highest bin at or above which there are so many as are needed (-1: there is none), how many are above it and
+// inside.
 struct Found { int bin, above, inside; };
-template <int COUNT, int PROGRAMS> __device__ __forceinline__ Found find_bin(const int* counts, int needed, int* scratch) {
+template <int COUNT, int PROGRAMS>
+__device__ __forceinline__ Found find_bin(const int* counts, int needed, int* scratch) {
     constexpr int EACH = COUNT / THREADS > 0 ? COUNT / THREADS : 1;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int c[EACH] = {}, sum = 0;
@@ -174,7 +179,7 @@ template <int COUNT, int PROGRAMS> __device__ __forceinline__ Found find_bin(con
     return found;
 }
 
-// ---- fast scores ----------------------------------------------------------------------------------------------------
+// ---- bins and fast scores -------------------------------------------------------------------------------------------
 
 // Which of BINS bins between two scores; monotone in the score, whatever the two are.
 struct Bins {
@@ -196,8 +201,8 @@ struct Cut {
     __device__ __forceinline__ bool passes(int w) const { return w >= least; }
 };
 
-// Fast scores are 16 bits with a proven error, made from codes, or canonical words themselves. Of each kind: the score of
-// nothing, the extremes of 16 bytes at a time, and bins between these, which lead to the cut.
+// Fast scores are 16 bits with a proven error, made from codes, or canonical words. Of each kind: the score of nothing,
+// the extremes of what is read 16 bytes at a time, and bins between those, which lead to the cut.
 #if CODED
 typedef u16 Fast;
 constexpr int NO_FAST = 0;
@@ -219,7 +224,7 @@ struct FastBins {
     }
     __device__ __forceinline__ int of(int w) const { return min(max((w - low) >> shift, 0), BINS - 1); }
     // The k_eff-th canonical score is at most one error below that fast score, so a key more than two below cannot be
-    // among the best. `limits` (score_codes.cu): two errors in steps of the fast score, and such steps in a unit of score.
+    // among the best. `limits` (score_codes.cu): how much below that is, and units of the fast score in one of score.
     __device__ __forceinline__ Cut cut(int bin, const float* limits) const {
         const float margin = limits[0], units = limits[1];
         const int found = bin <= 0 ? 0 : low + (bin << shift);
@@ -238,7 +243,10 @@ struct Extremes {
     __device__ __forceinline__ void extend(uint4 w) {
         const u32 part[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-        for (int e = 0; e < 4; e++) lowest = min(lowest, part[e] - (u32)(NONE + 1)), highest = max(highest, (int)part[e]);
+        for (int e = 0; e < 4; e++) {
+            lowest = min(lowest, part[e] - (u32)(NONE + 1));
+            highest = max(highest, (int)part[e]);
+        }
     }
     __device__ __forceinline__ int low() const { return lowest == ALL ? 0x7fffffff : (int)(lowest + (u32)(NONE + 1)); }
     __device__ __forceinline__ int high() const { return highest; }
@@ -258,8 +266,10 @@ struct FastBins {
 };
 #endif
 
-constexpr int PACK = 16 / (int)sizeof(Fast), WIDE = SUB < PACK ? SUB : PACK;  // in 16 bytes; fast scores a lane reads at once
-constexpr int SHARE = SUB / WIDE, A_BLOCK = BLOCK / SUB;                      // lanes a neighbourhood, those of a block
+constexpr int PACK = 16 / (int)sizeof(Fast);   // fast scores in 16 bytes
+constexpr int WIDE = SUB < PACK ? SUB : PACK;  // those of a neighbourhood that a lane reads at once
+constexpr int SHARE = SUB / WIDE;              // lanes a neighbourhood
+constexpr int A_BLOCK = BLOCK / SUB;           // neighbourhoods a block
 
 __device__ __forceinline__ void unpack(uint4 w, int* x) {
     const u32 part[4] = {w.x, w.y, w.z, w.w};
@@ -302,10 +312,11 @@ struct Shared {
     // Candidates near the edge, of every program; those of them that are chosen.
     int near_word[CLUSTER * NEAR], near_position[CLUSTER * NEAR], winner_word[NEAR], winner[NEAR];
     int scratch[WARPS + 4];
-    int low, high, highest;            // fast scores; the highest canonical word
-    int listed, found, nears, winners; // lengths of lists
-    int full;                          // whether candidates were left out for lack of room
-    float part[WARPS][DIM_V], weight[WARPS], numerators[CLUSTER][DIM_V], denominators[CLUSTER];
+    int low, high, highest;             // fast scores; the highest canonical word
+    int listed, found, nears, winners;  // lengths of lists
+    int full;                           // whether candidates were left out for lack of room
+    float warp_numerators[WARPS][DIM_V], warp_denominators[WARPS];  // stage 5: of a warp, of a program
+    float numerators[CLUSTER][DIM_V], denominators[CLUSTER];
 };
 
 static_assert(sizeof(Shared) == SHARED, "cuda.py counts other bytes");
@@ -321,15 +332,16 @@ struct Sizes {
 // One program of the cluster: its row, its part of it, and where things lie in its shared memory.
 struct Program : Sizes {
     Shared& s;
-    int *position, *value;               // candidates, and their canonical words
-    int *own_count, *before;             // chosen keys: of own blocks; of all, then the sums before each
-    u32* bitmap;                         // chosen keys, WORDS an own block
-    u16* staged;                         // own neighbourhoods that reach the cut
-    int *chosen_position, *chosen;       // of ranks [span rank, span (rank + 1)), when nothing is staged any more
-    const Fast *fast, *best;             // of the row
+    int *position, *value;           // candidates, and their canonical words
+    int *own_count, *before;         // chosen keys: of own blocks; of all blocks, then the sums before each
+    u32* bitmap;                     // chosen keys, WORDS an own block
+    u16* staged;                     // own neighbourhoods that reach the cut
+    int *chosen_position, *chosen;   // of ranks [span rank, span (rank + 1)), when nothing is staged any more
+    const Fast *fast, *best;         // of the row
     i64* marks;
-    int rank, tid, lane, warp, row, b, h, g;
-    int blocks, own, packs, scored;      // blocks of keys, own ones; bests in 16 bytes, neighbourhoods that have one
+    int rank, tid, lane, warp;       // of the program in its cluster, of the thread
+    int row, b, h, g;                // one row is head h of batch b; its KV head
+    int blocks, own, packs, scored;  // blocks of keys, own ones; bests in 16 bytes; neighbourhoods that have one
 
     __device__ __forceinline__ Program(
         char* memory, const Sizes& sizes, const Fast* all_fast, const Fast* all_best, i64* marks, int heads)
@@ -347,9 +359,10 @@ struct Program : Sizes {
     }
     __device__ __forceinline__ uint4 bests(int i) const { return ((const uint4*)best)[i]; }
 
-    // Blocks of keys go round the programs, so that neighbours that score alike do not fall to one of them. With EACH things
-    // a block: which of all is the i-th own.
-    template <int EACH> __device__ __forceinline__ int dealt(int i) const { return (i / EACH * CLUSTER + rank) * EACH + i % EACH; }
+    // Blocks of keys go round the programs, so that neighbours that score alike do not fall to one of them. With EACH
+    // things a block: which of all is the i-th own.
+    template <int EACH>
+    __device__ __forceinline__ int dealt(int i) const { return (i / EACH * CLUSTER + rank) * EACH + i % EACH; }
     __device__ __forceinline__ bool owns(int j) const { return j / BLOCK % CLUSTER == rank; }
     // Of an own key: its block among the own ones, the bitmap's words of that, whether its bit is set.
     __device__ __forceinline__ int own_block(int j) const { return j / BLOCK / CLUSTER; }
@@ -367,9 +380,9 @@ __device__ __forceinline__ void mark(const Program& p, int i) {
 
 // ---- 1. the cut -----------------------------------------------------------------------------------------------------
 //
-// The k_eff-th largest of the bests of neighbourhoods, to the precision of a bin. These are scores of different keys, so at
-// least k_eff keys reach it, and what stays below it, by more than the error of fast scores, cannot be among the best. Every
-// program finds the cut for itself: that costs less than asking the others.
+// The k_eff-th largest of the bests of neighbourhoods, to the precision of a bin. These are scores of different keys,
+// so at least k_eff keys reach it, and what stays below it, by more than the error of fast scores, cannot be among the
+// best. Every program finds the cut for itself: that costs less than asking the others.
 
 constexpr int KEPT = CODED ? 2 : 4;  // 16 bytes of bests that a thread keeps from the first look to the second
 
@@ -388,7 +401,8 @@ __device__ __forceinline__ void clear(const Program& p) {
 }
 
 // All bests below `limit` packs: f(pack, what is in it).
-template <class F> __device__ __forceinline__ void look_at_bests(const Program& p, const uint4 (&kept)[KEPT], int limit, F f) {
+template <class F>
+__device__ __forceinline__ void look_at_bests(const Program& p, const uint4 (&kept)[KEPT], int limit, F f) {
 #pragma unroll
     for (int u = 0; u < KEPT; u++)
         if (p.tid + u * THREADS < limit) f(p.tid + u * THREADS, kept[u]);
@@ -427,8 +441,8 @@ __device__ __forceinline__ Cut find_cut(const Program& p, const float* limits) {
 
 // ---- 2. candidates --------------------------------------------------------------------------------------------------
 //
-// Keys that reach the cut, in any order. Such a key's neighbourhood has a best that reaches it too, so only those are looked
-// into. Keys without a fast score are always candidates.
+// Keys that reach the cut, in any order. Such a key's neighbourhood has a best that reaches it too, so only those are
+// looked into. Keys without a fast score are always candidates.
 
 // Own neighbourhoods whose best passes.
 __device__ __forceinline__ void stage_neighbourhoods(const Program& p, const Cut& cut) {
@@ -476,8 +490,9 @@ __device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const
             const int j = first_of(u);
             const u64 pass = passing<WIDE>(raw[u], cut);
             const bool is = i + u * AT_ONCE + p.tid / SHARE < kept && j < p.scored * SUB;
-            const u32 upto = (1u << min(max(p.end - j, 0), WIDE)) - 1, before = (1u << min(max(p.start - j, 0), WIDE)) - 1;
-            if (is) takes |= (pass & upto & ~before) << (u * WIDE);
+            const u32 before_end = (1u << min(max(p.end - j, 0), WIDE)) - 1;
+            const u32 before_start = (1u << min(max(p.start - j, 0), WIDE)) - 1;
+            if (is) takes |= (pass & before_end & ~before_start) << (u * WIDE);
         }
         int at = reserve(&p.s.found, __popcll(takes), p.lane);
         for (; takes; takes &= takes - 1, at++) {
@@ -518,28 +533,27 @@ __device__ __forceinline__ int list_candidates(const Program& p, const Cut& cut,
 
 // ---- 3. canonical scores --------------------------------------------------------------------------------------------
 //
-// Of the candidates, by rules 1 to 4: LANES lanes a key, DEEP keys at a time so that many loads are in flight. They are
-// counted in bins as they come. Fast scores that are canonical need only be counted.
+// Of the candidates (rules 1 to 4): LANES lanes a key, DEEP keys at a time so that many loads are in flight. They are
+// counted in bins as they come. Nothing else is scored: what is among the best is a candidate. Fast scores that are
+// canonical are only counted.
 
 struct Scorer {
     static constexpr int DEEP = 4;
     Rows keys;
     const char* query;
 
-    // Of every key, this lane's part of the product (rule 2). PLAIN: all are coded.
+    // Of every key, this lane's part of the score. PLAIN: all are coded.
     template <bool PLAIN>
-    __device__ __forceinline__ void products(const float (&x)[E], const int (&j)[DEEP], int part, float (&sum)[DEEP]) const {
+    __device__ __forceinline__ void products(
+        const float (&x)[E], const int (&j)[DEEP], int part, float (&sum)[DEEP]) const {
         uint4 raw[DEEP];
 #pragma unroll
         for (int u = 0; u < DEEP; u++) raw[u] = keys.load<PLAIN>(j[u], part);
 #pragma unroll
         for (int u = 0; u < DEEP; u++) {
-            float product[E];
-            keys.numbers<PLAIN>(j[u], raw[u], product);
-#pragma unroll
-            for (int e = 0; e < E; e++) product[e] = __fmul_rn(x[e], product[e]);
-            tree<E>(product);
-            sum[u] = product[0];
+            float y[E];
+            keys.numbers<PLAIN>(j[u], raw[u], y);
+            sum[u] = product(x, y);
         }
     }
 
@@ -595,9 +609,9 @@ __device__ __forceinline__ void score_candidates(const Program& p, const Scorer&
 
 // ---- 4. the choice --------------------------------------------------------------------------------------------------
 //
-// A candidate in a bin above that of the k_eff-th is among the best, as bins are monotone; one in a bin below is not. Those
-// in its bin are compared with each other (rule 4). Then every chosen key's rank is the number of chosen keys before it,
-// known from a bitmap of an own block and the counts of the other blocks.
+// A candidate in a bin above the edge, the bin of the k_eff-th, is among the best, as bins are monotone; one below it
+// is not. Those at the edge are few and compared with each other (rule 4). The rank of a chosen key is the number of
+// chosen keys at lower positions: those of earlier blocks are counted, those of its own block have bits.
 
 // Of every program, the chosen keys of its blocks.
 __device__ __forceinline__ void gather_counts(const Program& p) {
@@ -632,8 +646,7 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int
         if (bin == edge) {
             const int at = atomicAdd(&s.nears, 1);
 #pragma unroll
-            for (int r = 0; r < CLUSTER; r++)
-                {
+            for (int r = 0; r < CLUSTER; r++) {
                 push(s.near_word + p.rank * NEAR + at, r, p.value[i]);
                 push(s.near_position + p.rank * NEAR + at, r, p.position[i]);
             }
@@ -644,25 +657,20 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int
 // The `missing` best of the near ones (rule 4); every program finds them all.
 __device__ __forceinline__ void find_winners(const Program& p, int missing) {
     Shared& s = p.s;
-    int has[CLUSTER];
-#pragma unroll
-    for (int r = 0; r < CLUSTER; r++) has[r] = pull(&s.nears, r);
+    int* near = s.counts;  // how many every program has; the counts of stage 1 are done with
+    if (p.tid < CLUSTER) near[p.tid] = pull(&s.nears, p.tid);
     __syncthreads();
 #pragma unroll 1
     for (int i = p.tid; i < CLUSTER * NEAR; i += THREADS) {
+        if (i % NEAR >= near[i / NEAR]) continue;
         const int w = s.near_word[i], j = s.near_position[i];
-        bool is = false;
         int better = 0;
-#pragma unroll
-        for (int r = 0; r < CLUSTER; r++) {
-            is = is || (r == i / NEAR && i % NEAR < has[r]);
 #pragma unroll 1
-            for (int o = 0; o < has[r]; o++) {
-                const int other = s.near_word[r * NEAR + o];
-                better += other > w || (other == w && s.near_position[r * NEAR + o] < j);
-            }
-        }
-        if (is && better < missing) {
+        for (int r = 0; r < CLUSTER; r++)
+#pragma unroll 1
+            for (int o = r * NEAR; o < r * NEAR + near[r]; o++)
+                better += s.near_word[o] > w || (s.near_word[o] == w && s.near_position[o] < j);
+        if (better < missing) {
             const int at = atomicAdd(&s.winners, 1);
             s.winner[at] = j, s.winner_word[at] = w;
         }
@@ -688,16 +696,16 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fin
         if (p.owns(s.winner[i])) send(p, s.winner[i], s.winner_word[i], winners);
 }
 
-// Too many candidates, or too many near the edge: the k_eff-th word by bytes, over all keys, which needs no room. Of ties the
-// first are taken (rule 4). Words are here in the order of unsigned numbers; keys that do not reach the cut are 0.
-struct Halving {
+// Too many candidates, or too many near the edge: the k_eff-th word is found byte by byte, over all keys, which needs
+// no room. Of ties the first are taken (rule 4). Words are unsigned numbers here, 0 for keys that do not reach the cut.
+struct WordSearch {
     const Program& p;
-    int* words;   // of the row
-    u32* equal;   // as the bitmap, of keys that have the k_eff-th word; where the candidates were
-    u32 word;     // the k_eff-th, as far as it is known
-    int needed;   // how many of those that have it
+    int* words;  // of the row
+    u32* equal;  // as the bitmap, of keys that have the k_eff-th word; where the candidates were
+    u32 word;    // the k_eff-th, as far as it is known
+    int needed;  // how many of those that have it
 
-    __device__ __forceinline__ Halving(const Program& p, int* words)
+    __device__ __forceinline__ WordSearch(const Program& p, int* words)
         : p(p), words(words), equal((u32*)p.position), word(0), needed(p.k_eff) {}
     __device__ __forceinline__ int key(int i) const { return p.dealt<BLOCK>(i); }
     __device__ __forceinline__ u32 at(int j) const { return j < p.padded ? (u32)words[j] ^ 0x80000000u : 0; }
@@ -724,7 +732,8 @@ struct Halving {
 #pragma unroll 1
         for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
             const u32 w = at(key(i));
-            if (w != 0 && (shift == 24 || w >> (shift + 8) == word >> (shift + 8))) atomicAdd(&s.counts[w >> shift & 255], 1);
+            if (w != 0 && (shift == 24 || w >> (shift + 8) == word >> (shift + 8)))
+                atomicAdd(&s.counts[w >> shift & 255], 1);
         }
         cluster_sync();
         const Found byte = find_bin<256, CLUSTER>(s.counts, needed, s.scratch);
@@ -771,20 +780,20 @@ struct Halving {
     }
 };
 
-__device__ __forceinline__ void choose_by_halving(const Program& p, const Scorer& scorer, const Cut& cut, int* words) {
-    Halving h(p, words);
+__device__ __forceinline__ void choose_by_words(const Program& p, const Scorer& scorer, const Cut& cut, int* words) {
+    WordSearch search(p, words);
     cluster_sync();
-    if (CODED) h.score(scorer, cut);
+    if (CODED) search.score(scorer, cut);
 #pragma unroll 1
-    for (int shift = 24; shift >= 0; shift -= 8) h.find_byte(shift);
-    h.compare();
-    h.count_before();
+    for (int shift = 24; shift >= 0; shift -= 8) search.find_byte(shift);
+    search.compare();
+    search.count_before();
     cluster_sync();
-    h.take_ties();
-    h.count_before();
+    search.take_ties();
+    search.count_before();
 #pragma unroll 1
     for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
-        const int j = h.key(i);
+        const int j = search.key(i);
         if (p.is_taken(j)) send(p, j, words[j], 0);
     }
 }
@@ -811,7 +820,7 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
     if (!slow) {
         choose_by_bins(p, cut.fine, found, edge);
     } else {
-        choose_by_halving(p, scorer, cut, words);
+        choose_by_words(p, scorer, cut, words);
         highest = highest_of_row(p, cut);
     }
     return highest;
@@ -819,31 +828,31 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
 
 // ---- 5. attention ---------------------------------------------------------------------------------------------------
 //
-// Over ranks [span rank, span (rank + 1)), one tree over all ranks (rule 2): a team of LANES_V lanes takes RANKS << LEVELS
-// neighbouring ones, then teams, warps and programs are added, each a power of two of the next. Ranks beyond the last weigh
-// +0.0, as padding does. The highest word is known, so no sum is ever rescaled (rule 5).
+// Of ranks [span rank, span (rank + 1)), within one tree over all ranks (rule 2): a team of LANES_V lanes takes
+// RANKS << LEVELS neighbouring ones; then the teams of a warp, warps and programs are added, of each a power of two.
+// Ranks beyond the last weigh +0.0, as padding does. The highest score is known by now, so no sum is ever rescaled
+// (rule 5).
 
 constexpr int SUMS = E + 1;  // numerators of a lane, and the denominator
 
-// The u-th of 1 << DEPTH neighbours: pairs are added as soon as both are there. After the last, level[DEPTH] has the sum.
+// x is the u-th of 1 << DEPTH neighbours: pairs are added when their second comes, as carries are in a counter. After
+// the last, x is the sum of all. A sum that is not complete can wait at a level, but is overwritten before it is read.
 template <int DEPTH> __device__ __forceinline__ void add_up(float (&level)[DEPTH + 1][SUMS], float (&x)[SUMS], int u) {
 #pragma unroll
-    for (int l = 0, done = 0; l <= DEPTH; l++) {
-        const bool add = l < DEPTH && (u >> l & 1), keep = !add && !done;
+    for (int l = 0; l < DEPTH; l++)
 #pragma unroll
         for (int e = 0; e < SUMS; e++) {
-            if (keep) level[l][e] = x[e];
-            if (add && !done) x[e] = __fadd_rn(level[l][e], x[e]);
+            if (u >> l & 1) x[e] = __fadd_rn(level[l][e], x[e]);
+            else level[l][e] = x[e];
         }
-        done |= keep;
-    }
 }
 
-// Writes the indices, and over the words their weights.
+// Writes the indices, and over their words their weights (rules 3 and 5).
 __device__ __forceinline__ void weigh(const Program& p, int live, int highest, float factor, i64* indices) {
     const float top = score_of(highest);
 #pragma unroll 1
-    for (int i = p.tid; i < live; i += THREADS) indices[(i64)p.row * p.k_eff + p.span * p.rank + i] = p.chosen_position[i];
+    for (int i = p.tid; i < live; i += THREADS)
+        indices[(i64)p.row * p.k_eff + p.span * p.rank + i] = p.chosen_position[i];
 #pragma unroll 1
     for (int i = p.tid; i < p.span; i += THREADS) {
         const float t = i < live ? __fmul_rn(__fsub_rn(score_of(p.chosen[i]), top), factor) : 0.0f;
@@ -853,67 +862,63 @@ __device__ __forceinline__ void weigh(const Program& p, int live, int highest, f
 
 // The sum of RANKS weighted values, from the i-th on. PLAIN: all are coded.
 template <bool PLAIN>
-__device__ __forceinline__ void sum_ranks(const Program& p, const Rows& values, int i, int live, int part, float (&sum)[SUMS]) {
+__device__ __forceinline__ void sum_ranks(
+    const Program& p, const Rows& values, int i, int live, int part, float (&x)[SUMS]) {
     constexpr int DEPTH = log2i(RANKS);
+    const int* position = p.chosen_position + i;
+    const int last = live - 1 - i;
     float level[DEPTH + 1][SUMS];
     uint4 raw[RANKS];
 #pragma unroll
-    for (int u = 0; u < RANKS; u++) raw[u] = values.load<PLAIN>(p.chosen_position[min(i + u, live - 1)], part);
+    for (int u = 0; u < RANKS; u++) raw[u] = values.load<PLAIN>(position[min(u, last)], part);
 #pragma unroll
     for (int u = 0; u < RANKS; u++) {
-        float x[SUMS];
-        const float weight = __int_as_float(p.chosen[i + u]);
-        values.numbers<PLAIN>(p.chosen_position[min(i + u, live - 1)], raw[u], x);
+        values.numbers<PLAIN>(position[min(u, last)], raw[u], x);
+        const float weight = __int_as_float(position[p.span + u]);
 #pragma unroll
         for (int e = 0; e < E; e++) x[e] = __fmul_rn(weight, x[e]);
         x[E] = weight;
         add_up<DEPTH>(level, x, u);
     }
-#pragma unroll
-    for (int e = 0; e < SUMS; e++) sum[e] = level[DEPTH][e];
 }
 
-// Of this warp, to s.part and s.weight.
+// The sum of a warp's ranks.
 __device__ __forceinline__ void sum_warp(const Program& p, const Rows& values, int live) {
     const int part = p.lane % LANES_V, team = p.tid / LANES_V;
-    float level[LEVELS + 1][SUMS];
-#pragma unroll
-    for (int e = 0; e < SUMS; e++) level[LEVELS][e] = 0.0f;
+    float level[LEVELS + 1][SUMS], sum[SUMS];
 #pragma unroll 1
     for (int c = 0; c < 1 << LEVELS; c++) {
         const int i = ((team << LEVELS) + c) * RANKS;
-        float now[SUMS];
 #pragma unroll
-        for (int e = 0; e < SUMS; e++) now[e] = 0.0f;
+        for (int e = 0; e < SUMS; e++) sum[e] = 0.0f;
         if (i < live) {
             bool coded = true;
 #pragma unroll
             for (int u = 0; u < RANKS; u++) coded = coded && values.coded(p.chosen_position[min(i + u, live - 1)]);
-            if (STORED && coded) sum_ranks<true>(p, values, i, live, part, now);
-            else sum_ranks<false>(p, values, i, live, part, now);
+            if (STORED && coded) sum_ranks<true>(p, values, i, live, part, sum);
+            else sum_ranks<false>(p, values, i, live, part, sum);
         }
-        add_up<LEVELS>(level, now, c);
+        add_up<LEVELS>(level, sum, c);
     }
-    float(&sum)[SUMS] = level[LEVELS];
 #pragma unroll
     for (int m = LANES_V; m < 32; m *= 2)
 #pragma unroll
         for (int e = 0; e < SUMS; e++) sum[e] = __fadd_rn(sum[e], __shfl_xor_sync(ALL, sum[e], m));
     if (p.lane < LANES_V) {
 #pragma unroll
-        for (int e = 0; e < E; e++) p.s.part[p.warp][part * E + e] = sum[e];
-        if (p.lane == 0) p.s.weight[p.warp] = sum[E];
+        for (int e = 0; e < E; e++) p.s.warp_numerators[p.warp][part * E + e] = sum[e];
+        if (p.lane == 0) p.s.warp_denominators[p.warp] = sum[E];
     }
 }
 
-// Of this program, to the first of the cluster.
+// The sum of this program, told to the first of the cluster.
 __device__ __forceinline__ void sum_program(const Program& p) {
     Shared& s = p.s;
 #pragma unroll 1
     for (int d = p.tid; d <= DIM_V; d += THREADS) {
         float x[WARPS];
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) x[w] = d < DIM_V ? s.part[w][d] : s.weight[w];
+        for (int w = 0; w < WARPS; w++) x[w] = d < DIM_V ? s.warp_numerators[w][d] : s.warp_denominators[w];
         tree<WARPS>(x);
         push((int*)(d < DIM_V ? &s.numerators[p.rank][d] : &s.denominators[p.rank]), 0, __float_as_int(x[0]));
     }
@@ -930,7 +935,7 @@ __device__ __forceinline__ void store(void* out, i64 at, float y) {
 #endif
 }
 
-// Of the cluster, divided and rounded to the dtype of the output.
+// The sum of the cluster, divided (rule 3) and rounded to the dtype of the output.
 __device__ __forceinline__ void write_output(const Program& p, void* out) {
     Shared& s = p.s;
 #pragma unroll 1

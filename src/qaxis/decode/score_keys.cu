@@ -4,10 +4,11 @@
 // key head), SUB (neighbours whose best is kept).
 
 constexpr int HEADS = pow2(GROUP), LANES = DIM / E, COLUMNS = 32 / LANES;
-constexpr int LOADS = HEADS >= 8 ? 2 : HEADS == 4 ? 4 : 8, SUMS = HEADS * LOADS, STEP = LOADS * COLUMNS;  // keys at a time
-constexpr int TILE = STEP > 32 ? STEP : 32, STAGES = 16 / LOADS, LEFT = SUMS > LANES ? SUMS / LANES : 1;
+constexpr int LOADS = HEADS >= 8 ? 2 : HEADS == 4 ? 4 : 8, SUMS = HEADS * LOADS;
+constexpr int CHUNK = LOADS * COLUMNS, TILE = CHUNK > 32 ? CHUNK : 32;  // keys at a time
+constexpr int STAGES = 16 / LOADS, LEFT = SUMS > LANES ? SUMS / LANES : 1;
 
-// Words [rows, padded] and the best of every SUB neighbours. A warp takes TILE keys, STEP at a time, for all heads of a
+// Words [rows, padded] and the best of every SUB neighbours. A warp takes TILE keys, CHUNK at a time, for all heads of a
 // group. The loop is not unrolled: its instructions would not fit into the cache that holds them.
 extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     const void* q, const void* k, int* word, int* best, int heads, int kv_heads, int n, int padded,
@@ -30,43 +31,37 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     const i64 policy = read_once();
     __shared__ uint4 ring[4][STAGES][LOADS][32];
     auto& mine_of = ring[threadIdx.x / 32];
-    auto key_of = [&](int step) {  // the first of a step: steps of a tile follow each other
-        const int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 + step / (TILE / STEP) * warps;
-        return tile * TILE + step % (TILE / STEP) * STEP;
+    auto key_of = [&](int chunk) {  // the first of a chunk: those of a tile follow each other
+        const int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 + chunk / (TILE / CHUNK) * warps;
+        return tile * TILE + chunk % (TILE / CHUNK) * CHUNK;
     };
-    auto fetch = [&](int step) {
-        const int j = key_of(step) + column;
+    auto fetch = [&](int chunk) {
+        const int j = key_of(chunk) + column;
 #pragma unroll
         for (int u = 0; u < LOADS; u++)
-            request16(&mine_of[step % STAGES][u][lane], keys + (i64)min(j + u * COLUMNS, n - 1) * bytes, policy);
+            request16(&mine_of[chunk % STAGES][u][lane], keys + (i64)min(j + u * COLUMNS, n - 1) * bytes, policy);
         end_request();
     };
     int j = key_of(0), highest[LEFT];
 #pragma unroll
-    for (int step = 0; step < STAGES - 1; step++) fetch(step);
+    for (int chunk = 0; chunk < STAGES - 1; chunk++) fetch(chunk);
 #pragma unroll 1
-    for (int step = 0; j < padded; step++) {
-        fetch(step + STAGES - 1);
+    for (int chunk = 0; j < padded; chunk++) {
+        fetch(chunk + STAGES - 1);
         await<STAGES - 1>();
         uint4 now[LOADS];
 #pragma unroll
-        for (int u = 0; u < LOADS; u++) now[u] = mine_of[step % STAGES][u][lane];
+        for (int u = 0; u < LOADS; u++) now[u] = mine_of[chunk % STAGES][u][lane];
         float sum[SUMS];
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
             float x[E];
             widen(now[u], x);
 #pragma unroll
-            for (int h = 0; h < HEADS; h++) {
-                float product[E];
-#pragma unroll
-                for (int e = 0; e < E; e++) product[e] = __fmul_rn(query[h][e], x[e]);
-                tree<E>(product);
-                sum[h * LOADS + u] = product[0];
-            }
+            for (int h = 0; h < HEADS; h++) sum[h * LOADS + u] = product(query[h], x);
         }
         tree_over_lanes<SUMS, LANES, log2i(HEADS)>(sum, lane);
-        const bool opens = SUB <= STEP || j % SUB == 0, closes = SUB <= STEP || (j + STEP) % SUB == 0;
+        const bool opens = SUB <= CHUNK || j % SUB == 0, closes = SUB <= CHUNK || (j + CHUNK) % SUB == 0;
 #pragma unroll
         for (int i = 0; i < LEFT; i++) {
             const int h = (first + i) / LOADS, c = (first + i) % LOADS * COLUMNS + column;
@@ -77,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
         if (closes) {
             // A key's number is its load's, then its place in the load: bits that lie in the lane or in `first`.
 #pragma unroll
-            for (int bit = 0; (1 << bit) < SUB && (1 << bit) < STEP; bit++) {
+            for (int bit = 0; (1 << bit) < SUB && (1 << bit) < CHUNK; bit++) {
                 const int low = bit - log2i(COLUMNS), s = log2i(SUMS) - 1 - low;
                 int other[LEFT];
 #pragma unroll
@@ -96,6 +91,6 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
                     best[(((i64)b * heads + g * GROUP + h) * padded + j + c) / SUB] = highest[i];
             }
         }
-        j = key_of(step + 1);
+        j = key_of(chunk + 1);
     }
 }
