@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
+from ..validation import check_scale
 from .cuda import CudaStep, Shape, shape_of, step_of, takes
-from .form import MadeFor, Numbers, device_of
+from .form import MadeFor, Numbers, device_of, outline
 from .index import KeyIndex
 from .triton_step import Step, TritonStep
 
@@ -25,6 +28,8 @@ class Decoder:
     def __init__(self, batch: int, heads: int, n: int, head_dim: int, k_eff: int, device: torch.device | str) -> None:
         self.made_for = MadeFor(batch, heads, n, head_dim, k_eff, device_of(device))
         self.steps: dict[Shape, CudaStep | None] = {}
+        #: what runs arguments that were checked, by their outline
+        self.known: dict[Hashable, CudaStep | None] = {}
         self.triton: TritonStep | None = None
 
     def __call__(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None = None) -> Step:
@@ -48,8 +53,8 @@ class Decoder:
             ValueError: naming the argument, its value and what is allowed.
             RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
         """
-        scale = self.made_for.check(q, k, v, index, scale)
-        step = self._cuda_step(q, k, v, index)
+        step = self.cuda_step(q, k, v, index)
+        scale = check_scale(scale, self.made_for.head_dim)
         if step is None:
             return self._triton_step().run(q, k, v, index, scale)
         with torch.cuda.device_of(q):
@@ -57,11 +62,14 @@ class Decoder:
             return Step(*step.choose(q, k, v, index, scale), step.count)
 
     def cuda_step(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> CudaStep | None:
-        """What runs these in CUDA C++, or None where Triton does; arguments as for a step."""
-        self.made_for.check(q, k, v, index, None)
-        return self._cuda_step(q, k, v, index)
+        """What runs these in CUDA C++, or None where Triton does; arguments, and what is refused, as for a step."""
+        found = outline(q, k, v, index)
+        if found not in self.known:
+            self.made_for.check(q, k, v, index)
+            self.known[found] = self._new_or_kept(q, k, v, index)
+        return self.known[found]
 
-    def _cuda_step(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> CudaStep | None:
+    def _new_or_kept(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> CudaStep | None:
         if not takes(q, k, v, index):
             return None
         shape = shape_of(q, k, v, index, self.made_for.k_eff)

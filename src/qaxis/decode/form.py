@@ -1,10 +1,12 @@
 """What a decode step was made for, and whether what it is given fits that and itself: by form, never by the numbers.
 
-It costs microseconds on the host and does not wait for a device, so a step can be captured in a CUDA graph.
+It does not wait for a device, so a step can be captured in a CUDA graph. Arguments of an :func:`outline` that passed
+once are not checked again: then it costs microseconds on the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,7 +14,7 @@ import torch
 
 from ..storage.side import Stored
 from ..storage.triton import readable
-from ..validation import MOST_KEYS, check_form, check_like, check_scale, check_shapes, is_integer, require
+from ..validation import MOST_KEYS, check_form, check_like, check_shapes, is_integer, require
 from .index import KeyIndex
 
 #: keys or values ``[B, Hkv, N, D]``
@@ -35,6 +37,23 @@ def device_of(device: torch.device | str) -> torch.device:
     require(allowed, "device", str(device), "'cpu', or a 'cuda' device that this machine has")
     assert found is not None
     return found
+
+
+def _outline(x: object) -> object:
+    if isinstance(x, torch.Tensor):
+        strided = x.layout == torch.strided
+        return x.shape, x.dtype, x.device, x.layout, *((x.stride(), x.data_ptr() % 16) if strided else ())
+    if isinstance(x, Stored):
+        return x.grid, x.dtype, x.dim, x.width, *map(_outline, (x.codes, x.scales, x.first, x.zeros, x.newest))
+    if isinstance(x, KeyIndex):
+        return tuple(map(_outline, (x.norm, x.residual, x.largest_scales, x.codes)))
+    return type(x)
+
+
+def outline(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> Hashable:
+    """Form, strides and alignment of every argument: equal outlines are allowed, and run, alike."""
+    same = isinstance(k, Stored) and isinstance(index, KeyIndex) and index.is_of(k)
+    return *map(_outline, (q, k, v, index)), same
 
 
 def _check_numbers(name: str, x: Numbers) -> None:
@@ -69,8 +88,8 @@ class MadeFor:
         allowed = is_integer(self.k_eff) and 1 <= self.k_eff <= self.n
         require(allowed, "k_eff", self.k_eff, f"an integer in 1..{self.n}, the number of keys")
 
-    def check(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None) -> float:
-        """The softmax scale, once everything fits: ``q [B, H, 1, D]``, ``k [B, Hkv, N, D]``, ``v [B, Hkv, N, Dv]``.
+    def check(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> None:
+        """Check that everything fits: ``q [B, H, 1, D]``, ``k [B, Hkv, N, D]``, ``v [B, Hkv, N, Dv]``.
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
@@ -88,4 +107,3 @@ class MadeFor:
             check_like(name, x, q)  # type: ignore[arg-type]
         require(isinstance(index, KeyIndex), "index", type(index).__name__, "what index_keys or index_cache return")
         index.check_form(k)
-        return check_scale(scale, self.head_dim)

@@ -45,6 +45,10 @@ class KeyIndex:
             # Kernels read the bounds one after the other.
             object.__setattr__(self, name, x.contiguous())
 
+    def is_of(self, k: Stored) -> bool:
+        """Whether the codes are those of the cache ``k`` in its present state: as many tokens at the same places."""
+        return self.codes is not None and _same(self.codes, k)
+
     def check_form(self, k: torch.Tensor | Stored) -> None:
         """Check that this can be the index of ``k [B, Hkv, N, D]``, without looking at the numbers.
 
@@ -58,8 +62,7 @@ class KeyIndex:
             require(x.dtype == torch.float32, f"index.{name}.dtype", x.dtype, "torch.float32")
             require(x.device == device, f"index.{name}.device", str(x.device), f"k's device {device}")
         if isinstance(k, Stored):
-            allowed = self.codes is not None and _same(self.codes, k)
-            require(allowed, "index.codes", type(self.codes).__name__, "those of k itself: index_cache(k)")
+            require(self.is_of(k), "index.codes", type(self.codes).__name__, "those of k itself: index_cache(k)")
         if self.codes is not None:
             check_codes("index.codes", self.codes)
             shape = tuple(k.shape)

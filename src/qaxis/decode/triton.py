@@ -239,6 +239,46 @@ def rescore_kernel(
 
 
 @triton.jit
+def _count_above(word, key_ptr, bound, total, i, BLOCK: tl.constexpr):
+    """How many of ``total`` words are larger; the first BLOCK are at hand in ``word``, the others are read."""
+    count = tl.sum((word > bound).to(tl.int32), 0)
+    for offset in range(BLOCK, total, BLOCK):
+        more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=-2147483648)
+        count += tl.sum((more > bound).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _kth_largest(word, key_ptr, low, top, total, k_eff, i, BLOCK: tl.constexpr):
+    """The k_eff-th largest of ``total`` words, or a lower number that just ``k_eff`` of them reach.
+
+    Between the lowest and the highest word, by interpolation of the counts, later by halving; it ends as soon as just
+    enough words are left.
+    """
+    kth = low.to(tl.int64)
+    behind = top.to(tl.int64) + 1
+    at_least = total
+    beyond = 0
+    tries = 0
+    while behind - kth > 1:
+        # In turn: at the count itself, a little below it so that both ends come closer, and halving, as one far score
+        # can lead the others astray.
+        aim = k_eff + tl.where(tries % 3 == 1, (at_least - k_eff) // 8, 0)
+        part = (at_least - aim).to(tl.float32) / (at_least - beyond).to(tl.float32)
+        part = tl.where((tries % 3 < 2) & (tries < 15), part, 0.5)
+        stride = ((behind - kth).to(tl.float32) * part).to(tl.int64)
+        trial = kth + tl.minimum(tl.maximum(stride, 1), behind - kth - 1)
+        enough = _count_above(word, key_ptr, (trial - 1).to(tl.int32), total, i, BLOCK)
+        kth = tl.where(enough >= k_eff, trial, kth)
+        at_least = tl.where(enough >= k_eff, enough, at_least)
+        behind = tl.where(enough >= k_eff, behind, trial)
+        beyond = tl.where(enough >= k_eff, beyond, enough)
+        behind = tl.where(enough == k_eff, kth, behind)
+        tries += 1
+    return kth.to(tl.int32)
+
+
+@triton.jit
 def choose_kernel(
     position_ptr, key_ptr, count_ptr, index_ptr, score_ptr, top_ptr, padded, k_eff,
     STRETCHES: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr,
@@ -261,37 +301,8 @@ def choose_kernel(
         top = tl.maximum(top, tl.max(more, 0))
         low = tl.minimum(low, tl.min(tl.where(offset + i < total, more, 2147483647), 0))
     tl.store(top_ptr + row, score_of(top).to(tl.float32, bitcast=True))
-    # Between the lowest and the highest word, by interpolation of the counts, later by halving; it ends as soon as just
-    # enough words are left.
-    kth = low.to(tl.int64)
-    behind = top.to(tl.int64) + 1
-    at_least = total
-    beyond = 0
-    tries = 0
-    while behind - kth > 1:
-        # In turn: at the count itself, a little below it so that both ends come closer, and halving, as one far score
-        # can lead the others astray.
-        aim = k_eff + tl.where(tries % 3 == 1, (at_least - k_eff) // 8, 0)
-        part = (at_least - aim).to(tl.float32) / (at_least - beyond).to(tl.float32)
-        part = tl.where((tries % 3 < 2) & (tries < 15), part, 0.5)
-        stride = ((behind - kth).to(tl.float32) * part).to(tl.int64)
-        trial = kth + tl.minimum(tl.maximum(stride, 1), behind - kth - 1)
-        enough = tl.sum((word >= trial.to(tl.int32)).to(tl.int32), 0)
-        for offset in range(BLOCK, total, BLOCK):
-            more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=-2147483648)
-            enough += tl.sum((more >= trial.to(tl.int32)).to(tl.int32), 0)
-        kth = tl.where(enough >= k_eff, trial, kth)
-        at_least = tl.where(enough >= k_eff, enough, at_least)
-        behind = tl.where(enough >= k_eff, behind, trial)
-        beyond = tl.where(enough >= k_eff, beyond, enough)
-        behind = tl.where(enough == k_eff, kth, behind)
-        tries += 1
-    kth = kth.to(tl.int32)
-
-    above = tl.sum((word > kth).to(tl.int32), 0)
-    for offset in range(BLOCK, total, BLOCK):
-        more = tl.load(key_ptr + offset + i, mask=offset + i < total, other=-2147483648)
-        above += tl.sum((more > kth).to(tl.int32), 0)
+    kth = _kth_largest(word, key_ptr, low, top, total, k_eff, i, BLOCK)
+    above = _count_above(word, key_ptr, kth, total, i, BLOCK)
 
     o = tl.arange(0, OUT)
     higher = 0

@@ -6,6 +6,7 @@ in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from ..arithmetic.triton import INTERPRETED, check_device, log2, triton
 from ..attention.triton import combined, partials
 from ..storage.side import Stored
 from ..storage.triton import side_arguments
-from .form import MadeFor, Numbers, device_of
+from ..validation import check_scale
+from .form import MadeFor, Numbers, device_of, outline
 from .index import KeyIndex
 from .triton import choose_kernel, compact_kernel, rescore_kernel, score_codes_kernel, score_product_kernel
 
@@ -101,6 +103,7 @@ class TritonStep:
         tuning: Tuning = Tuning(),
     ) -> None:  # fmt: skip
         self.made_for = MadeFor(batch, heads, n, head_dim, k_eff, device_of(device))
+        self.checked: set[Hashable] = set()
         self.n, self.k_eff, self.tuning = n, k_eff, tuning
         rows = batch * heads
         times = NEIGHBOURHOODS if NEIGHBOURHOODS * k_eff <= tuning.threshold else FEWER_NEIGHBOURHOODS
@@ -128,7 +131,11 @@ class TritonStep:
 
         Arguments, and what is refused, as :meth:`qaxis.decode.Decoder.__call__` has them.
         """
-        return self.run(q, k, v, index, self.made_for.check(q, k, v, index, scale))
+        found = outline(q, k, v, index)
+        if found not in self.checked:
+            self.made_for.check(q, k, v, index)
+            self.checked.add(found)
+        return self.run(q, k, v, index, check_scale(scale, self.made_for.head_dim))
 
     def run(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float) -> Step:
         """The step itself, of arguments that were checked."""
