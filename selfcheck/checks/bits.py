@@ -22,8 +22,8 @@ from . import doors
 
 #: (batch, heads, kv heads, queries, keys, head_dim); few rows, as the interpreter takes its time for each
 SHAPES = (
-    (1, 1, 1, 1, 1, 64), (1, 4, 2, 1, 257, 64), (2, 3, 1, 1, 1000, 128), (1, 8, 1, 2, 300, 80),
-    (1, 7, 1, 1, 129, 96), (1, 2, 2, 5, 5, 32), (1, 4, 1, 3, 65, 256),
+    (1, 1, 1, 1, 1, 64), (1, 4, 2, 1, 257, 64), (2, 3, 1, 1, 1000, 128), (1, 8, 1, 1, 300, 80),
+    (1, 7, 1, 1, 129, 96), (1, 2, 2, 5, 5, 32), (1, 2, 1, 3, 65, 256),
 )  # fmt: skip
 #: of a model's heads: what a quantised cache is asked to hold
 TWIN_KINDS = ("normal", "wide range", "one dominates", "sink")

@@ -6,7 +6,6 @@ import bz2
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +111,13 @@ class _Kept:
             at += 1
 
 
-@lru_cache(maxsize=2)
-def _articles(path: Path) -> _Kept:
-    # Several claims want texts of their own length, and parsing the markup takes seconds.
-    return _Kept(_parsed(path))
+#: several claims want texts of their own length, and parsing the markup takes seconds
+_PARSED: dict[Path, _Kept] = {}
 
 
 def articles(path: Path) -> Iterator[str]:
     """Plain text of the whole articles of a MediaWiki dump (.bz2)."""
-    return iter(_articles(path))
+    return iter(_PARSED.setdefault(path, _Kept(_parsed(path))))
 
 
 def _parsed(path: Path) -> Iterator[str]:
