@@ -6,6 +6,7 @@ import bz2
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,15 @@ class _Kept:
             at += 1
 
 
-#: several claims want texts of their own length, and parsing the markup takes seconds
-_PARSED: dict[Path, _Kept] = {}
+@lru_cache(maxsize=2)
+def _articles(path: Path) -> _Kept:
+    # Several claims want texts of their own length, and parsing the markup takes seconds.
+    return _Kept(_parsed(path))
 
 
 def articles(path: Path) -> Iterator[str]:
     """Plain text of the whole articles of a MediaWiki dump (.bz2)."""
-    return iter(_PARSED.setdefault(path, _Kept(_parsed(path))))
+    return iter(_articles(path))
 
 
 def _parsed(path: Path) -> Iterator[str]:
