@@ -67,10 +67,25 @@ MODELS, ALWAYS, RECORDING = (
 )
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 
+DECODE, PREFILL = "test_decode.py::", "test_prefill.py::"
 EVIDENCE, TRACING = "selfcheck/harness/evidence.py", "selfcheck/harness/tracing.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
+    # Doors: what does not fit, any layout
+    Mutant(DECODE + "test_any_layout", "last stride of the keys ignored", CERTIFIED, "j[:, None] * stride_kn + d[None, :] * stride_kd", "j[:, None] * stride_kn + d[None, :]"),
+    Mutant(DECODE + "test_what_does_not_fit_is_named", "sizes not compared with the constructor's", "src/qaxis/decode/form.py", "require(q.shape[i] == size,", "require(True,"),
+    Mutant("test_decode_cuda.py::test_any_layout", "what a kernel can read is asked once", "src/qaxis/decode/api.py", "if not takes(q, k, v, index):", "if False:"),
+    Mutant(PREFILL + "test_what_does_not_fit_is_refused_by_name", "form of a prefill not checked", "src/qaxis/prefill/attention.py", "    check_qkv_form(q, k, v, causal=causal)\n", ""),
+    Mutant("kernel-grid", "last strides ignored", "src/qaxis/storage/triton.py", "position * rows_n + d * rows_d, mask=mask", "position * rows_n + d, mask=mask"),
+    Mutant("test_interpreter.py::test_triton_first_is_one_clear_sentence", "Triton that came first is not told of", RULES, "if calls_library and LOADED_TOO_EARLY:", "if False:"),
+    Mutant("test_interpreter.py::test_qaxis_first_and_nothing_in_the_environment", "interpreter not chosen", "src/qaxis/arithmetic/interpreter.py", 'os.environ.setdefault("TRITON_INTERPRET", "1")', "pass"),
+    # What makes evidence stale
+    Mutant(HARNESS + "test_the_claims_of_one_table_come_from_one_card", "a table of several cards passes", EVIDENCE, "if len(devices) > 1}", "if len(devices) > 9}"),
+    Mutant(HARNESS + "test_a_claim_of_two_cards_needs_a_fresh_record_of_each", "any card's record serves", EVIDENCE, 'next((r for r in records if card in r["device"]), None)', "next(iter(records), None)"),
+    Mutant(HARNESS + "test_a_version_off_its_list_makes_only_its_records_stale", "versions play no part", EVIDENCE, "outside = versions.outside(record, state.on_gpu, root)", "outside: list[str] = []"),
+    Mutant(HARNESS + "test_interpreted_kernels_and_the_constants_they_read_are_dependencies", "executed functions are not noted", TRACING, "functools.partial(RAN.add, self.where)", "functools.partial(set[str]().add, self.where)"),
+    Mutant("test_paper.py::test_a_figure_of_other_evidence_is_refused", "figures of other evidence pass", "figures/drawn.py", "evidence.record_digest(records[claim]) != digest", "False"),
     # Certified decoding
     Mutant("certified", "what codes leave out is no error", CERTIFIED, "tl.load(residual_ptr) + relative", "relative"),
     Mutant("certified", "no error at all", CERTIFIED, "2.0 * (error * units * 1.01 + 1.0)", "0.0 * (error * units * 1.01 + 1.0)"),
