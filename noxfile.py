@@ -71,10 +71,10 @@ def proofs(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Test the library and the harness: bad input, tampering, interruption, mutants."""
+    """Test the library and the harness: bad input, tampering, interruption. A process a core; options: pytest's."""
     project(session, "tests")
     session.install("-c", CPU, "matplotlib")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "logical", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session

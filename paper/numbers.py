@@ -65,7 +65,8 @@ def macros(records: Records) -> dict[str, str]:
                     out[f"{key}.{end}"] = show(key, v[end])
             if v["n"] is not None:
                 out[f"{key}.n"] = thousands(v["n"])
-        out[f"{claim}.device"] = escape(record["device"])
+        cards = [record["device"], *(other["device"] for other in record.get("other_cards", []))]
+        out[f"{claim}.device"] = escape(" and ".join(cards))
         out[f"{claim}.status"] = escape(record["status"])
     for claim_entry in [*seal.claims(), *seal.reported()]:
         out[f"{claim_entry['id']}.published"] = escape(claim_entry["published"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfcheck.harness.files import ROOT
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process a core: threads on top of that only wait for each other.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
