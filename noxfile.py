@@ -18,6 +18,11 @@ def project(session: nox.Session, extra: str, constraints: str = CPU) -> None:
     session.install("--no-deps", MODEL, CORPUS)
 
 
+def versions(session: nox.Session) -> str:
+    """The list of versions that the records of this run are held to."""
+    return GPU if any("cuda" in word for word in session.posargs) else CPU
+
+
 def downstream(session: nox.Session, *packages: str) -> None:
     """Install what reads evidence; none of it needs torch."""
     session.install("-c", CPU, "tomlkit", "packaging", *packages)
@@ -26,14 +31,14 @@ def downstream(session: nox.Session, *packages: str) -> None:
 @nox.session
 def selfcheck(session: nox.Session) -> None:
     """Verify the seal, measure every claim, write evidence. Options: --quick --only --jobs --model --device ..."""
-    project(session, "selfcheck")
+    project(session, "selfcheck", versions(session))
     session.run("python", "-m", "selfcheck", "run", *session.posargs)
 
 
 @nox.session
 def evidence(session: nox.Session) -> None:
     """Renew what is stale, and resume. Options: --device cuda (needs Python 3.12) --minutes --only --jobs."""
-    project(session, "selfcheck", GPU if any("cuda" in word for word in session.posargs) else CPU)
+    project(session, "selfcheck", versions(session))
     session.run("python", "-m", "selfcheck", "evidence", *session.posargs)
 
 

@@ -1,4 +1,4 @@
-"""Command line: ``python -m selfcheck [run|evidence|status|seal]``; nox calls it."""
+"""Command line: ``python -m selfcheck [run|evidence|status|seal|golden]``; nox calls it."""
 
 from __future__ import annotations
 
@@ -102,6 +102,9 @@ def run(
         raise SelfcheckError(f"not run: {', '.join(pool.not_run)}; the reason is above")
     records = [made[c["id"]] for c in wanted if c["id"] in made]
     written = [f"evidence {path.relative_to(ROOT)}, root {root}" for path, root in keep(records, options)]
+    apart = sorted({why for r in records if r["claim"] in on_gpu for why in versions.outside(r, True)})
+    if apart and device != "cpu":
+        written.append(f"GPU claims are kept apart from the committed evidence: {', '.join(apart)}")
     rows = [s for s in evidence.states() if s.claim["id"] in made or not only or s.claim["id"] in only]
     console.print(tables.measured(records, rows))
     console.print(

@@ -82,7 +82,10 @@ MUTANTS = (
     Mutant("test_interpreter.py::test_qaxis_first_and_nothing_in_the_environment", "interpreter not chosen", "src/qaxis/arithmetic/interpreter.py", 'os.environ.setdefault("TRITON_INTERPRET", "1")', "pass"),
     # What makes evidence stale
     Mutant(HARNESS + "test_the_claims_of_one_table_come_from_one_card", "a table of several cards passes", EVIDENCE, "if len(devices) > 1}", "if len(devices) > 9}"),
-    Mutant(HARNESS + "test_a_claim_of_two_cards_needs_a_fresh_record_of_each", "any card's record serves", EVIDENCE, 'next((r for r in records if card in r["device"]), None)', "next(iter(records), None)"),
+    Mutant(HARNESS + "test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence", "any card's record serves", EVIDENCE, 'next((r for r in records if card in r["device"]), None)', "next(iter(records), None)"),
+    Mutant(HARNESS + "test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence", "a card that failed is passed over", EVIDENCE, 'state.word in ("stale", "missing")', 'state.word != "fresh"'),
+    Mutant(HARNESS + "test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence", "a claim of which no card is fresh passes", EVIDENCE, 'any(s.word == "fresh" for s in others)', "True"),
+    Mutant(HARNESS + "test_gpu_records_off_their_list_stay_beside_the_committed_ones", "records that are stale at once replace committed ones", "selfcheck/harness/run.py", " and not versions.outside(r, True, root)", ""),
     Mutant(HARNESS + "test_a_version_off_its_list_makes_only_its_records_stale", "versions play no part", EVIDENCE, "outside = versions.outside(record, state.on_gpu, root)", "outside: list[str] = []"),
     Mutant(HARNESS + "test_interpreted_kernels_and_the_constants_they_read_are_dependencies", "executed functions are not noted", TRACING, "functools.partial(RAN.add, self.where)", "functools.partial(set[str]().add, self.where)"),
     Mutant("test_paper.py::test_a_figure_of_other_evidence_is_refused", "figures of other evidence pass", "figures/drawn.py", "evidence.record_digest(records[claim]) != digest", "False"),

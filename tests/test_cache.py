@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GenerationConfig, LlamaConfig, MistralConfig
 
+import figures.formats
+import figures.memory
 import qaxis
 from qaxis.storage.buffer import Growing
 from qaxis.storage.formats import FORMATS, Format
 from qaxis.storage.grid import Grid, dequantize, pack, quantize, scale_of, unpack
+from selfcheck.checks import formats
 
 GRIDS = [Grid(b, per, 128 if per == "channel" else 64, zero) for b in range(2, 9) for per in ("channel", "token")
          for zero in ((False, True) if b < 8 else (False,))]  # fmt: skip
@@ -65,6 +68,10 @@ def test_round_trip_and_bytes(name, dtype):
     head = 2 * 2 * FORMATS[name].sinks * 2 * 64 * k.element_size()
     ratio = (cache.stored_bytes() - head) / (2 * 2 * 2 * k.numel())
     assert ratio == pytest.approx({"int8": 0.50390625, "int6": 0.3828125, "int4": 0.2890625}[name])
+
+
+def test_every_list_of_formats_has_every_format():
+    assert set(FORMATS) == set(formats.TARGETS) == set(figures.formats.OWN) == {*figures.memory.CACHES} - {"bfloat16"}
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -18,7 +18,7 @@ from paper import numbers
 from selfcheck.harness import children, digests, evidence, renew, seal, tracing, versions
 from selfcheck.harness.claim import shared
 from selfcheck.harness.files import ROOT, SelfcheckError, write_atomic
-from selfcheck.harness.run import Options, destination
+from selfcheck.harness.run import Options, destination, keep
 from selfcheck.inputs import subjects
 
 PINNED = {kind: s["sha256"] for kind, s in seal.subjects().items()}
@@ -398,14 +398,29 @@ def test_markers_are_asked_for_the_records_python_and_builds_are_one():
     assert versions.outside({}, True)
 
 
-def test_a_claim_of_two_cards_needs_a_fresh_record_of_each(tree):
+def test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence(tree):
+    made, (first, second) = records(tree), (DEVICES["H100"], DEVICES["H200"])
+
+    def speaks_of(*cards, **of_first):
+        given = [{**r, **of_first} if (r["claim"], r["device"]) == ("golden-gpu", first) else r for r in made]
+        write_both(tree, [r for r in given if r["claim"] != "golden-gpu" or r["device"] in cards])
+        found = evidence.accepted(tree)["golden-gpu"]
+        return [found["device"], *(r["device"] for r in found.get("other_cards", []))]
+
+    assert speaks_of(first, second) == [first, second]
+    assert speaks_of(second) == [second] and speaks_of(first) == [first]
+    assert speaks_of(first, second, depends={KERNEL: "0"}) == [second]
+    with pytest.raises(SelfcheckError, match="golden-gpu on H100: failed: bits differ"):
+        speaks_of(first, second, passed=False, verdict="bits differ")
+    with pytest.raises(SelfcheckError, match="golden-gpu on H100: missing\n.*golden-gpu on H200: missing"):
+        speaks_of()
+    with pytest.raises(SelfcheckError, match="golden-gpu on H100: stale"):
+        speaks_of(first, depends={KERNEL: "0"})
+
+
+def test_fresh_records_replace_those_of_their_own_card(tree):
     made = records(tree)
     write_both(tree, made)
-    found = evidence.accepted(tree)["golden-gpu"]
-    assert [found["device"], *(r["device"] for r in found["other_cards"])] == [DEVICES["H100"], DEVICES["H200"]]
-    write_both(tree, [r for r in made if "H100" not in r["device"]])
-    with pytest.raises(SelfcheckError, match="golden-gpu on H100: missing"):
-        evidence.accepted(tree)
     path, claims = tree / evidence.GPU, seal.claims(tree)
     (fresh,) = [r for r in made if r["claim"] == "golden-gpu" and "H100" in r["device"]]
     again = evidence.merge(path, [{**fresh, "headline": "again"}], claims)
@@ -413,6 +428,17 @@ def test_a_claim_of_two_cards_needs_a_fresh_record_of_each(tree):
     other = next(r for r in made if r["claim"] == "splits")
     replaced = evidence.merge(path, [{**other, "device": DEVICES["H100"]}], claims)
     assert [r["device"] for r in replaced if r["claim"] == "splits"] == [DEVICES["H100"]]
+
+
+def test_gpu_records_off_their_list_stay_beside_the_committed_ones(tree):
+    made, options = records(tree), Options(device="cuda")
+    write_both(tree, made)
+    (record,) = [r for r in made if r["claim"] == "splits"]
+    off = {**record, "versions": {**record["versions"], "torch": "1.0"}, "headline": "off the list"}
+    ((path, _),) = keep([off], options, tree)
+    assert path.parent.name == "local" and evidence.load(tree / evidence.GPU)["splits"]["headline"] == ""
+    ((path, _),) = keep([{**record, "headline": "on it"}], options, tree)
+    assert path == tree / evidence.GPU and evidence.load(path)["splits"]["headline"] == "on it"
 
 
 def test_the_claims_of_one_table_come_from_one_card(tree):

@@ -88,11 +88,14 @@ def gpu_destination(options: Options, root: Path = ROOT) -> Path | None:
 
 
 def keep(records: list[dict[str, Any]], options: Options, root: Path = ROOT) -> list[tuple[Path, str]]:
-    """Merge records into the evidence they belong to; (file, root hash) of each file that was written."""
+    """Merge records into the evidence they belong to; (file, root hash) of each file that was written.
+
+    A GPU claim's record made with versions off its list would be stale at once: it stays beside the committed one.
+    """
     claims = seal.claims(root)
     on_gpu = {claim["id"] for claim in claims if claim.get("where") == "gpu"}
     gpu_path = gpu_destination(options, root)
-    of_gpu = [r for r in records if gpu_path and r["claim"] in on_gpu]
+    of_gpu = [r for r in records if gpu_path and r["claim"] in on_gpu and not versions.outside(r, True, root)]
     written = []
     for path, made in ((destination(options, root), [r for r in records if r not in of_gpu]), (gpu_path, of_gpu)):
         if path and made:

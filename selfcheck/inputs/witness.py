@@ -1,7 +1,7 @@
 """The canonical arithmetic a third time, in NumPy, sharing no code with the library.
 
 When a platform's bits differ from a committed digest, a digest cannot say where. This can: it is written
-from the rules alone (qaxis/canonical.py states them) and yields every intermediate result.
+from the rules alone (src/qaxis/arithmetic/__init__.py states them) and yields every intermediate result.
 """
 
 from __future__ import annotations

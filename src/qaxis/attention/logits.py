@@ -1,4 +1,7 @@
-"""What a model does to a score before the softmax; none of it changes the order of the keys (paper, section 2)."""
+"""What a model does to a score before the softmax; none of it changes the order of the keys (paper, section 2).
+
+The canonical form of it is ``weighted_sum`` in ``reference.py``; :meth:`Logits.softmax` is for what need not be that.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decode step in CUDA C++: two kernels where the Triton kernels are seven, with the same indices and bits.
+"""The decode step in CUDA C++: two kernels where Triton launches six, with the same indices and bits.
 
 It needs clusters of programs, so compute capability 9.0; on a CPU it is emulated, thread by thread, to be checked.
 :func:`takes` looks at where the numbers lie, before every step. All else a step depends on is its :class:`Shape`.
