@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant("certified", "what codes leave out is no error", CERTIFIED, "tl.load(residual_ptr) + relative", "relative"),
     Mutant("certified", "no error at all", CERTIFIED, "2.0 * (error * units * 1.01 + 1.0)", "0.0 * (error * units * 1.01 + 1.0)"),
     Mutant("certified", "keys without a fast score are dropped", CERTIFIED, "(fast >= cut) | (j < start)", "(fast >= cut) & (j >= start)"),
-    Mutant("certified", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
+    Mutant("test_decode.py::test_codes_that_are_nearly_all_zero_are_ranked_by_both_parts_of_the_query", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
     Mutant("test_decode.py::test_ties_go_to_the_lower_position", "ties go to the higher position", CERTIFIED, "j = tl.load(position_ptr + offset + o,", "j = tl.load(position_ptr + total - 1 - offset - o,"),
     # The CUDA C++, emulated
     Mutant("native", "no error behind codes", NATIVE, "(int)ceilf((float)found - margin)", "(int)ceilf((float)found)"),

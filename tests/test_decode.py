@@ -18,6 +18,7 @@ from qaxis.decode import Decoder, KeyIndex, index_cache, index_keys
 from qaxis.decode.triton_step import TritonStep, Tuning
 from qaxis.storage.grid import Grid
 from qaxis.storage.side import Side, Stored
+from selfcheck.inputs.adversarial import make
 
 from .layouts import LAYOUTS
 
@@ -59,6 +60,13 @@ def test_a_decoder_keeps_nothing_from_one_step_to_the_next():
         step = decoder(q, k, v, index_keys(k, codes=seed == 1))
         check(step, q, k, v, 30)
         assert int(step.rescored.sum(-1).min()) >= 30
+
+
+@pytest.mark.parametrize("kind", ["outlier key", "coarse scales"])
+def test_codes_that_are_nearly_all_zero_are_ranked_by_both_parts_of_the_query(kind):
+    q, k, v = make(kind, (1, 3, 1, 1, 270, 32), torch.bfloat16, torch.Generator().manual_seed(0))
+    keys, values = stored(k, sinks=4), stored(v, sinks=4)
+    check(TritonStep(1, 3, 270, 32, 90, "cpu")(q, keys, values, index_cache(keys)), q, keys, values, 90)
 
 
 def test_tuning_changes_no_bit():
