@@ -14,7 +14,7 @@ from .harness import evidence, renew, seal, tables, versions
 from .harness.display import Lines, console
 from .harness.files import ROOT, SelfcheckError
 from .harness.jobs import Pool, cores
-from .harness.run import Options, keep
+from .harness.run import Options, gpu_destination, keep
 
 Claim = dict[str, Any]
 
@@ -102,8 +102,7 @@ def run(
         raise SelfcheckError(f"not run: {', '.join(pool.not_run)}; the reason is above")
     records = [made[c["id"]] for c in wanted if c["id"] in made]
     written = [f"evidence {path.relative_to(ROOT)}, root {root}" for path, root in keep(records, options)]
-    apart = sorted({why for r in records if r["claim"] in on_gpu for why in versions.outside(r, True)})
-    if apart and device != "cpu":
+    if on_gpu & set(made) and gpu_destination(options) and (apart := versions.outside_here(True)):
         written.append(f"GPU claims are kept apart from the committed evidence: {', '.join(apart)}")
     rows = [s for s in evidence.states() if s.claim["id"] in made or not only or s.claim["id"] in only]
     console.print(tables.measured(records, rows))
@@ -124,8 +123,7 @@ def evidence_command(device: str, minutes: float | None, only: tuple[str, ...], 
     seal.verify()
     _check_arguments(only, device, jobs)
     jobs, options, on_gpu = _jobs(jobs, device), Options(device=device), device != "cpu"
-    here = {"versions": versions.installed(), "machine": versions.machine()}
-    if outside := versions.outside(here, on_gpu):
+    if outside := versions.outside_here(on_gpu):
         raise SelfcheckError(f"records made here would be stale: {', '.join(outside)}")
     console.print("seal intact; importing torch and transformers ...")
     with Lines(0) as lines, Pool(options, jobs, lines).open() as pool:

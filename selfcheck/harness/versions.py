@@ -36,6 +36,11 @@ def machine() -> dict[str, str]:
     return {name: here[name] for name in ("sys_platform", "platform_machine", "platform_python_implementation")}  # type: ignore[literal-required]
 
 
+def outside_here(on_gpu: bool) -> list[str]:
+    """What a record made here would have off its list."""
+    return outside({"versions": installed(), "machine": machine()}, on_gpu)
+
+
 def outside(record: dict[str, Any], on_gpu: bool, root: Path = ROOT) -> list[str]:
     """Versions of a record that its list does not have, in words; empty if it has all.
 
