@@ -1,7 +1,4 @@
-"""The attention function that transformers calls by the name ``"qaxis"``, and the mask it is given.
-
-Registered through transformers' own attention and mask interfaces.
-"""
+"""The attention function that transformers calls by the name ``"qaxis"``, registered through its own interface."""
 
 from __future__ import annotations
 
@@ -11,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
 
 from ..attention import backend
 from ..attention.always import NONE
 from ..attention.logits import Logits
-from ..attention.selection import causal_mask, indices_to_mask, select_mask
+from ..attention.selection import indices_to_mask, select_mask
 from ..storage.side import Stored
-from ..validation import check_scale, require
+from ..validation import DTYPES, check_scale, require
+from .layers import HARMLESS
 from .lazy import LazyTensor
+from .masks import visible_keys
 from .settings import NAME, Settings, count_call, settings_of
 
 #: query rows that the masked mode handles at once; bounds memory at M * N * H booleans
@@ -45,14 +43,38 @@ class Call:
 recorders: list[Callable[[Call], None]] = []
 
 
-def _check_supported(kwargs: Mapping[str, Any], attention_mask: torch.Tensor | None) -> None:
-    """Refuse score modifications under which ranking by the query axis is not ranking by logit."""
-    if kwargs.get("position_bias") is not None:
-        raise ValueError("position_bias=<tensor>: allowed is None; a bias that differs between keys breaks Theorem 1")
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise ValueError(
-            f"attention_mask.dtype={attention_mask.dtype}: allowed is bool or None; an additive bias breaks Theorem 1"
-        )
+def _check_supported(kwargs: Mapping[str, Any], dropout: float, *tensors: torch.Tensor) -> None:
+    """Refuse what qaxis would have to ignore: arguments that may select keys or change scores, and training."""
+    for name, value in kwargs.items():
+        require(
+            value is None or name in HARMLESS, name, type(value).__name__,
+            "None; qaxis does not know this argument, which may select keys or change scores (a bias that differs "
+            "between keys breaks Theorem 1)",
+        )  # fmt: skip
+    require(dropout == 0.0, "dropout", dropout, "0: qaxis is for inference")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("requires_grad=True: allowed is inference under torch.no_grad(); selection has no gradient")
+
+
+def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value, in the dtype that autocast would multiply them in if theirs differ.
+
+    Raises:
+        ValueError: for a dtype that the kernels do not know, or different ones without autocast.
+    """
+    device, first = tensors[0].device.type, tensors[0].dtype
+    if any(x.dtype != first for x in tensors) and torch.is_autocast_enabled(device):
+        tensors = tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    for name, x in zip(("query", "key", "value"), tensors, strict=True):
+        require(x.dtype in DTYPES, f"{name}.dtype", x.dtype, "float32, float16 or bfloat16")
+        require(x.dtype == tensors[0].dtype, f"{name}.dtype", x.dtype, f"the query's {tensors[0].dtype}")
+    return tensors
+
+
+def _settings(module: nn.Module) -> Settings:
+    """What was set; in a model loaded with this implementation the default, and for modules of another kind dense."""
+    decoder = getattr(module, "is_causal", True) and isinstance(getattr(module, "layer_idx", None), int)
+    return settings_of(module) or (Settings() if decoder else Settings(budget=None))
 
 
 @torch.compiler.disable(reason="a compiler may contract or reorder canonical arithmetic; the kernels stay as they are")
@@ -76,22 +98,17 @@ def qaxis_attention_forward(
         s_aux: ``[H]`` sink logits that take part in the denominator (gpt-oss); they keep the order.
 
     Raises:
-        ValueError: for training, dropout, or a bias that differs between keys.
+        ValueError: for training, dropout, float64, a bias that differs between keys, or an argument that qaxis does
+            not know.
     """
-    settings = settings_of(module) or Settings()
-    _check_supported(kwargs, attention_mask)
-    require(dropout == 0.0, "dropout", dropout, "0: qaxis is for inference")
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise ValueError("requires_grad=True: allowed is inference under torch.no_grad(); selection has no gradient")
+    settings = _settings(module)
+    _check_supported(kwargs, dropout, query, key, value)
+    query, key, value = _in_one_dtype(query, key, value)
     logits = Logits(check_scale(scaling, query.shape[-1]), softcap, s_aux)
-    m, n = query.shape[2], key.shape[2]
-    if attention_mask is not None:
-        allowed = attention_mask[..., :n]
-    elif m > 1 and (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
-        allowed = causal_mask(m, n, query.device)
-    else:
-        allowed = torch.ones(1, 1, 1, n, dtype=torch.bool, device=query.device)
-    out, kept = attend(query, key, value, allowed, logits, settings)
+    allowed = visible_keys(module, attention_mask, query, key, is_causal)
+    # Inside autocast a product of float32 tensors would be one of 16 bits.
+    with torch.autocast(query.device.type, enabled=False):
+        out, kept = attend(query, key, value, allowed, logits, settings)
     if recorders:
         layer = int(getattr(module, "layer_idx", -1))
         call = Call(module, layer, query, key, allowed, logits, None if kept is None else kept())
@@ -151,16 +168,4 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return (weights @ v.float()).to(q.dtype)
 
 
-def _full_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' boolean mask; left out only where its absence cannot be misread.
-
-    SDPA reads no mask as causal from the *first* key on, which is how transformers uses it with a static cache;
-    here no mask means that the queries are the last positions. Both agree for one query, or as many as keys.
-    """
-    skip = kwargs.pop("allow_is_causal_skip", True) and q_length in (1, kv_length)
-    kwargs["allow_is_bidirectional_skip"] = False
-    return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs)
-
-
 AttentionInterface.register(NAME, qaxis_attention_forward)
-AttentionMaskInterface.register(NAME, _full_mask)

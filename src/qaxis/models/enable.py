@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,12 +18,12 @@ from ..attention.backend import check_backend
 from ..budget import Budget
 from ..validation import is_integer, require
 from . import attention as _registered  # noqa: F401  registers the implementation that enable() names
+from .layers import attention_modules, check_attention, check_model
 from .settings import (
     EXACTNESS,
     NAME,
     BudgetArgument,
     Settings,
-    attention_modules,
     calls_of,
     check_layers,
     forget_calls,
@@ -32,24 +31,10 @@ from .settings import (
     set_settings,
     settings_of,
 )
+from .switching import restore, switch
 
-_PREVIOUS = "_qaxis_previous"
-
-
-def _score_bias(config: Any) -> str | None:
-    """The bias that a model of this configuration adds to its scores, in words, or None."""
-    attention = getattr(config, "attn_config", None)
-    if config.model_type == "bloom" or getattr(config, "alibi", False) or getattr(attention, "alibi", False):
-        return "ALiBi"
-    if getattr(config, "relative_attention_num_buckets", None) or getattr(config, "relative_attention", False):
-        return "a relative position bias"
-    return None
-
-
-@dataclass
-class _Previous:
-    implementation: str
-    hooks: list[Any] = field(default_factory=list)
+#: of a module: the handle of its hook in strict mode
+_HOOK = "_qaxis_hook"
 
 
 class _Strict:
@@ -78,12 +63,15 @@ def enable(
     recent: int = 0,
     strict: bool = False,
 ) -> PreTrainedModel:
-    """Let every attention layer of ``model`` attend to its exact top-k keys.
+    """Let the self-attention of ``model``'s text decoder attend to its exact top-k keys.
+
+    Encoders, cross attention, vision and audio towers are left alone, whatever configuration they share with the
+    decoder; so are linear and recurrent layers.
 
     Args:
-        model: a transformers model whose attention goes through ``AttentionInterface``.
+        model: a transformers model whose decoder's attention goes through ``AttentionInterface``.
         budget: a :class:`~qaxis.Budget` (default: coverage 0.1, at least 64 keys), an int, ``"dense"``, or a dict
-            from layers to these, with ``"default"`` for the layers it does not name.
+            from layers (the ``layer_idx`` of attention) to these, with ``"default"`` for those it does not name.
         exactness: ``"bitwise"`` (canonical output) or ``"selection"`` (identical indices, output by a
             masked dense product; faster for prefill on a CPU, within
             :func:`qaxis.arithmetic.rounding.selection_output_bound` of canonical).
@@ -98,38 +86,35 @@ def enable(
 
     Raises:
         ValueError: for a model without such attention, one that adds a bias to its scores (ALiBi, relative
-            positions), or an argument out of range.
+            positions) or selects keys by a rule of its own, one in float64, or an argument out of range.
     """
-    _check_model(model)
+    check_model(model)
     modules = attention_modules(model)
+    check_attention(model, modules)
     always = Always(sinks, recent)
     _check_options(exactness, backend, first_dense, always)
-    check_layers(budget, len(modules))
+    check_layers(budget, {int(module.layer_idx) for module in modules})  # type: ignore[arg-type]
     settings = []
     for module in modules:
         chosen = layer_budget(budget, int(module.layer_idx), first_dense)  # type: ignore[arg-type]
         _check_room(chosen, always)
         settings.append(Settings(chosen, exactness, backend, always, strict))
-    _switch_on(model)
-    _remove_hooks(model)
+    switch(model, modules, NAME)
     for module, each in zip(modules, settings, strict=True):
-        set_settings(module, each)
-    if strict:
-        kept = model.__dict__.setdefault(_PREVIOUS, _Previous(NAME))
-        kept.hooks = [module.register_forward_hook(_Strict(module)) for module in modules]
+        _set(module, each)
     return model
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are not positive multiples of <q, k>, or whose attention cannot be replaced."""
-    bias = _score_bias(model.config.get_text_config())
-    require(
-        bias is None, "model", type(model).__name__,
-        f"a model whose logits are positive multiples of <q, k>; it adds {bias}, which differs between keys, so that "
-        "the order of <q, k> is no longer the order of the logits (paper, section 2)",
-    )  # fmt: skip
-    known = bool(attention_modules(model))
-    require(known, "model", type(model).__name__, "a model with attention layers behind AttentionInterface")
+def _set(module: nn.Module, settings: Settings | None) -> None:
+    """Hang settings and, in strict mode, a hook on a module; None leaves no trace of either."""
+    hook = module.__dict__.pop(_HOOK, None)
+    if hook is not None:
+        hook.remove()
+    set_settings(module, settings)
+    if settings is None:
+        forget_calls(module)
+    elif settings.strict:
+        module.__dict__[_HOOK] = module.register_forward_hook(_Strict(module))
 
 
 def _check_options(exactness: str, backend: str, first_dense: int, always: Always) -> None:
@@ -148,56 +133,41 @@ def _check_room(budget: Budget | None, always: Always) -> None:
     )  # fmt: skip
 
 
-def _switch_on(model: PreTrainedModel) -> None:
-    """Let transformers call qaxis, and remember what it called before."""
-    previous = model.config._attn_implementation
-    if previous != NAME:
-        model.set_attn_implementation(NAME)
-        done = model.config._attn_implementation == NAME
-        require(done, "model", type(model).__name__, "a model that lets its attention implementation be set")
-        model.__dict__[_PREVIOUS] = _Previous(previous)
-
-
-def _remove_hooks(model: PreTrainedModel) -> None:
-    previous = model.__dict__.get(_PREVIOUS)
-    if previous is not None:
-        for hook in previous.hooks:
-            hook.remove()
-        previous.hooks = []
-
-
 def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo :func:`enable`: the attention implementation is the one from before, no attribute is left.
+    """Undo :func:`enable`, also of a part of the model: every configuration is the one from before, no attribute is
+    left.
 
     A model that was *loaded* with ``attn_implementation="qaxis"`` has no other one to go back to and
     gets transformers' default: SDPA where the model supports it, eager attention elsewhere.
+
+    Raises:
+        ValueError: for what is not a transformers model.
     """
-    _remove_hooks(model)
-    for module in attention_modules(model):
-        set_settings(module, None)
-        forget_calls(module)
-    previous = model.__dict__.pop(_PREVIOUS, None)
-    if model.config._attn_implementation == NAME:
-        default = "sdpa" if model._supports_sdpa else "eager"
-        known = previous is not None and previous.implementation != NAME
-        model.set_attn_implementation(previous.implementation if known else default)
+    check_model(model)
+    for module in model.modules():
+        _set(module, None)
+    restore(model)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation == NAME:
+            part.set_attn_implementation("sdpa" if part._supports_sdpa else "eager")
     return model
 
 
 @contextmanager
 def sparse(model: PreTrainedModel, budget: BudgetArgument = None, **options: Any) -> Iterator[PreTrainedModel]:
     """``with qaxis.sparse(model, budget): ...``: :func:`enable` inside; what was before, after."""
-    was_on = model.config._attn_implementation == NAME
-    saved = [(m, settings_of(m)) for m in attention_modules(model)]
+    check_model(model)
+    before = [(module, settings) for module in model.modules() if (settings := settings_of(module)) is not None]
+    loaded = not before and model.config._attn_implementation == NAME
     try:
         yield enable(model, budget, **options)
     finally:
-        if was_on:
-            _remove_hooks(model)
-            for module, settings in saved:
-                set_settings(module, settings)
-                if settings is not None and settings.strict:
-                    hook = module.register_forward_hook(_Strict(module))
-                    model.__dict__.setdefault(_PREVIOUS, _Previous(NAME)).hooks.append(hook)
+        if loaded:
+            for module in model.modules():
+                _set(module, None)
+            restore(model)
         else:
             disable(model)
+        switch(model, [module for module, _ in before], NAME)
+        for module, settings in before:
+            _set(module, settings)

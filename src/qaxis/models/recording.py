@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from ..validation import require
 from .attention import Call, recorders
-from .settings import NAME, attention_modules, calls_of
+from .layers import attention_modules
+from .settings import NAME, calls_of
 
 #: query rows whose weights are formed at once
 _ROWS = 256

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..attention.always import NONE, Always
 from ..budget import Budget, as_budget
@@ -33,11 +32,6 @@ class Settings:
     backend: str = "auto"
     always: Always = NONE
     strict: bool = False
-
-
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that call the attention interface, in order of their layers."""
-    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
 
 
 def settings_of(module: nn.Module) -> Settings | None:
@@ -77,9 +71,10 @@ def layer_budget(budget: BudgetArgument, layer: int, first_dense: int) -> Budget
     return as_budget(Budget() if budget is None else budget)
 
 
-def check_layers(budget: BudgetArgument, layers: int) -> None:
-    """Refuse a dict that names layers the model does not have."""
+def check_layers(budget: BudgetArgument, layers: Collection[int]) -> None:
+    """Refuse a dict that names layers without attention, which the budget would not reach."""
     if isinstance(budget, Mapping):
         for name in budget:
-            known = name == "default" or (is_integer(name) and 0 <= name < layers)  # type: ignore[operator]
-            require(known, "budget", name, f"a dict with layers 0..{layers - 1} and 'default' as keys")
+            known = name == "default" or (is_integer(name) and name in layers)
+            allowed = ", ".join(map(str, sorted(layers)))
+            require(known, "budget", name, f"a dict with layers that attend ({allowed}) and 'default' as keys")
