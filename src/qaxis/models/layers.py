@@ -21,7 +21,7 @@ from ..validation import DTYPES, require
 
 #: in the path of a module: it does not read the text that it continues
 _ELSEWHERE = ("cross", "encoder_attn", "encdec", "vision", "visual", "image", "audio")
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_INTERFACE, _MASK = "ALL_ATTENTION_FUNCTIONS", "attention_mask"
 #: arguments of an attention call that change neither a score nor which keys are visible, or that qaxis honours.
 #: A sliding window is in the mask already.
 HARMLESS = frozenset(TransformersKwargs.__annotations__) | {
@@ -56,41 +56,100 @@ def _sources(cls: type) -> list[str]:
 
 
 @cache
-def _calls_interface(cls: type) -> bool:
+def _calls_interface(cls: Any) -> bool:
     return any(_INTERFACE in source for source in _sources(cls))
 
 
+class _Call:
+    """Where the methods of a class call the attention interface, as far as its source tells."""
+
+    def __init__(self, method: ast.AST) -> None:
+        self.assigned: dict[str, list[ast.expr]] = {}
+        for node in ast.walk(method):
+            if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and node.value is not None:
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    if isinstance(target, ast.Name):
+                        self.assigned.setdefault(target.id, []).append(node.value)
+        interfaces = {n for n, values in self.assigned.items() if any(_INTERFACE in ast.unparse(v) for v in values)}
+        self.calls = [
+            node
+            for node in ast.walk(method)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in interfaces
+        ]
+
+    def keywords(self) -> set[str]:
+        """The keyword arguments that are written out."""
+        return {keyword.arg for call in self.calls for keyword in call.keywords if keyword.arg}
+
+    def computes_mask(self) -> bool:
+        """Whether the mask that is passed on is not the one that came in, or a part of it."""
+        masks = [
+            m for call in self.calls for m in (*call.args[4:5], *(k.value for k in call.keywords if k.arg == _MASK))
+        ]
+        return any(not self._handed_on(mask) for mask in masks)
+
+    def _handed_on(self, mask: ast.expr, seen: frozenset[str] = frozenset()) -> bool:
+        if isinstance(mask, ast.Constant):
+            return True
+        if isinstance(mask, ast.IfExp):
+            return self._handed_on(mask.body, seen) and self._handed_on(mask.orelse, seen)
+        if isinstance(mask, ast.Subscript):
+            return self._handed_on(mask.value, seen)
+        if isinstance(mask, ast.Call):  # one of several masks, by name
+            return isinstance(mask.func, ast.Attribute) and mask.func.attr == "get"
+        if isinstance(mask, ast.Name):
+            values = self.assigned.get(mask.id, []) if mask.id not in seen else []
+            return all(self._handed_on(value, seen | {mask.id}) for value in values)
+        return False
+
+
 @cache
-def attention_keywords(cls: type) -> frozenset[str]:
-    """The keyword arguments that an attention module writes out where it calls the interface."""
-    names: set[str] = set()
-    words: set[str] = set()
-    for source in _sources(cls):
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value and _INTERFACE in ast.unparse(node.value):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names |= {target.id for target in targets if isinstance(target, ast.Name)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
-                words |= {keyword.arg for keyword in node.keywords if keyword.arg}
-    return frozenset(words)
+def own_rules(cls: Any) -> tuple[str, ...]:
+    """What an attention class does, by its source, that qaxis cannot follow: in words, empty if nothing is seen."""
+    methods = [
+        _Call(node)
+        for source in _sources(cls)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    unknown = sorted(set().union(*(method.keywords() for method in methods)) - HARMLESS)
+    found = [f"passes {', '.join(unknown)}"] if unknown else []
+    if any(method.computes_mask() for method in methods):
+        found.append("computes a mask of its own")
+    return tuple(found)
+
+
+@cache
+def _takes_cache(cls: Any) -> bool:
+    return "past_key_values" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+
+
+def _decodes(module: nn.Module) -> bool:
+    """Whether this module continues a text: it is causal, or says that it decodes, or has a cache without saying so.
+
+    The last are prefix language models (PaliGemma's Gemma): what is not causal in them stands in their masks.
+    """
+    kind: Any = type(module)
+    return bool(getattr(module, "is_causal", True) or getattr(module, "is_decoder", _takes_cache(kind)))
 
 
 def _is_decoder_attention(path: str, module: nn.Module) -> bool:
-    causal = getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)
+    kind: Any = type(module)
     return bool(
-        causal
-        and isinstance(getattr(module, "layer_idx", None), int)
+        isinstance(getattr(module, "layer_idx", None), int)
         and isinstance(module.__dict__.get("config"), PreTrainedConfig)
-        and _calls_interface(type(module))
+        and _calls_interface(kind)
+        and _decodes(module)
         and not any(word in path.lower() for word in _ELSEWHERE)
     )
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder's self-attention modules that call the attention interface, in the model's order."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        # Some models call another part of theirs a decoder, such as the projection to the vocabulary.
+        decoder = model
     return [module for path, module in decoder.named_modules() if _is_decoder_attention(path, module)]
 
 
@@ -122,12 +181,13 @@ def check_attention(model: PreTrainedModel, modules: list[nn.Module]) -> None:
         bool(modules), "model", name,
         "a model whose decoder has causal self-attention behind transformers' AttentionInterface",
     )  # fmt: skip
-    for cls in {type(module) for module in modules}:
-        unknown = sorted(attention_keywords(cls) - HARMLESS)
+    kinds: set[Any] = {type(module) for module in modules}
+    for cls in kinds:
+        rules = own_rules(cls)
         require(
-            not unknown, "model", name,
-            f"a model whose attention is determined by query, key and mask; {cls.__name__} passes "
-            f"{', '.join(unknown)}, which selects keys or changes scores by a rule of its own",
+            not rules, "model", name,
+            f"a model whose attention is determined by query, key and the mask it is given; {cls.__name__} "
+            f"{' and '.join(rules)}, which selects keys or changes scores by a rule of its own",
         )  # fmt: skip
     for module in modules:
         for parameter in module.parameters():

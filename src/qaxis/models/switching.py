@@ -109,7 +109,7 @@ def _around(model: nn.Module, chosen: set[int]) -> list[nn.Module]:
 
 
 def switch(model: nn.Module, chosen: list[nn.Module], name: str) -> None:
-    """Let the ``chosen`` modules of ``model``, and what makes their masks, read that ``name`` is their implementation."""
+    """Let ``chosen`` modules of ``model``, and what makes their masks, read ``name`` as their implementation."""
     for module in model.modules():
         for twin in _marks(module).values():
             twin.name_again()
