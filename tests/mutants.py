@@ -66,6 +66,8 @@ MODELS, ALWAYS, RECORDING = (
     "src/qaxis/models/recording.py",
 )
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
+LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switching.py", "src/qaxis/models/masks.py"
+BUILDS = "test_enable.py::"
 
 DECODE, PREFILL = "test_decode.py::", "test_prefill.py::"
 EVIDENCE, TRACING = "selfcheck/harness/evidence.py", "selfcheck/harness/tracing.py"
@@ -155,7 +157,7 @@ MUTANTS = (
     Mutant("selection", "reference keeps one key too few", SELECTION, "parts.append(mask_to_indices(select_mask(q[:, :, rows], k, some, wanted)", "parts.append(mask_to_indices(select_mask(q[:, :, rows], k, some, (wanted - 1).clamp(min=1))"),
     # Model and cache
     Mutant("kernel-real", "strides of queries mixed up", KERNELS, "i * stride_qm + d * stride_qd", "i * stride_qd + d * stride_qm"),
-    Mutant("flag-off", "disable leaves qaxis on", ENABLE, "        else:\n            disable(model)", "        else:\n            pass"),
+    Mutant("flag-off", "disable leaves qaxis on", ENABLE, "        else:\n            disable(model)\n", "        else:\n            pass\n"),
     Mutant("int8-twin", "scale not a power of two", QUANTIZATION, "return power_of_two(scales.to(torch.int32))", "return 1.1 * power_of_two(scales.to(torch.int32))"),
     Mutant("int8-bytes", "scales stored eight bytes wide", "src/qaxis/storage/side.py", "codes.flatten(2, 3), scales.squeeze(3)", "codes.flatten(2, 3), scales.squeeze(3).double()"),
     Mutant("int8-ppl", "update returns what it was given", "src/qaxis/models/cache.py", "        return keys, values\n\n    def dequantized", "        return key_states, value_states\n\n    def dequantized"),
@@ -177,9 +179,28 @@ MUTANTS = (
     # Contract of the library
     Mutant(LIBRARY + "test_bad_input_is_named", "NaN and Inf let through", "src/qaxis/validation.py", "if not bool(finite.all()):", "if False:"),
     Mutant(LIBRARY + "test_overflowing_products_are_refused_by_both_backends", "overflowed scores ranked", ARITHMETIC, "    if not bool(finite.all()):", "    if False:"),
-    Mutant(MODEL + "test_models_that_add_a_bias_to_scores_are_refused", "ALiBi accepted", ENABLE, "        bias is None,", "        True,"),
-    Mutant(MODEL + "test_left_padding_is_never_selected", "padding selected", MODELS, "allowed = attention_mask[..., :n]", "allowed = attention_mask[..., -1:, :n].expand_as(attention_mask[..., :n]) | True"),
-    Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", ENABLE, "        set_settings(module, None)\n        forget_calls(module)", "        forget_calls(module)"),
+    # enable on every build: which modules, whose configuration, which masks
+    Mutant(BUILDS + "test_encoder_decoders_see_what_they_saw", "no mask read as causal in modules that are not", MASKS, "(causal and q_length == kv_length)", "(q_length == kv_length)"),
+    Mutant(BUILDS + "test_encoder_decoders_see_what_they_saw", "cross attention gets a mask that eager attention adds", MASKS, "    if \"allow_is_bidirectional_skip\" in kwargs and before", "    if False and before"),
+    Mutant(BUILDS + "test_only_the_decoder_of_an_encoder_decoder_is_switched", "cross attention is chosen", LAYERS, '_ELSEWHERE = ("cross", "encoder_attn",', '_ELSEWHERE = ("cross",'),
+    Mutant(BUILDS + "test_only_the_decoder_of_an_encoder_decoder_is_switched", "every module around reads the twin", SWITCHING, "    return [module for path, module in modules.items() if path in wanted]", "    return list(modules.values())"),
+    Mutant(BUILDS + "test_two_models_of_one_configuration", "the configuration itself is written", SWITCHING, "        twin = copy.copy(config)", "        twin = config"),
+    Mutant(BUILDS + "test_every_configuration_is_the_object_from_before", "the twin stays", SWITCHING, "                module.__dict__[attribute] = twin.original", "                pass"),
+    Mutant(BUILDS + "test_what_the_user_changes_meanwhile_is_kept", "changes on the twin are lost", SWITCHING, "        twin.hand_back(originals)", "        pass"),
+    Mutant(BUILDS + "test_what_the_user_changes_meanwhile_is_kept", "enabled again, but by the name of another", SWITCHING, "            twin.name_again()", "            pass"),
+    Mutant(BUILDS + "test_a_copy_of_an_enabled_model_is_enabled_and_apart", "a copy forgets what its twin stands for", SWITCHING, "        self.__dict__.update(state)\n        self._register()", "        self.__dict__.update(state)"),
+    Mutant(BUILDS + "test_enabling_a_part_and_disabling_the_whole", "a hook stays", ENABLE, "        hook.remove()", "        pass"),
+    Mutant(BUILDS + "test_budgets_name_the_layers_that_attend", "a budget for a layer without attention", SETTINGS, "(is_integer(name) and name in layers)", "is_integer(name)"),
+    Mutant(BUILDS + "test_models_that_qaxis_cannot_serve_are_refused_with_the_reason", "a model's own selection swallowed", LAYERS, '    found = [f"passes {\', \'.join(unknown)}"] if unknown else []', "    found = []"),
+    Mutant(BUILDS + "test_models_that_qaxis_cannot_serve_are_refused_with_the_reason", "a mask of the module's own not seen", LAYERS, "    if any(method.computes_mask() for method in methods):", "    if False:"),
+    Mutant(BUILDS + "test_arguments_that_qaxis_does_not_know_are_refused", "unknown arguments swallowed", MODELS, "            value is None or name in HARMLESS, name", "            True, name"),
+    Mutant(BUILDS + "test_masks_of_every_form", "a small bias taken for a mask", MASKS, "    clear = bool((shown | hidden).all())", "    clear = True"),
+    Mutant(BUILDS + "test_masks_of_every_form", "padding of a two-dimensional mask ignored", MASKS, "        return (mask[:, None, None, -n:] != 0) & _everything", "        return _everything"),
+    Mutant(BUILDS + "test_the_module_decides_what_no_mask_means", "no mask for some of the keys taken as causal", MASKS, "        require(not causal or m == n,", "        require(True,"),
+    Mutant(BUILDS + "test_inside_autocast_nothing_but_the_dtype_changes", "products inside autocast", MODELS, "    with torch.autocast(query.device.type, enabled=False):", "    with torch.autocast(query.device.type, enabled=True):"),
+    Mutant(MODEL + "test_models_that_add_a_bias_to_scores_are_refused", "ALiBi accepted", LAYERS, "            bias is None,", "            True,"),
+    Mutant(MODEL + "test_left_padding_is_never_selected", "padding selected", MASKS, "    return mask if mask.dtype == torch.bool else", "    return mask | _everything(m, n, causal, query.device) if mask.dtype == torch.bool else"),
+    Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", ENABLE, "    set_settings(module, settings)\n", "    set_settings(module, settings or settings_of(module))\n"),
     Mutant(MODEL + "test_refusals", "gradients let through", MODELS, "if torch.is_grad_enabled() and", "if False and"),
     Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MODELS, "k, mask, budget.of(mask))\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n))\n        if"),
     # In transformers
@@ -187,8 +208,8 @@ MUTANTS = (
     Mutant("families", "soft cap ignored", REFERENCE, "logit = canonical.soft_cap(logit, logits.soft_cap)", "logit = logit * 1.0"),
     Mutant("families", "sink left out of the denominator", REFERENCE, "denominator = denominator + canonical.exp2(", "denominator = denominator + 0 * canonical.exp2("),
     Mutant("families", "the worst keys in fast mode", MODELS, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
-    Mutant(WINDOW, "sliding window ignored", MODELS, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
-    Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", MODELS, "q_length in (1, kv_length)", "True"),
+    Mutant(WINDOW, "sliding window ignored", MASKS, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
+    Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", MASKS, "(q_length == 1 or (causal and q_length == kv_length))", "True"),
     Mutant(GENERATION + "test_layers_with_their_own_budgets", "one dense layer too many", SETTINGS, "if layer < first_dense:", "if layer <= first_dense:"),
     Mutant(GENERATION + "test_sinks_and_recent_keys_are_kept_inside_the_budget", "kept keys come on top of the budget", ALWAYS, "k_eff[:, :, rows] - kept.sum(-1)", "k_eff[:, :, rows]"),
     Mutant(GENERATION + "test_sinks_and_recent_keys_are_kept_inside_the_budget", "recent window off by one", ALWAYS, "place[..., -1:] - always.recent)", "place[..., -1:] - always.recent + 1)"),

@@ -122,10 +122,10 @@ def switch(model: nn.Module, chosen: list[nn.Module], name: str) -> None:
     for module in _around(model, {id(module) for module in fresh}):
         for attribute, config in list(module.__dict__.items()):
             if isinstance(config, PreTrainedConfig) and attribute not in _marks(module):
-                twin = twins.of(config)
-                if twin is not config:
+                stands_in = twins.of(config)
+                if stands_in is not config:
                     module.__dict__.setdefault(_TWINS, {})[attribute] = twins.made[id(config)]
-                    module.__dict__[attribute] = twin
+                    module.__dict__[attribute] = stands_in
 
 
 def restore(model: nn.Module) -> None:
