@@ -44,8 +44,8 @@ def product_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Scores by matrix product, float32 ``[B, H, M, N]``, within ``rounding.product_error_bound`` of the canonical.
 
     The product is of float64 numbers, which autocast leaves alone and no setting of torch lets be shortened (TF32,
-    bfloat16 parts): no setting has to be read or changed. Where the canonical partial sums could leave float32 the bound
-    says nothing: there the canonical scores are computed, and refused if they overflow.
+    bfloat16 parts): no setting has to be read or changed. Where the canonical partial sums could leave float32 the
+    bound says nothing: there the canonical scores are computed, and refused if they overflow.
     """
     largest = float(
         torch.linalg.vector_norm(q.double(), dim=-1).amax() * torch.linalg.vector_norm(k.double(), dim=-1).amax()

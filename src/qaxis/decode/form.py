@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
+from ..storage.lazy import ReadOnlyTensor, dequantized, numbers_of
 from ..storage.side import Stored
 from ..storage.triton import readable
 from ..validation import MOST_KEYS, check_form, check_like, check_shapes, is_integer, require
@@ -54,6 +55,19 @@ def outline(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> Hashabl
     """Form, strides and alignment of every argument: equal outlines are allowed, and run, alike."""
     same = isinstance(k, Stored) and isinstance(index, KeyIndex) and index.is_of(k)
     return *map(_outline, (q, k, v, index)), same
+
+
+def readable_of(k: Any, v: Any, index: object) -> tuple[Any, Any]:
+    """Keys and values as a step reads them: of what a cache returned the codes, or its numbers if they do not serve."""
+    if not isinstance(k, ReadOnlyTensor) and not isinstance(v, ReadOnlyTensor):
+        return k, v
+    keys, values = numbers_of(k), numbers_of(v)
+    if isinstance(k, ReadOnlyTensor) and isinstance(keys, Stored):
+        indexed = isinstance(index, KeyIndex) and index.is_of(keys)
+        keys = keys if indexed and readable(keys) else dequantized(keys)
+    if isinstance(v, ReadOnlyTensor) and isinstance(values, Stored):
+        values = values if readable(values) else dequantized(values)
+    return keys, values
 
 
 def _check_numbers(name: str, x: Numbers) -> None:

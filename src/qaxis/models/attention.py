@@ -18,9 +18,9 @@ from ..attention import backend
 from ..attention.always import NONE
 from ..attention.logits import Logits
 from ..attention.selection import causal_mask, indices_to_mask, select_mask
+from ..storage.lazy import LazyTensor
 from ..storage.side import Stored
 from ..validation import check_scale, require
-from .lazy import LazyTensor
 from .settings import NAME, Settings, count_call, settings_of
 
 #: query rows that the masked mode handles at once; bounds memory at M * N * H booleans
