@@ -14,6 +14,8 @@ In a kernel a fast score is kept as a 16-bit integer ``floor(s * UNITS / range) 
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from . import reference
@@ -26,6 +28,8 @@ SMALLEST, LARGEST = 1e-20, 1e37
 UPWARD = 1 + 2.0**-10
 #: what two 8-bit parts of a query leave out, times the largest code: per channel and unit of the largest scaled query
 SPLIT = 128 / (127 * 254 * 2) * 1.02
+#: queries of a float64 product, and numbers that it takes or gives on a CPU: so few that they stay in its cache
+QUERIES, PRODUCT_ELEMENTS = 512, 1 << 19
 
 
 def rounding(dim: int) -> float:
@@ -58,11 +62,13 @@ def product_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     kv_heads, n = k.shape[1], k.shape[2]
     grouped = q.reshape(batch, kv_heads, -1, dim)
     out = torch.empty(batch, kv_heads, heads // kv_heads * m, n, dtype=torch.float32, device=q.device)
-    at_once = max(1, reference.CHUNK_ELEMENTS // n)
-    for b in range(batch):
-        for h in range(kv_heads):
-            queries, keys = grouped[b, h], k[b, h].double().transpose(-1, -2)
-            for start in range(0, out.shape[2], at_once):
-                rows = slice(start, start + at_once)
-                out[b, h, rows] = torch.matmul(queries[rows].double(), keys)
+    at_once = PRODUCT_ELEMENTS if q.device.type == "cpu" else reference.CHUNK_ELEMENTS
+    keys_at_once = max(1, at_once // max(dim, min(out.shape[2], QUERIES)))
+    for b, h in product(range(batch), range(kv_heads)):
+        queries = grouped[b, h].double()
+        for start in range(0, n, keys_at_once):
+            keys = k[b, h, start : start + keys_at_once].double().transpose(-1, -2)
+            for first in range(0, queries.shape[0], QUERIES):
+                some = slice(first, first + QUERIES)
+                out[b, h, some, start : start + keys_at_once] = torch.matmul(queries[some], keys)
     return out.reshape(batch, heads, m, n)
