@@ -15,7 +15,7 @@ import torch
 from ..storage.lazy import ReadOnlyTensor, dequantized, numbers_of
 from ..storage.side import Stored
 from ..storage.triton import readable
-from ..validation import MOST_KEYS, check_form, check_like, check_shapes, is_integer, require
+from ..validation import MOST_KEYS, check_form, check_like, check_shapes, has_memory, is_integer, require
 from .index import KeyIndex
 
 #: keys or values ``[B, Hkv, N, D]``
@@ -42,8 +42,10 @@ def device_of(device: torch.device | str) -> torch.device:
 
 def _outline(x: object) -> object:
     if isinstance(x, torch.Tensor):
-        strided = x.layout == torch.strided
-        return x.shape, x.dtype, x.device, x.layout, *((x.stride(), x.data_ptr() % 16) if strided else ())
+        if x.is_nested or x.is_neg() or not (x.numel() == 0 or has_memory(x)):
+            # Like nothing else: checked, and refused, each time.
+            return object()
+        return x.shape, x.dtype, x.device, x.stride(), x.data_ptr() % 16
     if isinstance(x, Stored):
         return x.grid, x.dtype, x.dim, x.width, *map(_outline, (x.codes, x.scales, x.first, x.zeros, x.newest))
     if isinstance(x, KeyIndex):

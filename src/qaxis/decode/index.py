@@ -79,10 +79,10 @@ def check_codes(name: str, stored: Stored) -> None:
         ValueError: naming the part, its value and what is allowed.
     """
     require(isinstance(stored, Stored), name, type(stored).__name__, "one side of a cache, a Stored")
+    stored.check_form(name)
     grid = stored.grid
     allowed = grid.bits == 8 and grid.per == "channel" and grid.group_size in GROUP_SIZES
     require(allowed, f"{name}.grid", grid, f"8 bits per channel in groups of {GROUP_SIZES} tokens")
-    stored.check_form(name)
 
 
 def _same(a: Stored, b: Stored) -> bool:
