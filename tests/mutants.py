@@ -122,7 +122,7 @@ MUTANTS = (
     Mutant("thm1-extends", "a cap that is not monotone", THEOREM, "mpmath.tanh(x / cap)", "mpmath.sin(x / cap)"),
     Mutant("thm1-extends", "RoPE that is not a rotation", THEOREM, "a * sin + b * cos", "a * sin - b * cos"),
     Mutant("thm1-extends", "sink subtracted from the scores of late keys", THEOREM, "[w / total for w in weights]", "[w / total / (1 + i) for i, w in enumerate(weights)]"),
-    Mutant("thm1-stops", "negative scale accepted", "src/qaxis/validation.py", "math.isfinite(scale) and scale > 0", "math.isfinite(scale)"),
+    Mutant("thm1-stops", "negative scale accepted", "src/qaxis/validation.py", "real and LEAST_SCALE <= scale <= MOST_SCALE", "real"),
     Mutant("thm1-stops", "zero query gets an axis", "src/qaxis/attention/api.py", "if bool(zero.any()):", "if False:"),
     Mutant("proofs", "zero query allowed", PROOF, "Corollary query_axis_top : forall dim q keys n k, nonzero dim q ->", "Corollary query_axis_top : forall dim q keys n k,"),
     Mutant("proofs", "a step assumed", PROOF, "Proof. intros. apply same_order_top. now apply query_axis_order. Qed.", "Admitted."),

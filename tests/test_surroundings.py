@@ -51,7 +51,6 @@ def attribute(owner: object, name: str, value: object):
     return changed(lambda: getattr(owner, name), lambda x: setattr(owner, name, x), value)
 
 
-
 SETTINGS = {
     "autocast to bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "autocast to float16": lambda: torch.autocast("cpu", dtype=torch.float16),
