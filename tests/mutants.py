@@ -69,7 +69,7 @@ ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switching.py", "src/qaxis/models/masks.py"
 BUILDS = "test_enable.py::"
 
-DECODE, PREFILL = "test_decode.py::", "test_prefill.py::"
+DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
 EVIDENCE, TRACING = "selfcheck/harness/evidence.py", "selfcheck/harness/tracing.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
@@ -80,8 +80,18 @@ MUTANTS = (
     Mutant("test_decode_cuda.py::test_any_layout", "what a kernel can read is asked once", "src/qaxis/decode/api.py", "if not takes(q, k, v, index):", "if False:"),
     Mutant(PREFILL + "test_what_does_not_fit_is_refused_by_name", "form of a prefill not checked", "src/qaxis/prefill/attention.py", "    check_qkv_form(q, k, v, causal=causal)\n", ""),
     Mutant("kernel-grid", "last strides ignored", "src/qaxis/storage/triton.py", "position * rows_n + d * rows_d, mask=mask", "position * rows_n + d, mask=mask"),
-    Mutant("test_interpreter.py::test_triton_first_is_one_clear_sentence", "Triton that came first is not told of", RULES, "if calls_library and LOADED_TOO_EARLY:", "if False:"),
-    Mutant("test_interpreter.py::test_qaxis_first_and_nothing_in_the_environment", "interpreter not chosen", "src/qaxis/arithmetic/interpreter.py", 'os.environ.setdefault("TRITON_INTERPRET", "1")', "pass"),
+    Mutant("test_interpreter.py::test_triton_first_is_one_clear_sentence", "Triton that came first is not told of", RULES, "if calls_library and LOADED_TOO_EARLY and INTERPRETED:", "if False:"),
+    Mutant("test_interpreter.py::test_qaxis_first_and_nothing_in_the_environment", "interpreter not chosen", "src/qaxis/arithmetic/interpreter.py", 'os.environ["TRITON_INTERPRET"] = "1"', "pass"),
+    # Surroundings: settings of torch, threads, tensors without memory
+    Mutant(SURROUNDINGS + "test_scores_by_product_keep_their_bound", "scores by a float32 product", "src/qaxis/arithmetic/fast_scores.py", "torch.matmul(queries[some], keys)", "torch.matmul(queries[some].float(), keys.float())"),
+    Mutant(SURROUNDINGS + "test_a_cache_goes_on_in_and_out_of_inference_mode", "buffers made in inference mode", "src/qaxis/storage/buffer.py", "    with torch.inference_mode(False):\n        return", "    if True:\n        return"),
+    Mutant(SURROUNDINGS + "test_parts_are_joined_under_autocast_to_another_dtype", "parts joined by cat", "src/qaxis/storage/buffer.py", "    shape = list(parts[0].shape)\n", "    return torch.cat(parts, dim)\n    shape = list(parts[0].shape)\n"),
+    Mutant(SURROUNDINGS + "test_threads_may_call_every_door_at_once", "interpreted kernels run together", RULES, "            with _INTERPRETER:\n", "            if True:\n"),
+    Mutant(SURROUNDINGS + "test_what_a_cache_returns_cannot_be_written_to", "writes to a view are lost", "src/qaxis/storage/lazy.py", "ReadOnlyTensor, out) if is_view else out", "ReadOnlyTensor, out) if False else out"),
+    Mutant(SURROUNDINGS + "test_tensors_that_no_kernel_could_read_are_refused", "tensors without memory pass", "src/qaxis/validation.py", "    if x.numel():\n        require(has_memory(x),", "    if False:\n        require(has_memory(x),"),
+    Mutant(SURROUNDINGS + "test_scales_out_of_range_are_refused", "subnormal scales pass", "src/qaxis/validation.py", "LEAST_SCALE, MOST_SCALE = 2.0**-125", "LEAST_SCALE, MOST_SCALE = 2.0**-149"),
+    Mutant(SURROUNDINGS + "test_what_is_dequantised_near_the_largest_number_is_finite", "codes beyond the largest number", QUANTIZATION, "return torch.floor(torch.full_like(scale, largest) / scale)", "return torch.full_like(scale, torch.inf)"),
+    Mutant(SURROUNDINGS + "test_parts_of_a_cache_that_do_not_fit_are_named", "parts of a cache not checked", "src/qaxis/storage/side.py", "        self._check_parts(name)\n", ""),
     # What makes evidence stale
     Mutant(HARNESS + "test_the_claims_of_one_table_come_from_one_card", "a table of several cards passes", EVIDENCE, "if len(devices) > 1}", "if len(devices) > 9}"),
     Mutant(HARNESS + "test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence", "any card's record serves", EVIDENCE, 'next((r for r in records if card in r["device"]), None)', "next(iter(records), None)"),
@@ -114,7 +124,7 @@ MUTANTS = (
     Mutant("thm1-extends", "a cap that is not monotone", THEOREM, "mpmath.tanh(x / cap)", "mpmath.sin(x / cap)"),
     Mutant("thm1-extends", "RoPE that is not a rotation", THEOREM, "a * sin + b * cos", "a * sin - b * cos"),
     Mutant("thm1-extends", "sink subtracted from the scores of late keys", THEOREM, "[w / total for w in weights]", "[w / total / (1 + i) for i, w in enumerate(weights)]"),
-    Mutant("thm1-stops", "negative scale accepted", "src/qaxis/validation.py", "math.isfinite(scale) and scale > 0", "math.isfinite(scale)"),
+    Mutant("thm1-stops", "negative scale accepted", "src/qaxis/validation.py", "real and LEAST_SCALE <= scale <= MOST_SCALE", "real"),
     Mutant("thm1-stops", "zero query gets an axis", "src/qaxis/attention/api.py", "if bool(zero.any()):", "if False:"),
     Mutant("proofs", "zero query allowed", PROOF, "Corollary query_axis_top : forall dim q keys n k, nonzero dim q ->", "Corollary query_axis_top : forall dim q keys n k,"),
     Mutant("proofs", "a step assumed", PROOF, "Proof. intros. apply same_order_top. now apply query_axis_order. Qed.", "Admitted."),
@@ -164,7 +174,7 @@ MUTANTS = (
     Mutant("int8-ppl", "scale doubled", QUANTIZATION, "return power_of_two(scales.to(torch.int32))", "return 2 * power_of_two(scales.to(torch.int32))"),
     Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "scale one bit too fine for bfloat16", QUANTIZATION, "SIGNIFICAND + 1 - grid.bits", "SIGNIFICAND + 2 - grid.bits"),
     Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "planes of bits out of place", QUANTIZATION, "shift += width", "shift += 1"),
-    Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "codes truncated", QUANTIZATION, "codes = torch.round(x / scale).clamp", "codes = torch.trunc(x / scale).clamp"),
+    Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "codes truncated", QUANTIZATION, "codes = _clamped(torch.round(x / scale)", "codes = _clamped(torch.trunc(x / scale)"),
     Mutant(CACHE + "test_however_it_is_fed_it_stores_the_same", "first tokens survive a crop", "src/qaxis/storage/side.py", '        self.parts["first"].crop(length)\n', ""),
     Mutant(CACHE + "test_first_tokens_stay_in_full_and_spoil_no_scale", "first tokens widen scales", "src/qaxis/storage/side.py", 'if self.grid.per == "channel" and self.sinks', 'if self.grid.per == "none" and self.sinks'),
     Mutant(CACHE + "test_streaming_protocol_is_what_token_by_token_gives", "streaming quantises the open group", "selfcheck/rivals/streaming.py", "torch.cat([quantised[:, :, :start], x[:, :, start:stop]], dim=2)", "quantised[:, :, :stop]"),

@@ -10,6 +10,8 @@ fixed. Nothing else may compute a canonical bit.
   that respects the blocks can change a bit.
 * **Rule 3, operations.** Additions, products and quotients are single IEEE float32 operations, rounded to nearest and
   never contracted. The exponential is our own 2^t, of separate additions and products, as libraries' differ.
+  ``torch.set_flush_denormal(True)`` makes the processor another one, without numbers below 2^-126: it is not undone
+  here, as it belongs to the thread that asked for it, and moves nothing but what depends on such numbers.
 * **Rule 4, ranking.** The ranking key is the score of the *raw* query as an integer in the order of the scores, -0.0
   being +0.0; a tie goes to the lower position. Normalising first would be another order in floating point.
 * **Rule 5, softmax.** It subtracts the highest selected logit, which is known before any exponential: nothing is

@@ -14,6 +14,8 @@ In a kernel a fast score is kept as a 16-bit integer ``floor(s * UNITS / range) 
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from . import reference
@@ -26,6 +28,8 @@ SMALLEST, LARGEST = 1e-20, 1e37
 UPWARD = 1 + 2.0**-10
 #: what two 8-bit parts of a query leave out, times the largest code: per channel and unit of the largest scaled query
 SPLIT = 128 / (127 * 254 * 2) * 1.02
+#: queries of a float64 product, and numbers that it takes or gives on a CPU: so few that they stay in its cache
+QUERIES, PRODUCT_ELEMENTS = 512, 1 << 19
 
 
 def rounding(dim: int) -> float:
@@ -36,17 +40,17 @@ def rounding(dim: int) -> float:
 def largest_norm(x: torch.Tensor) -> torch.Tensor:
     """Upper bound on the length of the vectors ``[B, Hkv, n, D]`` of a head, float32 ``[B, Hkv]``."""
     if x.shape[2] == 0:
-        return torch.zeros(x.shape[:2], device=x.device)
+        return torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
     return (torch.linalg.vector_norm(x.double(), dim=-1).amax(-1) * UPWARD).float()
 
 
 def product_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Scores by matrix product, float32 ``[B, H, M, N]``, within ``rounding.product_error_bound`` of the canonical.
 
-    Where partial sums could leave float32 the bound says nothing: there the canonical scores are
-    computed, and refused if they overflow.
+    The product is of float64 numbers, which autocast leaves alone and no setting of torch lets be shortened (TF32,
+    bfloat16 parts): no setting has to be read or changed. Where the canonical partial sums could leave float32 the
+    bound says nothing: there the canonical scores are computed, and refused if they overflow.
     """
-    batch, heads, m, dim = q.shape
     largest = float(
         torch.linalg.vector_norm(q.double(), dim=-1).amax() * torch.linalg.vector_norm(k.double(), dim=-1).amax()
     )
@@ -54,11 +58,17 @@ def product_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         out = reference.scores(q, k)
         reference.check_scores(out)
         return out
-    # TF32 or bf16 products, if the caller enabled them globally, would break the bound.
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        grouped = q.reshape(batch, k.shape[1], -1, dim)
-        return torch.matmul(grouped, k.transpose(-1, -2)).reshape(batch, heads, m, k.shape[2])
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    batch, heads, m, dim = q.shape
+    kv_heads, n = k.shape[1], k.shape[2]
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    out = torch.empty(batch, kv_heads, heads // kv_heads * m, n, dtype=torch.float32, device=q.device)
+    at_once = PRODUCT_ELEMENTS if q.device.type == "cpu" else reference.CHUNK_ELEMENTS
+    keys_at_once = max(1, at_once // max(dim, min(out.shape[2], QUERIES)))
+    for b, h in product(range(batch), range(kv_heads)):
+        queries = grouped[b, h].double()
+        for start in range(0, n, keys_at_once):
+            keys = k[b, h, start : start + keys_at_once].double().transpose(-1, -2)
+            for first in range(0, queries.shape[0], QUERIES):
+                some = slice(first, first + QUERIES)
+                out[b, h, some, start : start + keys_at_once] = torch.matmul(queries[some], keys)
+    return out.reshape(batch, heads, m, n)

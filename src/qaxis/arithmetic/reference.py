@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 VERSION = 1
 
 #: Taylor coefficients ln(2)^j / j! of 2^f, rounded to float32, highest first. On |f| <= 1/2 the
 #: truncation error is below 2^-27, well inside the 2 ulp that the rules allow.
-EXP2_COEFFICIENTS = tuple(
-    float(torch.tensor(math.log(2.0) ** j / math.factorial(j), dtype=torch.float32)) for j in range(7, -1, -1)
-)
+EXP2_COEFFICIENTS = tuple(float(np.float32(math.log(2.0) ** j / math.factorial(j))) for j in range(7, -1, -1))
 #: 1.5 * 2^23: adding and subtracting it rounds a float32 to the nearest integer with IEEE adds only.
 ROUND_MAGIC = 12582912.0
 LOG2_E = math.log2(math.e)
@@ -92,7 +91,7 @@ def exp2(t: torch.Tensor) -> torch.Tensor:
 
 def exponent_factor(scale: float) -> float:
     """``scale * log2(e)`` rounded to float32: turns the natural softmax into powers of two."""
-    return float(torch.tensor(scale * LOG2_E, dtype=torch.float32))
+    return float(np.float32(scale * LOG2_E))
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..validation import check_qkv
+from ..validation import check_qkv, check_qkv_form
 
 UNIT_ROUNDOFF = 2.0**-24
 
@@ -55,9 +55,10 @@ def order_error_bound(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 def product_error_bound(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Bound on |matrix product - canonical score| for every key of a row, float32 ``[B, H, M, 1]``.
 
-    Any order of summation of D products has error at most gamma_D sum|q_d k_d| <= gamma_D |q||k|. Two such
-    results differ by at most twice that. The factor 1.01 pays for the rounding of the bound itself, the last
-    term for products that underflow. Arguments as :func:`order_error_bound`, unchecked.
+    Any order of summation of D float32 products has error at most gamma_D sum|q_d k_d| <= gamma_D |q||k|. Two such
+    results differ by at most twice that; a product in float64, rounded to float32 at the end, is nearer: u <= gamma_D.
+    The factor 1.01 pays for the rounding of the bound itself and of the float64 sums, the last term for what
+    underflows. Arguments as :func:`order_error_bound`, unchecked.
     """
     dim = q.shape[-1]
     group = q.shape[1] // k.shape[1]
@@ -80,7 +81,11 @@ def selection_output_bound(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sc
         q, k, v: as :func:`~qaxis.topk_attention`.
         scale: softmax scale.
         kept: largest number of keys that any query keeps.
+
+    Raises:
+        ValueError: as :func:`~qaxis.topk_attention`.
     """
+    check_qkv_form(q, k, v)
     dim = q.shape[-1]
     rounding = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[q.dtype]
     q_max = float(torch.linalg.vector_norm(q.double(), dim=-1).max())

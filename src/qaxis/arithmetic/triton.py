@@ -7,6 +7,10 @@ so that a tree within blocks followed by a tree over blocks is the same tree wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from threading import RLock
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,21 +19,46 @@ from .fast_scores import LARGEST, SMALLEST, UNITS
 from .reference import EXP2_COEFFICIENTS, ROUND_MAGIC
 
 __all__ = [
-    "INTERPRETED", "check_device", "exp2", "exp2_of", "log2", "row_and_block", "score_of", "tl", "tree_last", "triton",
-    "units_per_score", "widen",
+    "INTERPRETED", "check_device", "exp2", "exp2_of", "jit", "log2", "row_and_block", "score_of", "tl", "tree_last",
+    "triton", "units_per_score", "widen",
 ]  # fmt: skip
 
 #: whether kernels run in Triton's interpreter, on a CPU; Triton reads TRITON_INTERPRET when a kernel is defined
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-#: Triton's own functions (tl.sum and others) were defined for a GPU, before its interpreter was chosen
-LOADED_TOO_EARLY = INTERPRETED and isinstance(tl.sum, triton.JITFunction)
+#: Triton's own functions (tl.sum and others) were defined otherwise: before its interpreter was chosen, or given up
+LOADED_TOO_EARLY = INTERPRETED == isinstance(tl.sum, triton.JITFunction)
+#: Triton's interpreter changes its language's module while a kernel runs: one at a time
+_INTERPRETER = RLock()
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``triton.jit``; interpreted kernels run one at a time, whichever threads launch them.
+
+    Raises:
+        RuntimeError: if TRITON_INTERPRET was changed since the first kernel was defined.
+    """
+    if bool(triton.knobs.runtime.interpret) != INTERPRETED:
+        raise RuntimeError(
+            "TRITON_INTERPRET was changed after qaxis's first kernels were loaded: set it in the environment before "
+            "Python starts, and leave it"
+        )
+    made = triton.jit(function)
+    if INTERPRETED:
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _INTERPRETER:
+                return type(made).run(made, *args, **kwargs)
+
+        made.run = run
+    return made
+
 
 _C7, _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(c) for c in EXP2_COEFFICIENTS)
 _MAGIC = tl.constexpr(ROUND_MAGIC)
 _UNITS, _SMALLEST, _LARGEST = tl.constexpr(UNITS), tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
 
 
-@triton.jit
+@jit
 def tree_last(x, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
     """Balanced adjacent-pair tree over the last dimension, [ROWS, N] -> [ROWS] (rule 2)."""
     for level in tl.static_range(LOG_N):
@@ -38,7 +67,7 @@ def tree_last(x, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
     return tl.reshape(x, (ROWS,)) + 0.0
 
 
-@triton.jit
+@jit
 def widen(x):
     """To float32, exactly (rule 1). bfloat16 by its bits: Triton's interpreter converts its subnormals wrongly."""
     if x.dtype == tl.bfloat16:
@@ -47,7 +76,7 @@ def widen(x):
         return x.to(tl.float32)
 
 
-@triton.jit
+@jit
 def exp2(t):
     """2^t by separate multiply and add (rule 3); launch with enable_fp_fusion=False."""
     t = tl.minimum(tl.maximum(t, -200.0), 200.0)
@@ -66,14 +95,14 @@ def exp2(t):
     return p * ((n - half + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@jit
 def score_of(word):
     """The bits of a score from its integer in the order of the scores, and back (rule 4; a canonical score is never
     -0.0)."""
     return word ^ ((word >> 31) & 2147483647)
 
 
-@triton.jit
+@jit
 def units_per_score(norm_q, norm_k):
     """Integers of the 16-bit score in one unit of score; 0 where the range is not usable: then all keys tie."""
     largest = norm_q * norm_k * 1.001
@@ -81,7 +110,7 @@ def units_per_score(norm_q, norm_k):
     return tl.where(usable, _UNITS / tl.where(usable, largest, 1.0), 0.0)
 
 
-@triton.jit
+@jit
 def row_and_block(blocks):
     """(row, block) of this program, of a grid of rows * blocks programs.
 
@@ -91,7 +120,7 @@ def row_and_block(blocks):
     return place // blocks, (place % blocks).to(tl.int32)
 
 
-@triton.jit
+@jit
 def _exp2_kernel(t_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + i, exp2(tl.load(t_ptr + i, mask=i < n, other=0.0)), mask=i < n)
@@ -115,16 +144,23 @@ def check_device(name: str, x: torch.Tensor, *, calls_library: bool = False) -> 
 
     Raises:
         ValueError: for a tensor on a GPU while kernels are interpreted, or the reverse.
-        RuntimeError: if Triton's own functions were defined before its interpreter was chosen.
+        RuntimeError: if Triton's own functions were defined before its interpreter was chosen, or given up.
     """
-    if calls_library and LOADED_TOO_EARLY:
+    if x.is_cuda == INTERPRETED:
+        allowed = (
+            "a tensor on a CPU, as TRITON_INTERPRET is set; unset it before Python starts to run kernels on a GPU"
+            if INTERPRETED
+            else "a tensor on a GPU, as TRITON_INTERPRET is off; set TRITON_INTERPRET=1 before Python starts to run "
+            "kernels on a CPU, or use backend='reference' where there is one"
+        )
+        raise ValueError(f"{name}.device={str(x.device)!r}: allowed is {allowed}")
+    if calls_library and LOADED_TOO_EARLY and INTERPRETED:
         raise RuntimeError(
             "triton was imported before its interpreter was chosen, which this machine without a GPU needs: "
             "import qaxis before triton and transformers, or set TRITON_INTERPRET=1 in the environment"
         )
-    if x.is_cuda == INTERPRETED:
-        where = "the interpreter (TRITON_INTERPRET is set)" if INTERPRETED else "a GPU"
-        raise ValueError(
-            f"{name}.device={str(x.device)!r}: allowed is a tensor for {where}; TRITON_INTERPRET is read once, when "
-            "qaxis's kernels are first loaded"
+    if calls_library and LOADED_TOO_EARLY:
+        raise RuntimeError(
+            "triton was imported for its interpreter, and TRITON_INTERPRET changed after that: set it, or not, in the "
+            "environment before Python starts, and leave it"
         )

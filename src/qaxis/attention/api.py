@@ -1,4 +1,8 @@
-"""The public calls on tensors: the query axis, its scores, the exact top-k along it, attention over them."""
+"""The public calls on tensors: the query axis, its scores, the exact top-k along it, attention over them.
+
+Keys and values may be what the ``update`` of a quantised cache returns: codes are read where a backend can, else
+dequantised, with the bits of the dequantised tensor.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import torch
 
 from ..arithmetic import reference as canonical
 from ..budget import Budget, as_budget
-from ..validation import check_finite, check_form, check_qkv, check_scale
+from ..storage.lazy import check_tensor, numbers_of, tensor_of
+from ..validation import check_finite, check_qkv, check_scale, require
 from . import backend as door
 from .logits import Logits
 from .selection import allowed_keys
@@ -33,9 +38,10 @@ def unit_query(q: torch.Tensor) -> torch.Tensor:
         float32 ``[..., D]``, each row of unit length up to rounding.
 
     Raises:
-        ValueError: if a row is zero (it has no axis), or on NaN, Inf or another dtype.
+        ValueError: if a row is zero (it has no axis), or on NaN, Inf, another dtype or no dimension.
     """
-    check_form("q", q)
+    q = check_tensor("q", q)
+    require(q.ndim > 0, "q.shape", tuple(q.shape), "at least 1 dimension")
     check_finite(q=q)
     wide = q.float()
     # Dividing by the largest magnitude first keeps the squares from over- and underflowing.
@@ -61,6 +67,7 @@ def canonical_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: on mismatched shapes, dtypes or devices, NaN or Inf, or scores that overflow.
     """
+    q, k = tensor_of("q", q), tensor_of("k", k)
     check_qkv(q, k)
     out = canonical.scores(q, k)
     canonical.check_scores(out)
@@ -86,6 +93,7 @@ def topk_indices(
     Raises:
         ValueError: naming the argument, on anything outside the above.
     """
+    q, k = tensor_of("q", q), numbers_of(k)
     check_qkv(q, k, causal=causal)
     door.check_backend(backend)
     allowed = allowed_keys(q, k, causal)
@@ -116,6 +124,7 @@ def topk_attention(
     Raises:
         ValueError: naming the argument, on anything outside the above.
     """
+    q, k, v = tensor_of("q", q), numbers_of(k), numbers_of(v)
     check_qkv(q, k, v, causal=causal)
     door.check_backend(backend)
     logits = Logits(check_scale(scale, q.shape[-1]))

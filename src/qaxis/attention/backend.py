@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from ..storage.lazy import dequantized as dequantized
 from ..storage.side import Stored
 from ..validation import require
 from . import reference, selection
@@ -31,17 +32,6 @@ def runs_on_triton(backend: str, device: torch.device) -> bool:
 
 def _as_tensor(x: torch.Tensor | Stored) -> torch.Tensor:
     return dequantized(x) if isinstance(x, Stored) else x
-
-
-def dequantized(x: Stored) -> torch.Tensor:
-    """All tokens ``[B, Hkv, N, D]`` in the model's dtype; on a GPU 8 bits take one kernel, of the same bits."""
-    if x.device.type == "cuda":
-        # Triton exists for Linux only: without a GPU nothing here needs it.
-        from ..storage import triton as kernels
-
-        if kernels.readable(x):
-            return kernels.dequantized(x)
-    return x.dequantized()
 
 
 def select(

@@ -12,6 +12,7 @@ import torch
 from ..arithmetic import reference as canonical
 from ..arithmetic.fast_scores import product_scores
 from ..arithmetic.rounding import product_error_bound
+from ..storage.side import Stored
 
 
 def select_mask(
@@ -90,7 +91,7 @@ def causal_mask(m: int, n: int, device: torch.device | str) -> torch.Tensor:
     return (torch.arange(n, device=device)[None, :] <= position[:, None])[None, None]
 
 
-def allowed_keys(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
+def allowed_keys(q: torch.Tensor, k: torch.Tensor | Stored, causal: bool) -> torch.Tensor:
     """The keys each query may see, bool ``[1, 1, M or 1, N]``."""
     if causal and q.shape[2] > 1:
         return causal_mask(q.shape[2], k.shape[2], q.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..arithmetic.reference import CHUNK_ELEMENTS, check_scores, exponent_factor, next_power_of_two, sort_key
-from ..arithmetic.triton import INTERPRETED, check_device, exp2, log2, row_and_block, tl, tree_last, triton, widen
+from ..arithmetic.triton import INTERPRETED, check_device, exp2, jit, log2, row_and_block, tl, tree_last, triton, widen
 from ..storage.side import Stored
 from ..storage.triton import load_numbers, side_arguments
 
@@ -22,7 +22,7 @@ COMBINE_BLOCK = 64
 PARTIAL_ELEMENTS = 1 << 28
 
 
-@triton.jit
+@jit
 def _scores_kernel(
     q_ptr, indices_ptr, out_ptr, heads, group, m, n_out, dim, blocks,
     stride_qb, stride_qh, stride_qm, stride_qd,
@@ -56,7 +56,7 @@ def _scores_kernel(
     tl.store(out_ptr + row * n_out + j, score, mask=inside)
 
 
-@triton.jit
+@jit
 def _partials_kernel(
     score_ptr, top_ptr, indices_ptr, numerator_ptr, denominator_ptr, heads, group, m, width, dim, blocks, factor,
     rows, scales, first, newest, whole, sinks,
@@ -90,7 +90,7 @@ def _partials_kernel(
     tl.store(denominator_ptr + row * blocks + block + tl.arange(0, 1), denominator)
 
 
-@triton.jit
+@jit
 def _combine_kernel(
     numerator_ptr, denominator_ptr, out_ptr, out_denominator_ptr,
     blocks, out_blocks, dim,

@@ -12,12 +12,15 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
 
 from ..validation import require
 
+#: the emulated processor is one: programs of two kernels, or two compilers, would share its state and files
+_PROCESSOR = RLock()
 #: programs along the second dimension of a grid
 MOST_ROWS = 65535
 HEADER = Path(__file__).with_name("emulated.hpp")
@@ -62,7 +65,8 @@ class EmulatedKernel:
             else:
                 values.append(ctypes.c_int(x) if isinstance(x, int) else ctypes.c_double(x))
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-        self.emulate(grid[0], grid[1], block[0], shared_mem, pointers)
+        with _PROCESSOR:
+            self.emulate(grid[0], grid[1], block[0], shared_mem, pointers)
 
 
 @lru_cache(maxsize=1)
@@ -78,9 +82,15 @@ def compiled(text: str, name: str, options: list[str]) -> EmulatedKernel:
     """
     if not available():
         raise RuntimeError("g++ is needed to emulate CUDA kernels: `apt install g++`")
-    source = HEADER.read_text("utf-8") + text + LAUNCHER.format(name=name)
+    with _PROCESSOR:
+        return _built(HEADER.read_text("utf-8") + text + LAUNCHER.format(name=name), options)
+
+
+def _built(source: str, options: list[str]) -> EmulatedKernel:
     stem = hashlib.sha256("\0".join([source, *options]).encode()).hexdigest()[:16]
     path, library = (Path(_folder().name) / f"{stem}{suffix}" for suffix in (".cpp", ".so"))
+    if library.exists():
+        return EmulatedKernel(ctypes.CDLL(str(library)))
     path.write_text(source, "utf-8")
     command = ["g++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
     done = subprocess.run([*command, *options, str(path), "-o", str(library)], capture_output=True, text=True)

@@ -8,7 +8,7 @@ import torch
 
 from ..validation import check_scale
 from .cuda import CudaStep, Shape, shape_of, step_of, takes
-from .form import MadeFor, Numbers, device_of, outline
+from .form import MadeFor, Numbers, device_of, outline, readable_of
 from .index import KeyIndex
 from .triton_step import Step, TritonStep
 
@@ -20,6 +20,8 @@ class Decoder:
         batch, heads, n, head_dim: sizes B, H, N, D.
         k_eff: keys every query keeps, in 1..N.
         device: where it runs. On a CPU the CUDA kernels are emulated, slowly, where g++ is there.
+
+    Its work space is for one step at a time: threads that decode at once take one each.
 
     Raises:
         ValueError: naming the argument, on a size or device that is not allowed.
@@ -35,13 +37,14 @@ class Decoder:
     def __call__(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None = None) -> Step:
         """Attend from one query a head over the k_eff keys of N that score highest.
 
-        Only form is checked, on the host: whether numbers are finite is left to the caller, as looking at them would
-        wait for the device. Nothing waits for it, so the step can be captured in a CUDA graph.
+        Only form is checked, on the host: whether numbers are finite, and sums of products stay inside float32, is left
+        to the caller, as looking at them would wait for the device. Nothing waits for it, so the step can be captured
+        in a CUDA graph.
 
         Args:
             q: ``[B, H, 1, D]``; float32, float16 or bfloat16. Any strides, as for k and v.
             k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. Same dtype and device; H a multiple of Hkv (GQA). Each a
-                tensor, or an 8-bit cache of float32 or bfloat16.
+                tensor, an 8-bit cache of float32 or bfloat16, or what the ``update`` of a quantised cache returned.
             index: of these keys, by :func:`qaxis.decode.index_keys`; of a cache by :func:`qaxis.decode.index_cache`, in
                 the state that is passed.
             scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``. It cannot change the selection.
@@ -53,6 +56,7 @@ class Decoder:
             ValueError: naming the argument, its value and what is allowed.
             RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
         """
+        k, v = readable_of(k, v, index)
         step = self.cuda_step(q, k, v, index)
         scale = check_scale(scale, self.made_for.head_dim)
         if step is None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
+from ..storage.lazy import ReadOnlyTensor, dequantized, numbers_of
 from ..storage.side import Stored
 from ..storage.triton import readable
-from ..validation import MOST_KEYS, check_form, check_like, check_shapes, is_integer, require
+from ..validation import MOST_KEYS, check_form, check_like, check_shapes, has_memory, is_integer, require
 from .index import KeyIndex
 
 #: keys or values ``[B, Hkv, N, D]``
@@ -41,8 +42,10 @@ def device_of(device: torch.device | str) -> torch.device:
 
 def _outline(x: object) -> object:
     if isinstance(x, torch.Tensor):
-        strided = x.layout == torch.strided
-        return x.shape, x.dtype, x.device, x.layout, *((x.stride(), x.data_ptr() % 16) if strided else ())
+        if x.is_nested or x.is_neg() or not (x.numel() == 0 or has_memory(x)):
+            # Like nothing else: checked, and refused, each time.
+            return object()
+        return x.shape, x.dtype, x.device, x.stride(), x.data_ptr() % 16
     if isinstance(x, Stored):
         return x.grid, x.dtype, x.dim, x.width, *map(_outline, (x.codes, x.scales, x.first, x.zeros, x.newest))
     if isinstance(x, KeyIndex):
@@ -54,6 +57,19 @@ def outline(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> Hashabl
     """Form, strides and alignment of every argument: equal outlines are allowed, and run, alike."""
     same = isinstance(k, Stored) and isinstance(index, KeyIndex) and index.is_of(k)
     return *map(_outline, (q, k, v, index)), same
+
+
+def readable_of(k: Any, v: Any, index: object) -> tuple[Any, Any]:
+    """Keys and values as a step reads them: of what a cache returned the codes, or its numbers if they do not serve."""
+    if not isinstance(k, ReadOnlyTensor) and not isinstance(v, ReadOnlyTensor):
+        return k, v
+    keys, values = numbers_of(k), numbers_of(v)
+    if isinstance(k, ReadOnlyTensor) and isinstance(keys, Stored):
+        indexed = isinstance(index, KeyIndex) and index.is_of(keys)
+        keys = keys if indexed and readable(keys) else dequantized(keys)
+    if isinstance(v, ReadOnlyTensor) and isinstance(values, Stored):
+        values = values if readable(values) else dequantized(values)
+    return keys, values
 
 
 def _check_numbers(name: str, x: Numbers) -> None:

@@ -9,9 +9,10 @@ import torch
 from ..arithmetic.fast_scores import UPWARD, largest_norm
 from ..arithmetic.reference import power_of_two
 from ..storage.grid import Grid
+from ..storage.lazy import check_tensor, numbers_of
 from ..storage.side import Side, Stored
 from ..storage.triton import readable
-from ..validation import check_form, require
+from ..validation import check_flag, check_memory, require
 
 #: keys that are quantised, or looked at, at once: more of them take fewer steps, and memory for float32 copies
 AT_ONCE = 1 << 14
@@ -58,6 +59,7 @@ class KeyIndex:
         heads, device = tuple(k.shape[:2]), k.device
         for name, shape in (("norm", heads), ("residual", heads), ("largest_scales", (*heads, k.shape[3]))):
             x = getattr(self, name)
+            check_memory(f"index.{name}", x)
             require(tuple(x.shape) == shape, f"index.{name}.shape", tuple(x.shape), f"{shape}, as k has it")
             require(x.dtype == torch.float32, f"index.{name}.dtype", x.dtype, "torch.float32")
             require(x.device == device, f"index.{name}.device", str(x.device), f"k's device {device}")
@@ -77,10 +79,10 @@ def check_codes(name: str, stored: Stored) -> None:
         ValueError: naming the part, its value and what is allowed.
     """
     require(isinstance(stored, Stored), name, type(stored).__name__, "one side of a cache, a Stored")
+    stored.check_form(name)
     grid = stored.grid
     allowed = grid.bits == 8 and grid.per == "channel" and grid.group_size in GROUP_SIZES
     require(allowed, f"{name}.grid", grid, f"8 bits per channel in groups of {GROUP_SIZES} tokens")
-    stored.check_form(name)
 
 
 def _same(a: Stored, b: Stored) -> bool:
@@ -97,7 +99,9 @@ def _same_place(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
 
 def _largest_scales(stored: Stored) -> torch.Tensor:
     if stored.scales.shape[2] == 0:
-        return torch.zeros(*stored.scales.shape[:2], stored.dim, device=stored.scales.device)
+        return torch.zeros(
+            *stored.scales.shape[:2], stored.dim, dtype=torch.float32, device=stored.scales.device
+        )  # fmt: skip
     return power_of_two(stored.scales.int()).amax(2)
 
 
@@ -105,17 +109,19 @@ def index_keys(k: torch.Tensor, *, codes: bool = False) -> KeyIndex:
     """Index of keys ``k [B, Hkv, N, D]``; with ``codes`` it holds half of a bfloat16 key more, and scores faster.
 
     Args:
-        k: float32, float16 or bfloat16, of any strides. Whether its numbers are finite is left to the caller.
+        k: float32, float16 or bfloat16, of any strides. Whether its numbers are finite is left to the caller. What the
+            ``update`` of a quantised cache returns is dequantised: :func:`index_cache` is the index of its codes.
         codes: whether to keep 8-bit codes of the keys beside their bounds.
 
     Raises:
-        ValueError: naming ``k``, on another type, layout, dtype or shape.
+        ValueError: naming ``k``, on another type, layout, dtype or shape; or ``codes``.
     """
-    check_form("k", k, 4)
+    k = check_tensor("k", k, 4)
+    check_flag("codes", codes)
     norm = largest_norm(k)
     zero = torch.zeros_like(norm)
     if not codes:
-        return KeyIndex(norm, zero, torch.zeros(*norm.shape, k.shape[3], device=k.device))
+        return KeyIndex(norm, zero, torch.zeros(*norm.shape, k.shape[3], dtype=torch.float32, device=k.device))
     side = Side(k, Grid(), room=k.shape[2])
     for part in k.split(AT_ONCE, dim=2):
         side.prepare(part)()
@@ -133,12 +139,14 @@ def index_cache(stored: Stored) -> KeyIndex:
     """Index of keys that are an 8-bit cache themselves: the codes are the keys, nothing is left out.
 
     Args:
-        stored: the keys ``[B, Hkv, N, D]`` of a layer, 8 bits per channel, of float32 or bfloat16. The index is of this
-            state: once the cache has grown, make another. Whether its numbers are finite is left to the caller.
+        stored: the keys ``[B, Hkv, N, D]`` of a layer, 8 bits per channel, of float32 or bfloat16, or what the
+            ``update`` of such a cache returned for them. The index is of this state: once the cache has grown, make
+            another. Whether its numbers are finite is left to the caller.
 
     Raises:
         ValueError: naming ``stored``, for a tensor, parts that do not fit, or a format that no kernel scores by.
     """
+    stored = numbers_of(stored)
     check_codes("stored", stored)
     require(readable(stored), "stored.dtype", stored.dtype, "torch.float32 or torch.bfloat16, which hold every number")
     n = stored.codes.shape[2]

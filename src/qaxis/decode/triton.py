@@ -6,18 +6,18 @@ positions within a row are 32, as its padded length is.
 
 from __future__ import annotations
 
-from ..arithmetic.triton import row_and_block, score_of, tl, tree_last, triton, units_per_score, widen
+from ..arithmetic.triton import jit, row_and_block, score_of, tl, tree_last, units_per_score, widen
 from ..storage.triton import load_numbers
 
 
-@triton.jit
+@jit
 def _sixteen_bits(score, units):
     # No canonical score lies beyond the range, so moving a fast score back to it brings the two closer.
     place = tl.minimum(tl.maximum(tl.floor(score * units), -32768.0), 32767.0)
     return (place + 32768.0).to(tl.int32)
 
 
-@triton.jit
+@jit
 def _store(out, best, place, mask, first, some, SUB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Scores ``place [BLOCK, ROWS]`` and the best of every SUB neighbours; 0 stands for a key without a fast score."""
     j = first + tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def _store(out, best, place, mask, first, some, SUB: tl.constexpr, BLOCK: tl.con
     tl.store(best + i[:, None], highest.to(tl.uint16), mask=some)
 
 
-@triton.jit
+@jit
 def score_product_kernel(
     q_ptr, k_ptr, norm_ptr, fast_ptr, best_ptr, heads, kv_heads, n, padded, dim, programs,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
@@ -61,7 +61,7 @@ def score_product_kernel(
         _store(out, best, place, (j < n)[:, None] & mine, start, (start < n) & mine, SUB, BLOCK, ROWS)
 
 
-@triton.jit
+@jit
 def score_codes_kernel(
     q_ptr, codes_ptr, scales_ptr, norm_ptr, largest_scales_ptr, fast_ptr, best_ptr,
     heads, kv_heads, blocks, sinks, padded, dim, programs,
@@ -110,7 +110,7 @@ def score_codes_kernel(
         _store(out, best, _sixteen_bits(score, 1.0), mask, block * BLOCK, inside & mine, SUB, BLOCK, ROWS)
 
 
-@triton.jit
+@jit
 def _cut(
     q, best_ptr, norm_ptr, residual_ptr, largest_scales_ptr, dim, many, k_eff, quantile, slope, relative, split,
     BLOCK: tl.constexpr, DIM: tl.constexpr,
@@ -158,7 +158,7 @@ def _cut(
     return tl.where((units > 0.0) & (found > 0), cut, -1.0)
 
 
-@triton.jit
+@jit
 def compact_kernel(
     q_ptr, norm_ptr, residual_ptr, largest_scales_ptr, fast_ptr, best_ptr, position_ptr, count_ptr,
     heads, group, n, start, end, padded, span, many, k_eff, dim,
@@ -197,7 +197,7 @@ def compact_kernel(
     tl.store(count_ptr + row * STRETCHES + stretch, found)
 
 
-@triton.jit
+@jit
 def rescore_kernel(
     q_ptr, position_ptr, count_ptr, flat_position_ptr, flat_key_ptr, heads, group, padded, span, dim, programs,
     stride_qb, stride_qh, stride_qd,
@@ -238,7 +238,7 @@ def rescore_kernel(
         tl.store(flat_position_ptr + row * padded + i, short, mask=inside)
 
 
-@triton.jit
+@jit
 def _count_above(word, key_ptr, bound, total, i, BLOCK: tl.constexpr):
     """How many of ``total`` words are larger; the first BLOCK are at hand in ``word``, the others are read."""
     count = tl.sum((word > bound).to(tl.int32), 0)
@@ -248,7 +248,7 @@ def _count_above(word, key_ptr, bound, total, i, BLOCK: tl.constexpr):
     return count
 
 
-@triton.jit
+@jit
 def _kth_largest(word, key_ptr, low, top, total, k_eff, i, BLOCK: tl.constexpr):
     """The k_eff-th largest of ``total`` words, or a lower number that just ``k_eff`` of them reach.
 
@@ -278,7 +278,7 @@ def _kth_largest(word, key_ptr, low, top, total, k_eff, i, BLOCK: tl.constexpr):
     return kth.to(tl.int32)
 
 
-@triton.jit
+@jit
 def choose_kernel(
     position_ptr, key_ptr, count_ptr, index_ptr, score_ptr, top_ptr, padded, k_eff,
     STRETCHES: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr,

@@ -20,7 +20,7 @@ from ..attention.triton import combined, partials
 from ..storage.side import Stored
 from ..storage.triton import side_arguments
 from ..validation import check_scale
-from .form import MadeFor, Numbers, device_of, outline
+from .form import MadeFor, Numbers, device_of, outline, readable_of
 from .index import KeyIndex
 from .triton import choose_kernel, compact_kernel, rescore_kernel, score_codes_kernel, score_product_kernel
 
@@ -93,6 +93,8 @@ class TritonStep:
         device: where it runs.
         tuning: how the work is cut.
 
+    The work space is for one step at a time: threads that decode at once take one each.
+
     Raises:
         ValueError: naming the argument, on a size or device that is not allowed.
         RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
@@ -131,6 +133,7 @@ class TritonStep:
 
         Arguments, and what is refused, as :meth:`qaxis.decode.Decoder.__call__` has them.
         """
+        k, v = readable_of(k, v, index)
         found = outline(q, k, v, index)
         if found not in self.checked:
             self.made_for.check(q, k, v, index)

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from ..attention.selection import causal_mask
+from ..storage.lazy import tensor_of
 from ..validation import check_qkv, check_scale, require
 
 
@@ -29,6 +30,7 @@ def attention_entropy(
     Raises:
         ValueError: as :func:`qaxis.topk_indices`.
     """
+    q, k = tensor_of("q", q), tensor_of("k", k)
     check_qkv(q, k, causal=causal)
     factor = check_scale(scale, q.shape[-1])
     batch, heads, m, dim = q.shape

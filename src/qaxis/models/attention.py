@@ -14,10 +14,10 @@ from ..attention import backend
 from ..attention.always import NONE
 from ..attention.logits import Logits
 from ..attention.selection import indices_to_mask, select_mask
+from ..storage.lazy import LazyTensor
 from ..storage.side import Stored
 from ..validation import DTYPES, check_scale, require
 from .layers import HARMLESS
-from .lazy import LazyTensor
 from .masks import visible_keys
 from .settings import NAME, Settings, count_call, settings_of
 

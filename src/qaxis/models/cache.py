@@ -18,10 +18,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..storage.formats import FORMATS, Format
+from ..storage.lazy import LazyTensor
 from ..storage.side import Side
 from ..validation import check_finite, check_form, is_integer, require
 from . import cache_file
-from .lazy import LazyTensor
 
 
 class QuantizedLayer(DynamicLayer):

@@ -16,7 +16,8 @@ from ..arithmetic import fast_scores
 from ..arithmetic.reference import next_power_of_two
 from ..arithmetic.triton import INTERPRETED, check_device, log2, triton
 from ..budget import Budget, as_budget
-from ..validation import check_qkv_form, check_scale, require
+from ..storage.lazy import tensor_of
+from ..validation import check_flag, check_qkv_form, check_scale, require
 from . import cuda
 from .plan import (
     DEFAULT_TUNING,
@@ -82,12 +83,16 @@ def prefill_attention(
         tuning: how the work is cut. Beside its result the call takes ``tuning.memory`` bytes (4 GiB) and a quarter at
             most, or what one query of a KV head's group needs; and a copy of k or v whose last stride is not 1.
 
-    Only the form is checked: that q, k and v are finite is left to the caller, as looking waits for the device.
+    Only the form is checked: that q, k and v are finite, and that sums of products stay inside float32, is left to the
+    caller, as looking waits for the device. k and v may be what the ``update`` of a quantised cache returns; they are
+    dequantised.
 
     Raises:
         ValueError: naming the argument, on a type, layout, dtype, device, shape or value that is not allowed.
     """
+    q, k, v = (tensor_of(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     check_qkv_form(q, k, v, causal=causal)
+    check_flag("selection", selection)
     check_device("q", q, calls_library=True)
     for name, x in (("q", q), ("k", k)):
         require(x.shape[2] <= MOST_KEYS, f"{name}.shape[2]", x.shape[2], f"at most {MOST_KEYS} positions")

@@ -251,8 +251,8 @@ class Tables(NamedTuple):
 def tables(budget: Budget, n: int, device: str) -> Tables:
     """The tables on ``device``."""
     k_eff = budget.table(n)
-    seen = torch.arange(n + 1).clamp(min=1)
-    share = (1 - k_eff / seen).clamp(1e-4, 1 - 1e-4).double()
+    seen = torch.arange(n + 1, device="cpu").clamp(min=1)
+    share = (1 - k_eff.float() / seen.float()).clamp(1e-4, 1 - 1e-4).double()
     quantile = torch.special.ndtri(share)
     density = torch.exp(-quantile * quantile / 2) / (2 * torch.pi) ** 0.5
     return Tables(k_eff.int().to(device), quantile.float().to(device), (1 / (seen * density)).float().to(device))

@@ -7,7 +7,7 @@ key. Offsets into tensors are 64-bit: any stride of theirs may be large.
 from __future__ import annotations
 
 from ..arithmetic.fast_scores import LARGEST, SMALLEST, UNITS
-from ..arithmetic.triton import score_of, tl, tree_last, triton, units_per_score, widen
+from ..arithmetic.triton import jit, score_of, tl, tree_last, units_per_score, widen
 
 _UNITS, _SMALLEST, _LARGEST = tl.constexpr(UNITS), tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
 #: 2^23 + 2^14: added to a float32 it leaves an integer, moved up by 2^14, in the lowest bits
@@ -18,25 +18,25 @@ _NO_SCORE = tl.constexpr(-2147483648)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@jit
 def _visible(i, first, n, CAUSAL: tl.constexpr):
     """How many keys query ``i`` of the chunk sees; ``first`` is the position of the chunk's first query."""
     return tl.minimum(first + i + 1, n) if CAUSAL else i * 0 + n
 
 
-@triton.jit
+@jit
 def _split(place, many):
     """(quotient, remainder): grids have one dimension, as their second ends at 65535."""
     return place // many, place % many
 
 
-@triton.jit
+@jit
 def _heads(head, heads, group):
     """64-bit (batch, query head, KV head) of a head among those of all batches."""
     return (head // heads).to(tl.int64), (head % heads).to(tl.int64), (head % heads // group).to(tl.int64)
 
 
-@triton.jit
+@jit
 def _query(q_ptr, b, h, place, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM: tl.constexpr):
     """The query ``place``, widened."""
     d = tl.arange(0, DIM)
@@ -44,7 +44,7 @@ def _query(q_ptr, b, h, place, dim, stride_qb, stride_qh, stride_qm, stride_qd, 
     return widen(tl.load(queries, mask=d < dim, other=0.0))
 
 
-@triton.jit
+@jit
 def _queries(q_ptr, b, h, place, here, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM: tl.constexpr):
     """The queries ``place``, where they are ``here``."""
     d = tl.arange(0, DIM)
@@ -52,7 +52,7 @@ def _queries(q_ptr, b, h, place, here, dim, stride_qb, stride_qh, stride_qm, str
     return tl.load(queries + d.to(tl.int64)[None, :] * stride_qd, mask=here[:, None] & (d < dim)[None, :], other=0.0)
 
 
-@triton.jit
+@jit
 def _vectors(rows_ptr, offset, n, dim, stride, ROWS: tl.constexpr, DIM: tl.constexpr):
     """The ROWS keys or values of a head from ``offset`` on, where there are that many."""
     o = tl.arange(0, ROWS)
@@ -65,7 +65,7 @@ def _vectors(rows_ptr, offset, n, dim, stride, ROWS: tl.constexpr, DIM: tl.const
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _product(q, k, WIDE: tl.constexpr):
     """Scores on the tensor cores; ``WIDE`` for the interpreter, which cannot multiply bfloat16."""
     if WIDE:
@@ -74,7 +74,7 @@ def _product(q, k, WIDE: tl.constexpr):
         return tl.dot(q, tl.trans(k), input_precision="ieee")
 
 
-@triton.jit
+@jit
 def prefill_scores_kernel(
     q_ptr, k_ptr, norm_ptr, fast_ptr, heads, group, start, chunk, first, n, padded, dim, key_tiles, query_tiles,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn,
@@ -102,7 +102,7 @@ def prefill_scores_kernel(
         tl.store(rows + (offset + tl.arange(0, KEYS))[None, :], fast, mask=here[:, None])
 
 
-@triton.jit
+@jit
 def _first_guess(fast_ptr, quantile_ptr, slope_ptr, seen, SAMPLE: tl.constexpr):
     """(where the k best would begin if a sample's mean and spread told all, how far one key moves that)."""
     each = tl.maximum(seen // SAMPLE, 1)
@@ -114,7 +114,7 @@ def _first_guess(fast_ptr, quantile_ptr, slope_ptr, seen, SAMPLE: tl.constexpr):
     return mean + tl.load(quantile_ptr + seen) * spread, tl.load(slope_ptr + seen) * spread
 
 
-@triton.jit
+@jit
 def _reached(fast, fast_ptr, seen, trial, BLOCK: tl.constexpr):
     """How many scores of a row reach ``trial``; ``fast`` holds the first BLOCK."""
     o = tl.arange(0, BLOCK)
@@ -125,7 +125,7 @@ def _reached(fast, fast_ptr, seen, trial, BLOCK: tl.constexpr):
     return enough
 
 
-@triton.jit
+@jit
 def _narrow(fast, fast_ptr, quantile_ptr, slope_ptr, seen, k_eff, BLOCK: tl.constexpr, SAMPLE: tl.constexpr,
             SLACK: tl.constexpr):  # fmt: skip
     """(found, behind): at least k_eff scores reach the one and at most k_eff the other, few of them between."""
@@ -152,7 +152,7 @@ def _narrow(fast, fast_ptr, quantile_ptr, slope_ptr, seen, k_eff, BLOCK: tl.cons
     return found, behind
 
 
-@triton.jit
+@jit
 def _keep(
     fast, j, seen, low, high, so_far, bits_ptr, position_ptr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +167,7 @@ def _keep(
     return tl.sum(sure.to(tl.int32), 0), tl.sum(band, 0)
 
 
-@triton.jit
+@jit
 def prefill_cut_kernel(
     q_ptr, norm_ptr, fast_ptr, k_eff_ptr, quantile_ptr, slope_ptr,
     bits_ptr, position_ptr, band_ptr, missing_ptr, low_ptr, high_ptr, top_ptr,
@@ -218,7 +218,7 @@ def prefill_cut_kernel(
     tl.store(top_ptr + row, top)
 
 
-@triton.jit
+@jit
 def _canonical(wide, keys, j, mask, stride_kn, dim, BLOCK: tl.constexpr, TREE: tl.constexpr, LOG_TREE: tl.constexpr):
     """Canonical scores of the keys ``j [BLOCK]`` as integers in the order of the scores (rules 2 and 4)."""
     d = tl.arange(0, TREE)
@@ -227,14 +227,14 @@ def _canonical(wide, keys, j, mask, stride_kn, dim, BLOCK: tl.constexpr, TREE: t
     return score_of(tree_last(wide[None, :] * widen(k), BLOCK, TREE, LOG_TREE).to(tl.int32, bitcast=True))
 
 
-@triton.jit
+@jit
 def _beaten(word, j, by_word, by_j):
     """How many of the second list come before each of the first: higher score, or the same and a lower position."""
     before = (by_word[None, :] > word[:, None]) | ((by_word[None, :] == word[:, None]) & (by_j[None, :] < j[:, None]))
     return tl.sum(before.to(tl.int32), 1)
 
 
-@triton.jit
+@jit
 def _order_list(
     wide, keys, position_ptr, word_ptr, bits_ptr, band, missing, stride_kn, dim,
     BLOCK: tl.constexpr, TREE: tl.constexpr, LOG_TREE: tl.constexpr,
@@ -260,7 +260,7 @@ def _order_list(
         tl.atomic_or(bits_ptr + (j >> 5), 1 << (j & 31), mask=take, sem="relaxed")
 
 
-@triton.jit
+@jit
 def prefill_band_kernel(
     q_ptr, k_ptr, position_ptr, word_ptr, band_ptr, missing_ptr, bits_ptr,
     heads, group, start, chunk, words, dim,
@@ -291,7 +291,7 @@ def prefill_band_kernel(
                         LOG_TREE)  # fmt: skip
 
 
-@triton.jit
+@jit
 def _rescore(
     wide, keys, fast_ptr, line_ptr, seen, low, high, stride_kn, dim,
     BLOCK: tl.constexpr, TREE: tl.constexpr, LOG_TREE: tl.constexpr,
@@ -307,7 +307,7 @@ def _rescore(
         tl.store(line_ptr + j, tl.where(inside, word, _NO_SCORE), mask=j < seen)
 
 
-@triton.jit
+@jit
 def _line_reaches(line_ptr, seen, trial, BLOCK: tl.constexpr):
     """How many scores of the line reach ``trial``."""
     o = tl.arange(0, BLOCK)
@@ -318,7 +318,7 @@ def _line_reaches(line_ptr, seen, trial, BLOCK: tl.constexpr):
     return enough
 
 
-@triton.jit
+@jit
 def _largest_of_line(line_ptr, seen, missing, BLOCK: tl.constexpr):
     """The ``missing``-th largest score of the line, by halving."""
     kth = tl.full((), -2147483647, tl.int64)
@@ -331,7 +331,7 @@ def _largest_of_line(line_ptr, seen, missing, BLOCK: tl.constexpr):
     return kth
 
 
-@triton.jit
+@jit
 def _take_from_line(line_ptr, bits_ptr, seen, missing, kth, BLOCK: tl.constexpr):
     """Sets the bits of the scores above ``kth``, and of the first of those at it until ``missing`` are taken."""
     o = tl.arange(0, BLOCK)
@@ -349,7 +349,7 @@ def _take_from_line(line_ptr, bits_ptr, seen, missing, kth, BLOCK: tl.constexpr)
         equal += tl.sum(at_kth, 0)
 
 
-@triton.jit
+@jit
 def prefill_wide_band_kernel(
     q_ptr, k_ptr, fast_ptr, line_ptr, band_ptr, missing_ptr, low_ptr, high_ptr, bits_ptr,
     heads, group, start, chunk, first, n, padded, words, rows, dim,
@@ -385,7 +385,7 @@ def prefill_wide_band_kernel(
                     _take_from_line(line_ptr, bits_ptr + row * words, seen, missing, kth, BLOCK)
 
 
-@triton.jit
+@jit
 def _selected(bits_ptr, words, offset, here, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Bits ``[QUERIES, KEYS]`` of a tile, as a mask; ``bits_ptr`` points to the rows."""
     w = offset // 32 + tl.arange(0, KEYS // 32)
@@ -394,7 +394,7 @@ def _selected(bits_ptr, words, offset, here, QUERIES: tl.constexpr, KEYS: tl.con
     return tl.reshape(bit, (QUERIES, KEYS)) != 0
 
 
-@triton.jit
+@jit
 def _highest(
     q, keys, bits_ptr, here, end, n, words, dim, stride_kn,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
@@ -408,7 +408,7 @@ def _highest(
     return top
 
 
-@triton.jit
+@jit
 def prefill_attend_kernel(
     q_ptr, k_ptr, v_ptr, norm_ptr, bits_ptr, top_ptr, out_ptr,
     heads, group, start, chunk, m, first, n, words, dim, dim_v, tiles, scale, off,

@@ -11,12 +11,15 @@ SHARE, LEAST = 16, 8
 
 
 class Growing:
-    """``[B, H, n, ...]`` with room behind it. What is stored is moved once per growth, never computed again."""
+    """``[B, H, n, ...]`` with room behind it. What is stored is moved once per growth, never computed again.
+
+    Buffers are ordinary tensors also where they are made in inference mode: one that torch marked as made there could
+    not be written to outside. What is stored takes no part in gradients.
+    """
 
     def __init__(self, like: torch.Tensor, room: int = 0) -> None:
         """An empty one for parts shaped as ``like [B, H, *, ...]``, with room for ``room`` entries."""
-        shape = (*like.shape[:2], room, *like.shape[3:])
-        self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.buffer = _zeros((*like.shape[:2], room, *like.shape[3:]), like)
         self.length = 0
 
     def append(self, part: torch.Tensor) -> None:
@@ -25,12 +28,10 @@ class Growing:
         room = self.buffer.shape[2]
         if end > room:
             larger = end if self.length == 0 else max(end, room + max(LEAST, room // SHARE))
-            buffer = torch.zeros(
-                (*self.buffer.shape[:2], larger, *self.buffer.shape[3:]), dtype=part.dtype, device=part.device
-            )
+            buffer = _zeros((*self.buffer.shape[:2], larger, *self.buffer.shape[3:]), part)
             buffer[:, :, : self.length] = self.view()
             self.buffer = buffer
-        self.buffer[:, :, self.length : end] = part
+        self.buffer[:, :, self.length : end] = part.detach()
         self.length = end
 
     def view(self) -> torch.Tensor:
@@ -40,8 +41,26 @@ class Growing:
     def crop(self, length: int) -> None:
         """Keep the first ``length`` entries; the room behind them is given back."""
         self.length = min(length, self.length)
-        self.buffer = self.view().clone()
+        self.change(lambda buffer: buffer[:, :, : self.length].clone())
 
     def change(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the buffer, room included, by ``f`` of it."""
-        self.buffer = f(self.buffer)
+        with torch.inference_mode(False), torch.no_grad():
+            self.buffer = f(self.buffer)
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros in the dtype and on the device of ``like``, an ordinary tensor in inference mode too."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """As ``torch.cat``, of parts of one dtype; autocast, which has rules of its own for ``cat``, changes nothing."""
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    out, start = torch.empty(shape, dtype=parts[0].dtype, device=parts[0].device), 0
+    for part in parts:
+        out.narrow(dim, start, part.shape[dim]).copy_(part)
+        start += part.shape[dim]
+    return out

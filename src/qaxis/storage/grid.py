@@ -19,7 +19,9 @@ from ..arithmetic.reference import power_of_two
 from ..validation import is_integer, require
 
 #: smallest exponent of a one-byte scale with three bits of significand, and the largest such scale
-LOWEST, LARGEST = -20, 15 / 8 * 2.0**11
+LOWEST, LARGEST_SCALE = -20, 15 / 8 * 2.0**11
+#: the largest finite float32
+LARGEST_NUMBER = torch.finfo(torch.float32).max
 #: bits of bfloat16's significand, the hidden one included
 SIGNIFICAND = 8
 
@@ -95,41 +97,54 @@ def _power_of_two_exponent(largest: torch.Tensor, limit: int) -> torch.Tensor:
     return torch.where(largest > 0, exponent, 0).clamp(-126, 126)
 
 
-def quantize(x: torch.Tensor, dim: int, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Quantise float32 ``x`` with one scale along ``dim``.
+def quantize(
+    x: torch.Tensor, dim: int, grid: Grid, largest: float = LARGEST_NUMBER
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Quantise float32 ``x`` with one scale along ``dim``, so that no dequantised number is beyond ``largest``.
 
     Returns:
         (codes, scales, zeros). With 8 bits codes are int8 and scales int8 exponents; with fewer, codes are uint8 in
         ``[0, 2^bits)`` and scales uint8. Zeros are int8, None for a symmetric grid. Scales and zeros have size 1
-        along ``dim``. Rounding is to the nearest; no code is clipped by more than rounding.
+        along ``dim``. Rounding is to the nearest, and towards zero beside ``largest``; no code is clipped by more.
 
     Raises:
         ValueError: if a magnitude is beyond the largest scale (only below 8 bits).
     """
     if grid.bits == 8:
         exponent = _power_of_two_exponent(x.abs().amax(dim, keepdim=True), grid.limit)
-        codes = torch.round(x * power_of_two(-exponent)).clamp(-grid.limit, grid.limit)
+        most = _most(power_of_two(exponent), largest).clamp(max=grid.limit)
+        codes = _clamped(torch.round(x * power_of_two(-exponent)), most)
         return codes.to(torch.int8), exponent.to(torch.int8), None
     if not grid.zero:
         # A code takes bits - 1 bits without its sign.
         wanted = x.abs().amax(dim, keepdim=True) / grid.limit
         scale = _rounded_up(wanted, min(4, SIGNIFICAND + 1 - grid.bits))
         _check_range(x, scale)
-        codes = torch.round(x / scale).clamp(-grid.limit, grid.limit) + grid.limit
+        codes = _clamped(torch.round(x / scale), _most(scale, largest).clamp(max=grid.limit)) + grid.limit
         return codes.to(torch.uint8), _byte_of(scale), None
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     scale = _scale_with_zero(low, high, 2**grid.bits - 1)
     _check_range(x, scale)
-    zero = torch.round(low / scale)
+    most = _most(scale, largest)
+    zero = _clamped(torch.round(low / scale), most)
     # Where the whole group is on one side far from 0 the integers still fit the rule: _scale_with_zero saw to it.
-    codes = (torch.round(x / scale) - zero).clamp(0, 2**grid.bits - 1)
+    codes = (_clamped(torch.round(x / scale), most) - zero).clamp(0, 2**grid.bits - 1)
     return codes.to(torch.uint8), _byte_of(scale), zero.to(torch.int8)
 
 
+def _most(scale: torch.Tensor, largest: float) -> torch.Tensor:
+    """The largest integer whose product with ``scale`` is at most ``largest``."""
+    return torch.floor(torch.full_like(scale, largest) / scale)
+
+
+def _clamped(x: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    return torch.minimum(torch.maximum(x, -most), most)
+
+
 def _check_range(x: torch.Tensor, scale: torch.Tensor) -> None:
-    if bool((scale > LARGEST).any()):
+    if bool((scale > LARGEST_SCALE).any()):
         raise ValueError(
-            f"max|x|={float(x.abs().max()):g}: allowed is a magnitude whose scale is at most {LARGEST:g}; "
+            f"max|x|={float(x.abs().max()):g}: allowed is a magnitude whose scale is at most {LARGEST_SCALE:g}; "
             "8 bits take any"
         )
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..validation import require
-from .buffer import Growing
+from ..validation import DTYPES, check_finite, check_memory, is_integer, require
+from .buffer import Growing, joined
 from .grid import Grid, dequantize, pack, quantize, unpack
 
 
@@ -47,11 +47,12 @@ class Stored:
         return self.codes.device
 
     def check_form(self, name: str) -> None:
-        """Check that the parts fit each other, without looking at the numbers.
+        """Check that the parts are dense tensors that fit each other, without looking at the numbers.
 
         Raises:
-            ValueError: naming the part, its shape, dtype or device, and what is allowed.
+            ValueError: naming the part, its type, layout, shape, dtype or device, and what is allowed.
         """
+        self._check_parts(name)
         batch, heads, n = self.codes.shape[:3]
         packed = self.dim if self.grid.bits == 8 else (self.dim + -self.dim % 8) * self.grid.bits // 8
         per_token = self.grid.per == "token"
@@ -72,6 +73,27 @@ class Stored:
                 require(x.dtype == dtype, f"{name}.{part}.dtype", x.dtype, f"{dtype}")
                 require(x.device == self.device, f"{name}.{part}.device", str(x.device), f"{self.device}")
 
+    def _check_parts(self, name: str) -> None:
+        """Check every part for itself, so that the others can be compared with it."""
+        require(isinstance(self.grid, Grid), f"{name}.grid", self.grid, "a qaxis.storage.grid.Grid")
+        require(self.dtype in DTYPES, f"{name}.dtype", self.dtype, "float32, float16 or bfloat16")
+        require(is_integer(self.dim) and self.dim >= 1, f"{name}.dim", self.dim, "an integer of at least 1")
+        width = width_of(self.grid, self.dim)
+        require(is_integer(self.width) and self.width == width, f"{name}.width", self.width, f"{width}")
+        for part in ("codes", "scales", "first", "zeros", "newest"):
+            x = getattr(self, part)
+            if x is not None or part in ("codes", "scales", "first"):
+                check_memory(f"{name}.{part}", x)
+                require(x.ndim == 4, f"{name}.{part}.shape", tuple(x.shape), "4 dimensions")
+                require(min(x.shape[:2]) >= 1, f"{name}.{part}.shape", tuple(x.shape), "a batch and a head at least")
+        for part, wanted in (("zeros", self.grid.zero), ("newest", self.grid.per == "channel")):
+            given = getattr(self, part) is not None
+            require(given == wanted, f"{name}.{part}", type(getattr(self, part)).__name__, f"one only if {self.grid}")
+
+    def check_finite(self, name: str) -> None:
+        """Refuse NaN and Inf among the tokens kept in full; what codes stand for is finite."""
+        check_finite(**{f"{name}.first": self.first, f"{name}.newest": self.newest})
+
     def dequantized(self) -> torch.Tensor:
         """All tokens, ``[B, Hkv, N, D]`` in the model's dtype."""
         out = self._without_first()
@@ -91,7 +113,12 @@ class Stored:
         scales, zeros = (x if x is None else x[:, :, :, None] for x in parts)
         split = codes.unflatten(2, (-1, self.grid.group_size))
         whole = dequantize(split, scales, zeros, self.grid, self.dtype).flatten(2, 3)  # type: ignore[arg-type]
-        return torch.cat([whole, self.newest], dim=2) if self.newest.shape[2] else whole
+        return joined([whole, self.newest], 2) if self.newest.shape[2] else whole
+
+
+def width_of(grid: Grid, dim: int) -> int:
+    """Channels of a token that share a scale; all, where one is of a channel or the group does not divide ``dim``."""
+    return grid.group_size if grid.per == "token" and dim % grid.group_size == 0 else dim
 
 
 class Side:
@@ -103,9 +130,7 @@ class Side:
         The first ``sinks`` tokens are kept in full and take no part in their group's scales.
         """
         self.grid, self.dtype, self.dim, self.sinks = grid, like.dtype, like.shape[3], sinks
-        per_token = grid.per == "token"
-        # A head_dim that the group does not divide shares one scale.
-        self.width = grid.group_size if per_token and self.dim % grid.group_size == 0 else self.dim
+        self.width = width_of(grid, self.dim)
         self.parts: dict[str, Growing] = {}
         codes, scales, zeros = self._quantized(torch.zeros_like(like[:, :, :1]).expand(-1, -1, self.grid.tokens, -1))
         groups = room // self.grid.tokens
@@ -113,7 +138,7 @@ class Side:
         self.parts["first"] = Growing(like)
         if zeros is not None:
             self.parts["zeros"] = Growing(zeros, groups)
-        if not per_token:
+        if grid.per == "channel":
             self.parts["newest"] = Growing(like)
 
     @property
@@ -122,13 +147,13 @@ class Side:
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(codes, scales, zeros) as they are stored, of tokens ``[B, Hkv, n, D]``, whole groups."""
-        x = x.float()
+        x, largest = x.float(), torch.finfo(self.dtype).max
         if self.grid.per == "channel":
-            codes, scales, zeros = quantize(x.unflatten(2, (-1, self.grid.tokens)), 3, self.grid)
+            codes, scales, zeros = quantize(x.unflatten(2, (-1, self.grid.tokens)), 3, self.grid, largest)
             codes, scales = codes.flatten(2, 3), scales.squeeze(3)
             zeros = None if zeros is None else zeros.squeeze(3)
         else:
-            codes, scales, zeros = quantize(x.unflatten(-1, (-1, self.width)), -1, self.grid)
+            codes, scales, zeros = quantize(x.unflatten(-1, (-1, self.width)), -1, self.grid, largest)
             codes, scales = codes.flatten(-2), scales.squeeze(-1)
             zeros = None if zeros is None else zeros.squeeze(-1)
         if self.grid.bits < 8:
@@ -146,13 +171,13 @@ class Side:
         elif self.parts["newest"].length + x.shape[2] < self.grid.tokens:
             whole, newest = x[:, :, :0], x
         else:
-            waiting = torch.cat([self.parts["newest"].view(), x], dim=2)
+            waiting = joined([self.parts["newest"].view(), x], 2)
             split = waiting.shape[2] // self.grid.tokens * self.grid.tokens
             whole, newest = waiting[:, :, :split], waiting[:, :, split:]
         if self.grid.per == "channel" and self.sinks and self.parts["codes"].length == 0 and whole.shape[2]:
             # An outlier that is kept in full must not widen the scales of its group; its neighbour stands in for it.
-            whole = torch.cat([whole[:, :, self.sinks :][:, :, :1].expand(-1, -1, self.sinks, -1),
-                               whole[:, :, self.sinks :]], dim=2)  # fmt: skip
+            others = whole[:, :, self.sinks :]
+            whole = joined([others[:, :, :1].expand(-1, -1, self.sinks, -1), others], 2)
         made = self._quantized(whole) if whole.shape[2] else None
 
         def commit() -> None:

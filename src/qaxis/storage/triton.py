@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arithmetic.reference import next_power_of_two
-from ..arithmetic.triton import row_and_block, tl, triton, widen
+from ..arithmetic.triton import jit, row_and_block, tl, triton, widen
 from .side import Stored
 
 #: tokens that a program of the dequantising kernel writes
@@ -25,7 +25,7 @@ def readable(*sides: torch.Tensor | Stored) -> bool:
     )
 
 
-@triton.jit
+@jit
 def load_numbers(
     rows, scales, first, newest, position, d, mask, whole, sinks,
     rows_n, rows_d, scales_n, first_n, newest_n,
@@ -77,7 +77,7 @@ def side_arguments(x: torch.Tensor | Stored) -> SideArguments:
     return SideArguments(parts, (x.codes.shape[2], x.first.shape[2], *strides), constants)
 
 
-@triton.jit
+@jit
 def _dequantize_kernel(
     rows, scales, first, newest, out_ptr, heads, n, dim, blocks, whole, sinks,
     rows_b, rows_h, rows_n, rows_d, scales_b, scales_h, scales_n, first_b, first_h, first_n,
