@@ -113,7 +113,6 @@ class QuantizedLayer(DynamicLayer):
         return self.sides
 
     @torch.compiler.disable(reason="quantising is eager: a compiler would specialise on every length of the buffers")
-    @_ordinary
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, lazy: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,6 +124,13 @@ class QuantizedLayer(DynamicLayer):
         Raises:
             ValueError: on NaN or Inf, or on a change of dtype, device or shape. The cache is then unchanged.
         """
+        self._append(key_states, value_states)
+        stored = (LazyTensor(side.stored()) for side in self.sides)
+        keys, values = stored if lazy else (x.dequantized() for x in stored)
+        return keys, values
+
+    @_ordinary
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         sides, states = self._sides_for(key_states, value_states), (key_states, value_states)
         # One wait for the device instead of two, which a decoding step would feel.
         if not bool(torch.isfinite(key_states).all() & torch.isfinite(value_states).all()):
@@ -133,9 +139,6 @@ class QuantizedLayer(DynamicLayer):
         for commit in commits:
             commit()
         self._hold(sides, key_states)
-        stored = (LazyTensor(side.stored()) for side in sides)
-        keys, values = stored if lazy else (x.dequantized() for x in stored)
-        return keys, values
 
     def dequantized(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The stored keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` in the model's dtype."""
