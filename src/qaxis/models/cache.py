@@ -1,100 +1,158 @@
 """The quantised key/value cache, as a transformers ``Cache``.
 
 Keys have outlier *channels*, so a scale belongs to one channel over 128 tokens; values fare better so, too. Tokens
-of the newest, incomplete group wait in the model's dtype until 128 are there, and are counted. Every dequantised
-number is exact in bfloat16: qaxis/storage/grid.py says why.
+of the newest, incomplete group wait in the model's dtype until 128 are there, and are counted: below one group the
+cache is lossless. Every dequantised number is exact in bfloat16: qaxis/storage/grid.py says why.
 
 ``update`` returns what is *stored*, dequantised, also to the forward pass that just wrote it: a perplexity
 measured on this cache reads the quantised numbers.
+
+The layers are those that transformers itself would make; what holds keys and values of all tokens is replaced by a
+quantised layer of the same kind. Windows, chunks, recurrent states and shared layers stay what they always are.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from ..storage.formats import FORMATS, Format
 from ..storage.lazy import LazyTensor
 from ..storage.side import Side
 from ..validation import check_finite, check_form, is_integer, require
 from . import cache_file
+from .settings import NAME
+
+#: attention implementations that may be handed lazy tensors: ours reads the codes, the others ask for the numbers by
+#: ordinary operations. Any other one gets the numbers: a compiler or a foreign kernel may look for memory.
+_READ_LAZILY = (NAME, "sdpa", "eager")
+
+
+def _ordinary(f: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``f`` stores are ordinary tensors, also in inference mode, so that a later turn outside may write them."""
+
+    @functools.wraps(f)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return f(*args, **kwargs)
+
+    return outside
 
 
 class QuantizedLayer(DynamicLayer):
-    """One layer of :class:`Int8Cache`."""
+    """A layer of :class:`Int8Cache` that holds keys and values of all tokens, quantised."""
 
-    def __init__(self, format: Format, room: int = 0) -> None:
-        super().__init__()
-        self.format, self.room = format, room
-        self.sides: tuple[Side, ...] = ()
+    format: Format
+    room: int
+    sides: tuple[Side, ...] = ()
+    #: whether the sides are all there is to it
+    savable = True
+
+    @classmethod
+    def in_place_of(cls, layer: DynamicLayer, format: Format, room: int) -> QuantizedLayer:
+        """One with all that the empty ``layer`` has, but for its keys and values."""
+        new = cls.__new__(cls)
+        vars(new).update({name: x for name, x in vars(layer).items() if name not in cache_file.SIDES})
+        new.format, new.room = format, room
+        return new
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The stored keys ``[B, Hkv, N, D]``, dequantised anew at every look; None before anything was written."""
+        return self.sides[0].dequantized() if self.sides else None
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The stored values ``[B, Hkv, N, Dv]``, dequantised anew at every look; None before."""
+        return self.sides[1].dequantized() if self.sides else None
 
     def _empty(self, states: tuple[torch.Tensor, ...]) -> tuple[Side, ...]:
         grids = (self.format.keys, self.format.values)
-        return tuple(Side(x, grid, self.format.sinks, self.room) for x, grid in zip(states, grids, strict=True))
+        likes = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in states)
+        return tuple(Side(x, grid, self.format.sinks, self.room) for x, grid in zip(likes, grids, strict=True))
 
+    @_ordinary
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self._hold(self._empty((key_states, value_states)), key_states)
+
+    def _hold(self, sides: tuple[Side, ...], key_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.sides, self.is_initialized = self._empty((key_states, value_states)), True
+        self.sides, self.is_initialized = sides, True
+
+    def _sides_for(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Side, ...]:
+        """Where these states go: what is here, or new sides while nothing is stored."""
+        states = {"key_states": key_states, "value_states": value_states}
+        for name, x in states.items():
+            check_form(name, x, 4)
+        same = key_states.shape[:3] == value_states.shape[:3]
+        require(same, "value_states.shape", tuple(value_states.shape), f"that of key_states {tuple(key_states.shape)}")
+        here = value_states.device == key_states.device
+        require(here, "value_states.device", str(value_states.device), f"that of key_states, {key_states.device}")
+        if not self.sides:
+            return self._empty((key_states, value_states))
+        require(
+            key_states.device == self.device, "key_states.device", str(key_states.device), f"the cache's {self.device}"
+        )
+        for (name, x), side in zip(states.items(), self.sides, strict=True):
+            require(x.dtype == side.dtype, f"{name}.dtype", x.dtype, f"the cache's {side.dtype}")
+            batch, heads = side.parts["codes"].buffer.shape[:2]
+            fits = (*x.shape[:2], x.shape[3]) == (batch, heads, side.dim)
+            require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{batch}, {heads}, n, {side.dim}]")
+        return self.sides
 
     @torch.compiler.disable(reason="quantising is eager: a compiler would specialise on every length of the buffers")
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, lazy: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[B, Hkv, n, D]`` keys and values; return all stored ones.
+        """Append ``[B, Hkv, n, D]`` keys and ``[B, Hkv, n, Dv]`` values; return all stored ones, without gradient.
 
-        They pass for tensors ``[B, Hkv, N, D]`` in the model's dtype, and are dequantised when an operation other
-        than qaxis's own attention reads them.
+        With ``lazy`` they pass for tensors, ``[B, Hkv, N, D]`` and ``[B, Hkv, N, Dv]`` in the dtype they came in, and
+        are dequantised when an operation other than qaxis's own attention reads them.
 
         Raises:
             ValueError: on NaN or Inf, or on a change of dtype, device or shape. The cache is then unchanged.
         """
-        check_form("key_states", key_states, 4)
-        check_form("value_states", value_states, 4)
-        same = key_states.shape[:3] == value_states.shape[:3]
-        require(same, "value_states.shape", tuple(value_states.shape), f"that of key_states {tuple(key_states.shape)}")
-        if not self.is_initialized:
-            sides = self._empty((key_states, value_states))
-        else:
-            sides = self.sides
-            require(key_states.dtype == self.dtype, "key_states.dtype", key_states.dtype, f"the cache's {self.dtype}")
-            here = key_states.device == self.device
-            require(here, "key_states.device", str(key_states.device), f"the cache's {self.device}")
-            for name, x, side in zip(("key_states", "value_states"), (key_states, value_states), sides, strict=True):
-                batch, heads = side.parts["codes"].buffer.shape[:2]
-                fits = (*x.shape[:2], x.shape[3]) == (batch, heads, side.dim)
-                require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{batch}, {heads}, n, {side.dim}]")
+        self._append(key_states, value_states)
+        stored = (LazyTensor(side.stored()) for side in self.sides)
+        keys, values = stored if lazy else (x.dequantized() for x in stored)
+        return keys, values
+
+    @_ordinary
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        sides, states = self._sides_for(key_states, value_states), (key_states, value_states)
         # One wait for the device instead of two, which a decoding step would feel.
         if not bool(torch.isfinite(key_states).all() & torch.isfinite(value_states).all()):
             check_finite(key_states=key_states, value_states=value_states)
-        commits = [side.prepare(x) for side, x in zip(sides, (key_states, value_states), strict=True)]
+        commits = [side.prepare(x) for side, x in zip(sides, states, strict=True)]
         for commit in commits:
             commit()
-        if not self.is_initialized:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.sides, self.is_initialized = sides, True
-        keys, values = (LazyTensor(side.stored()) for side in self.sides)
-        return keys, values
+        self._hold(sides, key_states)
 
     def dequantized(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The stored keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` in the model's dtype."""
         keys, values = (side.dequantized() for side in self.sides)
         return keys, values
 
-    def stored_bytes(self) -> int:
-        """Bytes of the storage behind this layer: codes, scales, the newest tokens in full, room for growth."""
-        return sum(side.nbytes() for side in self.sides)
-
     def get_seq_length(self) -> int:
-        return self.sides[1].length if self.is_initialized else 0
+        return self.sides[1].length if self.sides else 0
 
     def reset(self) -> None:
         self.sides = ()
         self.is_initialized = False
 
+    @_ordinary
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest ``-tokens_to_remove`` tokens (transformers passes a negative number).
 
@@ -109,6 +167,7 @@ class QuantizedLayer(DynamicLayer):
         for side in self.sides:
             side.crop(length)
 
+    @_ordinary
     def _change(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for side in self.sides:
             for part in side.parts.values():
@@ -131,55 +190,143 @@ class QuantizedLayer(DynamicLayer):
             self._change(lambda t: t.to(self.device, non_blocking=True))
 
 
-class Int8Cache(Cache):
+class QuantizedIndexedLayer(DynamicIndexedLayer, QuantizedLayer):
+    """The same with an indexer's keys beside it (DeepSeek V3.2, GLM MoE DSA), which stay in full."""
+
+    savable = False
+
+
+class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer):  # type: ignore[misc, override]
+    """The same with a recurrent state beside it (Falcon-H1, Zamba 2), which stays in full."""
+
+    savable = False
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # Keys and values come by position, states by name.
+        (QuantizedLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+        QuantizedLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+        QuantizedLayer.prefetch(self)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        QuantizedLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        QuantizedLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        QuantizedLayer.crop(self, tokens_to_remove)
+
+
+#: by the layer that transformers makes, the one that takes its place; all others stay
+_QUANTIZED: dict[type, type[QuantizedLayer]] = {
+    DynamicLayer: QuantizedLayer,
+    DynamicIndexedLayer: QuantizedIndexedLayer,
+    LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,
+}
+
+
+class _Readers:
+    """Whether what reads the cache takes lazy tensors: asks the model's own configurations, at the time."""
+
+    def __init__(self, *configs: PreTrainedConfig) -> None:
+        self.configs = configs
+
+    def lazy(self) -> bool:
+        return bool(self.configs) and all(c._attn_implementation in _READ_LAZILY for c in self.configs)
+
+    def __deepcopy__(self, memo: Any) -> _Readers:
+        return self
+
+    def __reduce__(self) -> Any:
+        # In another process there is no model to ask; ordinary tensors are right for all.
+        return _Readers, ()
+
+
+def _tensors(x: Any) -> Iterator[torch.Tensor]:
+    """Those that an attribute of a layer holds."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (dict, list, tuple)):
+        for each in x.values() if isinstance(x, dict) else x:
+            yield from _tensors(each)
+
+
+class Int8Cache(DynamicCache):
     """Quantised KV cache: pass it as ``past_key_values`` to a model's forward or to ``generate()``.
 
+    For an encoder-decoder, ``EncoderDecoderCache(Int8Cache(config), Int8Cache(config))``, or with a ``DynamicCache``
+    for either. Inference only: what it gives back carries no gradient.
+
     Args:
-        config: the model's configuration. Sliding-window layers keep their window in full precision, as
-            transformers does; other layer types are refused.
+        config: the model's configuration. Layers that hold keys and values of all tokens are quantised; every other
+            kind (sliding window, chunk, recurrent state, shared) is held as ``DynamicCache(config=config)`` holds it.
         format: ``"int8"`` (0.504 of the bfloat16 bytes), ``"int6"`` (0.383), ``"int4"`` (0.289), or a
             :class:`~qaxis.storage.formats.Format` of your own.
         room: allocate for so many tokens at once instead of growing.
-        offloading: keep all layers but the one at work on the CPU, as in transformers.
+        offloading: keep all layers but the one at work on the CPU, as in transformers; needs CUDA.
 
     Raises:
-        ValueError: for a configuration or a format that the cache cannot hold.
+        ValueError: for a configuration or a format that the cache cannot hold, or offloading without CUDA.
     """
+
+    #: also where every layer of a model could be: quantising is eager
+    is_compileable = False
 
     def __init__(
         self,
-        config: Any,
+        config: PreTrainedConfig,
         *,
         format: str | Format = "int8",
         room: int = 0,
         offloading: bool = False,
     ) -> None:
-        known = isinstance(format, Format) or format in FORMATS
+        wanted = "a model's configuration (model.config)"
+        require(isinstance(config, PreTrainedConfig), "config", type(config).__name__, wanted)
+        known = isinstance(format, Format) or (isinstance(format, str) and format in FORMATS)
         require(known, "format", format, f"one of {tuple(FORMATS)}, or a qaxis.storage.formats.Format")
         require(is_integer(room) and room >= 0, "room", room, "a number of tokens, at least 0")
+        available = not offloading or torch.cuda.is_available()
+        require(available, "offloading", offloading, "False where torch finds no CUDA")
         self.format = format if isinstance(format, Format) else FORMATS[format]
-        text = config.get_text_config(decoder=True)
-        window = int(getattr(text, "sliding_window", None) or 0)
-        plain = "sliding_attention" if window and not hasattr(text, "layer_types") else "full_attention"
-        kinds = getattr(text, "layer_types", None) or [plain] * text.num_hidden_layers
-        known = set(kinds) <= {"full_attention", "sliding_attention"}
-        require(known, "config.layer_types", sorted(set(kinds)), "full_attention and sliding_attention")
-        layers: list[DynamicLayer] = [
-            QuantizedLayer(self.format, room)
-            if kind == "full_attention"
-            else DynamicSlidingWindowLayer(sliding_window=window)
-            for kind in kinds
-        ]
-        super().__init__(layers=layers, offloading=offloading)  # type: ignore[arg-type]
+        try:
+            super().__init__(config=config, offloading=offloading)
+        except (AttributeError, KeyError, TypeError) as error:
+            kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+            about = f"{type(config).__name__} with layer_types={kinds}"
+            raise ValueError(
+                f"config={about}: allowed is {wanted} for which transformers knows a cache ({error!r})"
+            ) from error
+        for i, layer in enumerate(self.layers):
+            if type(layer) in _QUANTIZED:
+                self.layers[i] = _QUANTIZED[type(layer)].in_place_of(layer, self.format, room)  # type: ignore[arg-type]
+        self._readers = _Readers(config, config.get_text_config(decoder=True))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to one layer; see :meth:`QuantizedLayer.update`."""
+        require(layer_idx < len(self.layers), "layer_idx", layer_idx, f"a layer of the configuration's {len(self)}")
+        if isinstance(self.layers[layer_idx], QuantizedLayer):
+            kwargs["lazy"] = self._readers.lazy()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def stored_bytes(self) -> int:
-        """Bytes that the cache holds, counted from the storage of its tensors."""
+        """Bytes that the cache holds, counted from the storage of its tensors: codes, scales, what is held in full
+        and room for growth."""
         total = 0
         for layer in self.layers:
-            if isinstance(layer, QuantizedLayer):
-                total += layer.stored_bytes()
-            elif isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None and layer.values is not None:
-                total += layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+            sides: tuple[Side, ...] = getattr(layer, "sides", ())
+            total += sum(side.nbytes() for side in sides)
+            total += sum(x.untyped_storage().nbytes() for x in _tensors([*vars(layer).values()]))
         return total
 
     def save(self, path: str | os.PathLike[str]) -> None:

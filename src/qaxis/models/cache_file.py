@@ -1,4 +1,8 @@
-"""A quantised cache in a safetensors file."""
+"""A quantised cache in a safetensors file.
+
+Layers are quantised or a sliding window; of an empty one (it shares another's keys, or was never reached) the file
+says only that. Its metadata name the format, each layer's dtypes, and how many tokens each window has seen.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..storage.grid import Grid
 from ..validation import require
@@ -18,26 +23,37 @@ from ..validation import require
 SIDES = ("keys", "values")
 
 
+def _length(i: int, layer: Any) -> int:
+    """Tokens that a layer has seen; 0 for one that holds nothing.
+
+    Raises:
+        ValueError: for a layer of a kind that files do not know.
+    """
+    if type(layer).__name__ == "DummyLayer":  # not in every version of transformers that we support
+        return 0
+    known = getattr(layer, "savable", False) or type(layer) is DynamicSlidingWindowLayer
+    require(known, f"layer {i}", type(layer).__name__, "a cache of quantised and sliding-window layers")
+    return layer.get_seq_length() if layer.is_initialized else 0
+
+
 def save(cache: Any, path: str | os.PathLike[str]) -> None:
     """Write an :class:`~qaxis.Int8Cache` to one safetensors file: whole, or not at all.
 
     Raises:
-        ValueError: if there is nothing to save, or a layer slides.
+        ValueError: if there is nothing to save, or a layer is neither quantised nor a sliding window.
     """
-    tensors, dtypes = {}, []
-    for i, layer in enumerate(cache.layers):
-        quantised = hasattr(layer, "sides")
-        require(quantised, f"layer {i}", type(layer).__name__, "a cache without sliding-window layers")
-        require(layer.is_initialized, f"layer {i}", "empty", "a cache that was written to")
-        dtypes.append(str(layer.dtype)[6:])
-        for side, name in zip(layer.sides, SIDES, strict=True):
-            for part, growing in side.parts.items():
-                tensors[f"{i}.{name}.{part}"] = growing.view().contiguous()
-            tensors[f"{i}.{name}.dim"] = torch.tensor([side.dim])
+    lengths = [_length(i, layer) for i, layer in enumerate(cache.layers)]
+    require(any(lengths), "cache", "empty", "a cache that was written to")
+    tensors: dict[str, torch.Tensor] = {}
+    dtypes: list[list[str] | None] = []
+    seen: dict[int, int] = {}
+    for i, (layer, length) in enumerate(zip(cache.layers, lengths, strict=True)):
+        dtypes.append(_collect(layer, i, tensors) if length else None)
+        if length and isinstance(layer, DynamicSlidingWindowLayer):
+            seen[i] = length
     grids = {name: getattr(cache.format, name).__dict__ for name in SIDES}
-    data = safetensors.save(
-        tensors, {"qaxis": json.dumps({"format": grids, "dtypes": dtypes, "sinks": cache.format.sinks})}
-    )
+    about = {"format": grids, "dtypes": dtypes, "sinks": cache.format.sinks, "seen": seen}
+    data = safetensors.save(tensors, {"qaxis": json.dumps(about)})
     target = Path(path)
     staging = target.with_name(target.name + ".staging")
     try:
@@ -45,6 +61,25 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
         os.replace(staging, target)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def _collect(layer: Any, i: int, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Add the tensors of one layer; the dtypes of its keys and values."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        for name, x in zip(SIDES, (layer.keys, layer.values), strict=True):
+            held = x[:, :, -_held(layer, layer.get_seq_length()) :]  # type: ignore[index]
+            tensors[f"{i}.{name}"] = held.clone(memory_format=torch.contiguous_format)
+        return [str(tensors[f"{i}.{name}"].dtype)[6:] for name in SIDES]
+    for side, name in zip(layer.sides, SIDES, strict=True):
+        for part, growing in side.parts.items():
+            tensors[f"{i}.{name}.{part}"] = growing.view().contiguous()
+        tensors[f"{i}.{name}.dim"] = torch.tensor([side.dim])
+    return [str(side.dtype)[6:] for side in layer.sides]
+
+
+def _held(layer: DynamicSlidingWindowLayer, seen: int) -> int:
+    """Tokens of a window that a next one looks back to."""
+    return min(seen, layer.sliding_window - 1)
 
 
 def _wrong(path: str | os.PathLike[str], error: Exception) -> ValueError:
@@ -55,8 +90,13 @@ def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict
     """(format and dtypes, tensors) of a file.
 
     Raises:
-        ValueError: naming the file, if it is truncated or something else.
+        ValueError: naming the file, if it is truncated or something else; naming a device that is not there.
     """
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device={str(device)!r}: allowed is a device that torch finds here ({first})") from error
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {})["qaxis"])
@@ -79,18 +119,22 @@ def restored(
     try:
         cache = make(**{name: Grid(**about["format"][name]) for name in SIDES}, sinks=about["sinks"])
         require(len(about["dtypes"]) == len(cache.layers), "layers", len(about["dtypes"]), f"{len(cache.layers)}")
-        for i, (layer, dtype) in enumerate(zip(cache.layers, about["dtypes"], strict=True)):
-            _fill(layer, i, tensors, getattr(torch, dtype))
+        for i, (layer, dtypes) in enumerate(zip(cache.layers, about["dtypes"], strict=True)):
+            if dtypes is not None and str(i) in about.get("seen", {}):
+                _fill_window(layer, i, tensors, about["seen"][str(i)])
+            elif dtypes is not None:
+                # One name for both sides is what files of earlier versions have.
+                _fill(layer, i, tensors, dtypes if isinstance(dtypes, list) else [dtypes] * 2)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _wrong(path, error) from error
     return cache
 
 
-def _fill(layer: Any, i: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def _fill(layer: Any, i: int, tensors: dict[str, torch.Tensor], dtypes: list[str]) -> None:
     states = []
-    for name in SIDES:
+    for name, dtype in zip(SIDES, dtypes, strict=True):
         codes, dim = tensors[f"{i}.{name}.codes"], int(tensors[f"{i}.{name}.dim"])
-        states.append(torch.zeros(*codes.shape[:2], 1, dim, dtype=dtype, device=codes.device))
+        states.append(torch.zeros(*codes.shape[:2], 1, dim, dtype=getattr(torch, dtype), device=codes.device))
     layer.lazy_initialization(*states)
     for side, name in zip(layer.sides, SIDES, strict=True):
         for part, growing in side.parts.items():
@@ -98,3 +142,12 @@ def _fill(layer: Any, i: int, tensors: dict[str, torch.Tensor], dtype: torch.dty
             same = stored.dtype == growing.buffer.dtype and stored.shape[3:] == growing.buffer.shape[3:]
             require(same, f"{i}.{name}.{part}", f"{stored.dtype} {tuple(stored.shape)}", "what this format stores")
             growing.append(stored)
+
+
+def _fill_window(layer: Any, i: int, tensors: dict[str, torch.Tensor], seen: int) -> None:
+    keys, values = (tensors[f"{i}.{name}"] for name in SIDES)
+    held = _held(layer, seen)
+    for name, x in zip(SIDES, (keys, values), strict=True):
+        require(x.shape[2] == held, f"{i}.{name}", tuple(x.shape), f"the last {held} of {seen} tokens")
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values, layer.cumulative_length = keys, values, seen
