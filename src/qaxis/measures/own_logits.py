@@ -110,8 +110,9 @@ class _Remembering:
     @classmethod
     def of(cls, model: Any, tokens: int) -> _Remembering | None:
         """None for a model whose forward pass has to be taken as a whole."""
-        plain = hasattr(model, "get_decoder") and all(_is_plain(module) for module in (model, *_inner(model)))
-        return cls(model, tokens) if plain and _takes_slices(model) else None
+        if not hasattr(model, "get_decoder") or not _is_head(model):
+            return None
+        return None if any(_is_changed(m) for m in model.modules() if _is_head(m)) else cls(model, tokens)
 
     def __call__(self, **arguments: Any) -> Any:
         self.repeated = [0] * len(self.returned)
@@ -121,7 +122,7 @@ class _Remembering:
         """A copy whose submodules remember; also theirs, where the forward pass may reach past them."""
         twin = _copied(module)
         for child in module.children():
-            reached = _takes_slices(child) or any(m is decoder for m in child.modules() if m is not child)
+            reached = _is_head(child) or any(m is decoder for m in child.modules() if m is not child)
             copy = self._remembered(child, decoder) if reached else _copied(child)
             copy.__dict__.update({hooks: OrderedDict() for hooks in _HOOKS}, _compiled_call_impl=None)
             copy.__dict__["forward"] = self._remember(child, copy)
@@ -135,7 +136,7 @@ class _Remembering:
         self.repeated.append(0)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if "logits_to_keep" in kwargs and _takes_slices(real):
+            if "logits_to_keep" in kwargs and _is_head(real):
                 return type(copy).forward(copy, *args, **kwargs)
             if not any(isinstance(x, torch.Tensor) and self._whole(x) for x in (*args, *kwargs.values())):
                 return real(*args, **kwargs)
@@ -151,16 +152,13 @@ class _Remembering:
         return x.ndim >= 2 and x.shape[1] == self.tokens
 
 
-def _takes_slices(module: nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(module.forward).parameters
+def _is_head(module: nn.Module) -> bool:
+    """Whether its forward pass can be asked for some of the logits, and leaves the layers to a submodule."""
+    asked = "logits_to_keep" in inspect.signature(module.forward).parameters
+    return asked and not any(isinstance(child, nn.ModuleList) for child in module.children())
 
 
-def _inner(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if module is not model and _takes_slices(module)]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling it runs the forward pass of its class, nothing else, and its layers are in a submodule."""
+def _is_changed(module: nn.Module) -> bool:
+    """Whether calling it runs more than the forward pass of its class."""
     own = module.__dict__
-    changed = "forward" in own or own.get("_compiled_call_impl") is not None or any(own.get(hooks) for hooks in _HOOKS)
-    return not changed and not any(isinstance(child, nn.ModuleList) for child in module.children())
+    return "forward" in own or own.get("_compiled_call_impl") is not None or any(own.get(hooks) for hooks in _HOOKS)

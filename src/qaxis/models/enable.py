@@ -25,12 +25,12 @@ from .settings import (
     BudgetArgument,
     Settings,
     attention_modules,
-    calls_of,
     check_layers,
     forget_calls,
     layer_budget,
     set_settings,
     settings_of,
+    watch_calls,
 )
 
 _PREVIOUS = "_qaxis_previous"
@@ -52,19 +52,11 @@ class _Previous:
     hooks: list[Any] = field(default_factory=list)
 
 
-class _Strict:
-    """Forward hook: an attention module that was run without coming through qaxis is an error."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.seen = calls_of(module)
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        before, self.seen = self.seen, calls_of(module)
-        if self.seen == before:
-            raise RuntimeError(
-                f"layer {getattr(module, 'layer_idx', '?')}: attention did not go through qaxis (strict=True); the "
-                "model's attention implementation was changed after qaxis.enable"
-            )
+def _missed(module: nn.Module) -> None:
+    raise RuntimeError(
+        f"layer {getattr(module, 'layer_idx', '?')}: attention did not go through qaxis (strict=True); the "
+        "model's attention implementation was changed after qaxis.enable"
+    )
 
 
 def enable(
@@ -116,7 +108,7 @@ def enable(
         set_settings(module, each)
     if strict:
         kept = model.__dict__.setdefault(_PREVIOUS, _Previous(NAME))
-        kept.hooks = [module.register_forward_hook(_Strict(module)) for module in modules]
+        kept.hooks = [hook for module in modules for hook in watch_calls(module, _missed)]
     return model
 
 
@@ -197,7 +189,6 @@ def sparse(model: PreTrainedModel, budget: BudgetArgument = None, **options: Any
             for module, settings in saved:
                 set_settings(module, settings)
                 if settings is not None and settings.strict:
-                    hook = module.register_forward_hook(_Strict(module))
-                    model.__dict__.setdefault(_PREVIOUS, _Previous(NAME)).hooks.append(hook)
+                    model.__dict__.setdefault(_PREVIOUS, _Previous(NAME)).hooks += watch_calls(module, _missed)
         else:
             disable(model)
