@@ -57,11 +57,11 @@ def _check(model: Any, input_ids: torch.Tensor) -> None:
     require(not training, "model.training", training, "False (call model.eval()): dropout would change the losses")
     weight = _embeddings(model)
     if weight is not None:
-        _check_ids(input_ids, weight.shape[0])
         # Weights that are dispatched or offloaded have no one device: their hooks move the input.
         fixed = weight.device.type != "meta" and getattr(model, "hf_device_map", None) is None
         same = not fixed or input_ids.device == weight.device
         require(same, "input_ids.device", str(input_ids.device), f"the model's device {weight.device}")
+        _check_ids(input_ids, weight.shape[0])
 
 
 def _check_ids(input_ids: torch.Tensor, vocabulary: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..validation import check_scale, require
-from .settings import attention_modules, check_not_compiled
+from .settings import attention_modules
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
 
@@ -53,19 +53,36 @@ def _observe(entry: tuple[frozenset[int], Observer], begin: bool) -> None:
         AttentionInterface.get_interface = _look_up_watched if _observing else _look_up  # type: ignore[method-assign]
 
 
+def _check_not_compiled(model: nn.Module) -> None:
+    """Refuse a model whose forward pass, or a submodule's, was compiled: which attention it runs is settled."""
+    compiled = next((m for m in model.modules() if _is_compiled(m)), None)
+    name = type(compiled if compiled is not None else model).__name__
+    require(compiled is None, "model", name, "a model that torch.compile has not been applied to")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return (
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or module.__dict__.get("_compiled_call_impl") is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
+
+
 @contextmanager
 def observe_attention(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     """Call ``observer(layer, q, k, v, scale)`` with the attention inputs of every layer that ``qaxis.enable`` is for.
 
     q is ``[B, H, M, D]``, k and v are ``[B, Hkv, N, D]``, positions already rotated in. The tensors are the model's
     own: an observer that keeps them copies them, and none may write to them. Attention is computed by what computes it
-    otherwise, qaxis included, so that not a bit of the output changes. Calls of every thread are shown, in that thread.
+    otherwise, qaxis included, so that not a bit of the output changes. Calls of every thread are shown, in that thread;
+    those of a function that ``torch.compile`` made of the model's forward pass before are not.
 
     Raises:
         ValueError: for a model without attention behind ``AttentionInterface``, or one that was given to
             ``torch.compile``.
     """
-    check_not_compiled(model)
+    _check_not_compiled(model)
     modules = attention_modules(model)
     require(bool(modules), "model", type(model).__name__, "a model with attention layers behind AttentionInterface")
     entry = (frozenset(map(id, modules)), observer)

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from ..validation import require
 from .attention import Call, recorders
-from .settings import NAME, attention_modules, check_not_compiled, implementation_of, watch_calls
+from .settings import NAME, attention_modules, watch_calls
 
 #: query rows whose weights are formed at once
 _ROWS = 256
@@ -171,12 +171,17 @@ def _synchronize(x: Any) -> None:
         torch.cuda.synchronize(x.device)
 
 
+def _implementation(module: Any) -> str | None:
+    """Name of the attention implementation that the module looks up."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
 @contextmanager
 def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording]:
     """Record every forward pass of a model on which qaxis is enabled, without changing a bit of its output.
 
     Calls of every thread are counted, each judged in its own thread. Entropy and mass are computed in float32 by
-    PyTorch, as its settings for float32 products have it; they are not canonical.
+    PyTorch, as its settings for float32 products have it; they are not canonical. A compiled model is recorded too.
 
     Args:
         masks: also keep which keys were attended to, ``recording.layers[i].masks``: B * H * M * N bytes a call and
@@ -187,12 +192,10 @@ def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording
         queries, ``recording.tokens_per_second`` and ``recording.fallbacks`` are of the whole model.
 
     Raises:
-        ValueError: if qaxis is not enabled on the model, or the model was given to ``torch.compile``, which leaves out
-            hooks.
+        ValueError: if qaxis is not enabled on the model.
     """
-    check_not_compiled(model)
     recorder = _Recorder(model, masks)
-    enabled = any(implementation_of(module) == NAME for module in recorder.modules)
+    enabled = any(_implementation(module) == NAME for module in recorder.modules)
     require(enabled, "model", type(model).__name__, "a model with qaxis enabled (qaxis.enable or qaxis.sparse)")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     hooks: list[Any] = []

@@ -93,27 +93,6 @@ def watch_calls(module: nn.Module, missed: Callable[[nn.Module], None]) -> list[
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def implementation_of(module: nn.Module) -> str | None:
-    """Name of the attention implementation that the module looks up."""
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
-
-
-def check_not_compiled(model: nn.Module) -> None:
-    """Refuse a model whose forward pass, or a submodule's, was compiled: hooks set afterwards would not run."""
-    compiled = next((m for m in model.modules() if _is_compiled(m)), None)
-    name = type(compiled if compiled is not None else model).__name__
-    require(compiled is None, "model", name, "a model that torch.compile has not been applied to, it leaves out hooks")
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return (
-        isinstance(module, torch._dynamo.OptimizedModule)
-        or module.__dict__.get("_compiled_call_impl") is not None
-        or hasattr(forward, "_torchdynamo_orig_callable")
-    )
-
-
 def layer_budget(budget: BudgetArgument, layer: int, first_dense: int) -> Budget | None:
     """The budget of one layer, None for a dense one."""
     if layer < first_dense:
