@@ -67,6 +67,7 @@ MODELS, ALWAYS, RECORDING = (
     "src/qaxis/attention/always.py",
     "src/qaxis/models/recording.py",
 )
+OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switching.py", "src/qaxis/models/masks.py"
 BUILDS = "test_enable.py::"
@@ -76,6 +77,20 @@ EVIDENCE, TRACING = "selfcheck/harness/evidence.py", "selfcheck/harness/tracing.
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
+    # Losses, observing, threads
+    Mutant("test_losses.py::test_losses_are_those_of_the_models_own_logits", "losses take the hidden states straight to the head", OWN, "logits = _logits(remembering(**arguments, logits_to_keep=torch.arange(start, stop)))", "logits = model.get_output_embeddings()(model.base_model(input_ids).last_hidden_state[:, start:stop])"),
+    Mutant("test_losses.py::test_losses_are_those_of_the_models_own_logits", "layers run again for every slice", OWN, "            if i == len(returned):\n                returned.append(real(*args, **kwargs))\n", "            returned.append(real(*args, **kwargs))\n"),
+    Mutant("test_losses.py::test_a_cache_is_written_once_and_read", "losses leave the cache out", OWN, 'arguments["past_key_values"] = cache', "pass"),
+    Mutant("test_losses.py::test_whoever_changes_the_models_logits_is_heard", "hooks on the model ignored by losses", OWN, " or any(own.get(hooks) for hooks in _HOOKS)", ""),
+    Mutant("test_losses.py::test_what_does_not_fit_is_named", "losses of a model in training mode", "src/qaxis/measures/perplexity.py", "any(module.training for module in model.modules())", "model.training"),
+    Mutant("test_losses.py::test_a_model_in_float64_is_measured_in_float64", "float64 logits rounded", "src/qaxis/measures/perplexity.py", "logits if logits.dtype == torch.float64 else logits.float()", "logits.float()"),
+    Mutant("test_recording.py::test_observing_changes_no_bit_of_any_family", "observed attention drops what SDPA does not know", OBSERVING, "return function(module, query, key, value, *args, **kwargs)", "return function(module, query, key, value, *args, **{n: x for n, x in kwargs.items() if n not in ('softcap', 's_aux')})"),
+    Mutant("test_recording.py::test_observers_of_several_models_nest_and_leave_nothing", "observers see every model", OBSERVING, "if id(module) in modules:", "if True:"),
+    Mutant("test_recording.py::test_observers_of_several_models_nest_and_leave_nothing", "look-up stays changed after observing", OBSERVING, "_look_up_watched if _observing else _look_up ", "_look_up_watched "),
+    Mutant("test_recording.py::test_threads_that_share_a_model_are_recorded_and_judged_apart", "one count of calls for all threads", SETTINGS, "counts, thread = module.__dict__.setdefault(_CALLS, {}), get_ident()", "counts, thread = module.__dict__.setdefault(_CALLS, {}), 0"),
+    Mutant("test_recording.py::test_a_thread_that_goes_around_is_found_while_others_do_not", "calls of another thread stand for a thread's own", SETTINGS, "return module.__dict__.get(_CALLS, {}).get(get_ident(), 0)", "return sum(module.__dict__.get(_CALLS, {}).values())"),
+    Mutant("test_recording.py::test_times_of_a_pass_that_began_before_are_left_out", "passes that began before a recording are timed", RECORDING, "if started is not None:", "if True:"),
+    Mutant("test_recording.py::test_entropy_and_mass_are_float32_inside_autocast", "recording measures in autocast's dtype", RECORDING, "torch.autocast(call.query.device.type, enabled=False)", "torch.autocast(call.query.device.type, enabled=True)"),
     # Doors: what does not fit, any layout
     Mutant(DECODE + "test_any_layout", "last stride of the keys ignored", CERTIFIED, "j[:, None] * stride_kn + d[None, :] * stride_kd", "j[:, None] * stride_kn + d[None, :]"),
     Mutant(DECODE + "test_what_does_not_fit_is_named", "sizes not compared with the constructor's", "src/qaxis/decode/form.py", "require(q.shape[i] == size,", "require(True,"),
@@ -238,7 +253,7 @@ MUTANTS = (
     Mutant(GENERATION + "test_sinks_and_recent_keys_are_kept_inside_the_budget", "recent window off by one", ALWAYS, "place[..., -1:] - always.recent)", "place[..., -1:] - always.recent + 1)"),
     Mutant(GENERATION + "test_layers_with_their_own_budgets", "mass of the dropped keys", RECORDING, "torch.where(kept, weights, 0.0)", "torch.where(kept, 0.0, weights)"),
     Mutant(GENERATION + "test_recording_changes_no_bit_and_counts", "recording changes the cached keys", RECORDING, "q, k = call.query.float(), call.key.float()", "q, k = call.query.float(), call.key.mul_(-0.5).float()"),
-    Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "fallbacks not counted", RECORDING, "self.recording.fallbacks += calls == self.seen[id(module)]", "self.recording.fallbacks += 0"),
+    Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "fallbacks not counted", RECORDING, "self.recording.fallbacks += 1", "self.recording.fallbacks += 0"),
     Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "strict mode silent", ENABLE, "        if self.seen == before:", "        if False:"),
     Mutant(GENERATION + "test_a_compiled_decode_step_gives_the_same_bits_and_leaves_attention_alone", "attention handed to the compiler", MODELS, "@torch.compiler.disable(", "@(lambda reason: lambda f: f)("),
     # Harness

@@ -11,37 +11,72 @@ import torch
 from scipy import stats
 
 from ..validation import require
+from .own_logits import own_logits
 
 
 @torch.inference_mode()
 def token_losses(model: Any, input_ids: torch.Tensor, *, cache: Any = None) -> torch.Tensor:
-    """Negative log-likelihood of every token but the first, one forward pass over the whole window.
+    """Negative log-likelihood of every token but the first: cross entropy of the model's own logits.
+
+    The decoder runs once over the whole window, the rest of the model's forward pass on 512 positions at a time. A
+    model that takes no ``logits_to_keep``, or carries hooks or ``torch.compile``, gives all logits at once, which takes
+    the memory that they need.
 
     Args:
         model: a causal language model of transformers, in eval mode.
-        input_ids: int64 ``[1, N]``, N at least 2.
+        input_ids: int64 ``[1, N]``, N at least 2, on the model's device.
         cache: a transformers ``Cache`` that attention reads from and writes to; None for no cache.
 
     Returns:
-        float64 ``[N - 1]`` in nats, on the CPU; entry i belongs to the token at position i + 1.
+        float64 ``[N - 1]`` in nats, on the CPU; entry i belongs to the token at position i + 1. Computed in float32,
+        for float64 logits in float64.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: for another shape, dtype or device, an id outside the vocabulary, a model in training mode, an
+            encoder-decoder, a cache that the model does not take, or logits that are not ``[1, N, V]``.
     """
-    shape = tuple(input_ids.shape)
-    require(input_ids.ndim == 2 and shape[0] == 1 and shape[1] >= 2, "input_ids.shape", shape, "[1, N] with N >= 2")
-    hidden = model.get_decoder()(
-        input_ids=input_ids, past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
+    _check(model, input_ids)
     losses = []
-    # The logits of a long window at a 49k vocabulary are gigabytes: a slice at a time is enough.
-    for start in range(0, input_ids.shape[1] - 1, 512):
-        stop = min(start + 512, input_ids.shape[1] - 1)
-        logits = model.get_output_embeddings()(hidden[:, start:stop])
-        target = input_ids[:, start + 1 : stop + 1].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits[0].float(), target[0], reduction="none")
-        losses.append(loss.double().cpu())
+    for start, logits in own_logits(model, input_ids, cache):
+        target = input_ids[0, start + 1 : start + 1 + logits.shape[0]].to(logits.device)
+        _check_ids(input_ids, logits.shape[-1])
+        exact = logits if logits.dtype == torch.float64 else logits.float()
+        losses.append(torch.nn.functional.cross_entropy(exact, target, reduction="none").double().cpu())
     return torch.cat(losses)
+
+
+def _check(model: Any, input_ids: torch.Tensor) -> None:
+    require(isinstance(input_ids, torch.Tensor), "input_ids", type(input_ids).__name__, "a torch.Tensor")
+    shape, dtype = tuple(input_ids.shape), input_ids.dtype
+    require(len(shape) == 2 and shape[0] == 1 and shape[1] >= 2, "input_ids.shape", shape, "[1, N] with N >= 2")
+    require(dtype == torch.int64, "input_ids.dtype", dtype, "torch.int64")
+    config = getattr(model, "config", None)
+    decoder_only = not getattr(config, "is_encoder_decoder", False)
+    require(decoder_only, "model", type(model).__name__, "a causal language model: an encoder-decoder has two inputs")
+    training = any(module.training for module in model.modules())
+    require(not training, "model.training", training, "False (call model.eval()): dropout would change the losses")
+    weight = _embeddings(model)
+    if weight is not None:
+        # Weights that are dispatched or offloaded have no one device: their hooks move the input.
+        fixed = weight.device.type != "meta" and getattr(model, "hf_device_map", None) is None
+        same = not fixed or input_ids.device == weight.device
+        require(same, "input_ids.device", str(input_ids.device), f"the model's device {weight.device}")
+        _check_ids(input_ids, weight.shape[0])
+
+
+def _check_ids(input_ids: torch.Tensor, vocabulary: int) -> None:
+    low, high = (int(x) for x in input_ids.aminmax())
+    require(low >= 0, "input_ids", low, f"0 to {vocabulary - 1}, the model's vocabulary")
+    require(high < vocabulary, "input_ids", high, f"0 to {vocabulary - 1}, the model's vocabulary")
+
+
+def _embeddings(model: Any) -> torch.Tensor | None:
+    """The table ``[vocabulary, width]`` of input embeddings, None for a model that has something else."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 def perplexity(model: Any, input_ids: torch.Tensor, *, cache: Any = None) -> float:

@@ -106,27 +106,35 @@ def qaxis_attention_forward(
     query, key, value = _in_one_dtype(query, key, value)
     logits = Logits(check_scale(scaling, query.shape[-1]), softcap, s_aux)
     allowed = visible_keys(module, attention_mask, query, key, is_causal)
+    # As they were when the call began: another thread may begin or end a recording meanwhile.
+    watching = tuple(recorders)
     # Inside autocast a product of float32 tensors would be one of 16 bits.
     with torch.autocast(query.device.type, enabled=False):
-        out, kept = attend(query, key, value, allowed, logits, settings)
-    if recorders:
+        out, kept = attend(query, key, value, allowed, logits, settings, bool(watching))
+    if watching:
         layer = int(getattr(module, "layer_idx", -1))
         call = Call(module, layer, query, key, allowed, logits, None if kept is None else kept())
-        for recorder in recorders:
+        for recorder in watching:
             recorder(call)
-    if settings.strict or recorders:
+    if settings.strict or watching:
         count_call(module)
     return out.transpose(1, 2).contiguous(), None
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, logits: Logits, settings: Settings
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    allowed: torch.Tensor,
+    logits: Logits,
+    settings: Settings,
+    watched: bool = False,
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:
     """(output ``[B, H, M, Dv]``, how to get the mask of kept keys or None where every key was kept)."""
     keys, values = (x.stored if isinstance(x, LazyTensor) else x for x in (k, v))
     if settings.budget is None or settings.exactness != "bitwise":
         keys, values = (backend.dequantized(x) if isinstance(x, Stored) else x for x in (keys, values))
-        return masked(q, keys, values, allowed, logits, settings)
+        return masked(q, keys, values, allowed, logits, settings, watched)
     k_eff, name = settings.budget.of(allowed), settings.backend
     indices = backend.select(q, keys, allowed, k_eff, backend=name, always=settings.always)
     out = backend.attend(q, keys, values, indices, logits, backend=name)
@@ -134,7 +142,13 @@ def attend(
 
 
 def masked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, logits: Logits, settings: Settings
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    allowed: torch.Tensor,
+    logits: Logits,
+    settings: Settings,
+    watched: bool = False,
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:
     """Identical selection, output by a masked dense product: fast for prefill, not bitwise canonical."""
     m, n, group, budget = q.shape[2], k.shape[2], q.shape[1] // k.shape[1], settings.budget
@@ -152,7 +166,7 @@ def masked(
             mask = indices_to_mask(indices, n)
         elif budget is not None:
             mask = select_mask(q[:, :, rows], k, mask, budget.of(mask))
-        if recorders and budget is not None:
+        if watched and budget is not None:
             masks.append(mask)
         out[:, :, rows] = _dense(q[:, :, rows], keys, values, mask, logits)
     # A row that may see no key has no defined softmax; canonical attention gives 0.

@@ -24,32 +24,24 @@ from .settings import (
     NAME,
     BudgetArgument,
     Settings,
-    calls_of,
     check_layers,
     forget_calls,
     layer_budget,
     set_settings,
     settings_of,
+    watch_calls,
 )
 from .switching import restore, switch
 
-#: of a module: the handle of its hook in strict mode
-_HOOK = "_qaxis_hook"
+#: of a module: the handles of its hooks in strict mode
+_HOOKS = "_qaxis_hooks"
 
 
-class _Strict:
-    """Forward hook: an attention module that was run without coming through qaxis is an error."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.seen = calls_of(module)
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        before, self.seen = self.seen, calls_of(module)
-        if self.seen == before:
-            raise RuntimeError(
-                f"layer {getattr(module, 'layer_idx', '?')}: attention did not go through qaxis (strict=True); the "
-                "model's attention implementation was changed after qaxis.enable"
-            )
+def _missed(module: nn.Module) -> None:
+    raise RuntimeError(
+        f"layer {getattr(module, 'layer_idx', '?')}: attention did not go through qaxis (strict=True); the "
+        "model's attention implementation was changed after qaxis.enable"
+    )
 
 
 def enable(
@@ -107,14 +99,13 @@ def enable(
 
 def _set(module: nn.Module, settings: Settings | None) -> None:
     """Hang settings and, in strict mode, a hook on a module; None leaves no trace of either."""
-    hook = module.__dict__.pop(_HOOK, None)
-    if hook is not None:
+    for hook in module.__dict__.pop(_HOOKS, ()):
         hook.remove()
     set_settings(module, settings)
     if settings is None:
         forget_calls(module)
     elif settings.strict:
-        module.__dict__[_HOOK] = module.register_forward_hook(_Strict(module))
+        module.__dict__[_HOOKS] = watch_calls(module, _missed)
 
 
 def _check_options(exactness: str, backend: str, first_dense: int, always: Always) -> None:

@@ -5,22 +5,26 @@ Recording looks at the inputs and the selection of each call; it never touches t
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..validation import require
 from .attention import Call, recorders
-from .layers import attention_modules
-from .settings import NAME, calls_of
+from .layers import attention_modules, check_model
+from .settings import NAME, watch_calls
 
 #: query rows whose weights are formed at once
 _ROWS = 256
+#: by which names a decoder takes what it reads
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 @dataclass
@@ -35,7 +39,7 @@ class LayerRecord:
     sparse_calls: int = 0
     dense_calls: int = 0
     everything_calls: int = 0
-    #: with ``masks=True``: the keys kept in each call, bool ``[B, H, M, N]``
+    #: with ``masks=True``: the keys kept in each call, bool ``[B, H, M, N]``, in the order in which calls ended
     masks: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -56,17 +60,22 @@ class LayerRecord:
 
 @dataclass
 class Recording:
-    """Statistics of a model's calls inside ``with qaxis.record(model) as recording``."""
+    """Statistics of a model's calls inside ``with qaxis.record(model) as recording``, of every thread."""
 
     layers: dict[int, LayerRecord] = field(default_factory=dict)
+    #: of the forward passes that were completed
     tokens: int = 0
+    #: of these passes; what several threads spend at the same time counts for each
     seconds: float = 0.0
     #: attention calls that went around qaxis: 0 unless somebody changed the model's implementation
     fallbacks: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens the model took in, per second of its forward passes, the time of recording taken off."""
+        """Tokens the model took in, per second of its forward passes, the time of recording taken off.
+
+        With several threads it is the mean speed of one thread, not of all together.
+        """
         return self.tokens / self.seconds if self.seconds > 0 else float("nan")
 
     def summary(self) -> str:
@@ -80,25 +89,37 @@ class Recording:
         return "\n".join(lines)
 
 
-def _measure(call: Call, record: LayerRecord) -> None:
-    q, k = call.query.float(), call.key.float()
-    batch, heads, m, _ = q.shape
-    k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    allowed = call.allowed.expand(-1, -1, m, -1)
-    for start in range(0, m, _ROWS):
-        rows = slice(start, start + _ROWS)
-        mask = allowed[:, :, rows]
-        weights = torch.nan_to_num(call.logits.softmax(q[:, :, rows] @ k.transpose(-1, -2), mask))
-        kept = mask.expand_as(weights) if call.kept is None else call.kept[:, :, rows].expand_as(weights)
-        entropy = -torch.where(weights > 0, weights * weights.clamp(min=1e-45).log(), 0.0)
-        record.kept = record.kept + kept.sum((0, 2, 3)).double().cpu()
-        record.mass_sum = record.mass_sum + torch.where(kept, weights, 0.0).sum(-1).sum((0, 2)).double().cpu()
-        record.entropy_sum = record.entropy_sum + entropy.sum(-1).sum((0, 2)).double().cpu()
-    record.queries += batch * m
-    record.dense_calls += call.kept is None
-    if call.kept is not None:
-        record.sparse_calls += 1
-        record.everything_calls += int(bool((call.kept == allowed).all()))
+def _measure(call: Call) -> LayerRecord:
+    """The sums of one call; products and softmax in float32, also inside autocast."""
+    record = LayerRecord()
+    with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+        q, k = call.query.float(), call.key.float()
+        batch, heads, m, _ = q.shape
+        k = k.repeat_interleave(heads // k.shape[1], dim=1)
+        allowed = call.allowed.expand(-1, -1, m, -1)
+        for start in range(0, m, _ROWS):
+            rows = slice(start, start + _ROWS)
+            mask = allowed[:, :, rows]
+            weights = torch.nan_to_num(call.logits.softmax(q[:, :, rows] @ k.transpose(-1, -2), mask))
+            kept = mask.expand_as(weights) if call.kept is None else call.kept[:, :, rows].expand_as(weights)
+            entropy = -torch.where(weights > 0, weights * weights.clamp(min=1e-45).log(), 0.0)
+            record.kept = record.kept + kept.sum((0, 2, 3)).double().cpu()
+            record.mass_sum = record.mass_sum + torch.where(kept, weights, 0.0).sum(-1).sum((0, 2)).double().cpu()
+            record.entropy_sum = record.entropy_sum + entropy.sum(-1).sum((0, 2)).double().cpu()
+        record.queries = batch * m
+        record.dense_calls = int(call.kept is None)
+        if call.kept is not None:
+            record.sparse_calls = 1
+            record.everything_calls = int(bool((call.kept == allowed).all()))
+    return record
+
+
+class _Pass(threading.local):
+    """The forward pass that is under way in a thread: when it began (None: there is none), seconds of recording."""
+
+    started: float | None = None
+    spent = 0.0
+    tokens = 0
 
 
 class _Recorder:
@@ -107,51 +128,65 @@ class _Recorder:
     def __init__(self, model: PreTrainedModel, masks: bool) -> None:
         self.recording, self.masks = Recording(), masks
         self.modules = attention_modules(model)
-        self.seen = {id(m): calls_of(m) for m in self.modules}
-        self.started = self.spent = 0.0
+        self.known = {id(m) for m in self.modules}
+        self.lock, self.current = threading.Lock(), _Pass()
 
     def see(self, call: Call) -> None:
         """Measure one attention call; the time that takes is not the model's."""
-        if id(call.module) not in self.seen:
+        if id(call.module) not in self.known:
             return
         begun = time.perf_counter()
-        with torch.no_grad():
+        measured = _measure(call)
+        if self.masks:
+            kept = call.allowed if call.kept is None else call.kept
+            measured.masks.append(kept.expand(*call.query.shape[:3], call.key.shape[2]).clone())
+        with self.lock:
             layer = self.recording.layers.setdefault(call.layer, LayerRecord())
-            _measure(call, layer)
-            if self.masks:
-                kept = call.allowed if call.kept is None else call.kept
-                layer.masks.append(kept.expand(*call.query.shape[:3], call.key.shape[2]).clone())
-        self.spent += time.perf_counter() - begun
+            for each in fields(LayerRecord):
+                setattr(layer, each.name, getattr(layer, each.name) + getattr(measured, each.name))
+        self.current.spent += time.perf_counter() - begun
 
+    @torch.compiler.disable(reason="what runs is timed, not what is traced")
     def before(self, module: Any, args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        if isinstance(ids, torch.Tensor):
-            self.recording.tokens += ids.shape[0] * ids.shape[1]
-            _synchronize(ids)
-        self.spent, self.started = 0.0, time.perf_counter()
+        ids = next((x for x in map(kwargs.get, _INPUTS) if x is not None), args[0] if args else None)
+        self.current.tokens = ids.shape[0] * ids.shape[1] if isinstance(ids, torch.Tensor) else 0
+        _synchronize(ids)
+        self.current.spent, self.current.started = 0.0, time.perf_counter()
 
-    def after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        _synchronize(output[0] if isinstance(output, tuple) else output.last_hidden_state)
-        self.recording.seconds += time.perf_counter() - self.started - self.spent
+    @torch.compiler.disable(reason="what runs is timed, not what is traced")
+    def after(self, module: Any, args: Any, output: Any) -> None:
+        _synchronize(output[0] if isinstance(output, (tuple, ModelOutput)) else output)
+        started, self.current.started = self.current.started, None
+        if started is not None:
+            with self.lock:
+                self.recording.seconds += time.perf_counter() - started - self.current.spent
+                self.recording.tokens += self.current.tokens
 
-    def around(self, module: Any, args: Any, output: Any) -> None:
-        calls = calls_of(module)
-        self.recording.fallbacks += calls == self.seen[id(module)]
-        self.seen[id(module)] = calls
+    def missed(self, module: Any) -> None:
+        with self.lock:
+            self.recording.fallbacks += 1
 
 
-def _synchronize(x: torch.Tensor) -> None:
-    if x.is_cuda:
+def _synchronize(x: Any) -> None:
+    if isinstance(x, torch.Tensor) and x.is_cuda:
         torch.cuda.synchronize(x.device)
+
+
+def _implementation(module: Any) -> str | None:
+    """Name of the attention implementation that the module looks up."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 @contextmanager
 def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording]:
     """Record every forward pass of a model on which qaxis is enabled, without changing a bit of its output.
 
+    Calls of every thread are counted, each judged in its own thread. Entropy and mass are computed in float32 by
+    PyTorch, as its settings for float32 products have it; they are not canonical. A compiled model is recorded too.
+
     Args:
-        masks: also keep which keys were attended to, ``recording.layers[i].masks``.
+        masks: also keep which keys were attended to, ``recording.layers[i].masks``: B * H * M * N bytes a call and
+            layer, on the model's device, until the recording is dropped.
 
     Yields:
         a :class:`Recording`; ``recording.layers[i].k_eff``, ``.mass`` and ``.entropy`` are ``[H]`` means over
@@ -160,18 +195,21 @@ def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording
     Raises:
         ValueError: if qaxis is not enabled on the model.
     """
-    enabled = model.config._attn_implementation == NAME
+    check_model(model)
+    recorder = _Recorder(model, masks)
+    enabled = any(_implementation(module) == NAME for module in recorder.modules)
     require(enabled, "model", type(model).__name__, "a model with qaxis enabled (qaxis.enable or qaxis.sparse)")
-    recorder, decoder = _Recorder(model, masks), model.get_decoder()
-    hooks = [
-        decoder.register_forward_pre_hook(recorder.before, with_kwargs=True),
-        decoder.register_forward_hook(recorder.after, with_kwargs=True),
-        *(m.register_forward_hook(recorder.around) for m in recorder.modules),
-    ]
+    decoder = model.get_decoder()
+    hooks: list[Any] = []
+    # A run that a hook sees beginning is seen by the recorder: it is there before the hooks, and after them.
     recorders.append(recorder.see)
     try:
+        hooks.append(decoder.register_forward_pre_hook(recorder.before, with_kwargs=True))
+        hooks.append(decoder.register_forward_hook(recorder.after))
+        for module in recorder.modules:
+            hooks += watch_calls(module, recorder.missed)
         yield recorder.recording
     finally:
-        recorders.remove(recorder.see)
         for hook in hooks:
             hook.remove()
+        recorders.remove(recorder.see)

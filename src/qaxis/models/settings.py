@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..attention.always import NONE, Always
 from ..budget import Budget, as_budget
@@ -47,16 +51,40 @@ def set_settings(module: nn.Module, settings: Settings | None) -> None:
 
 
 def calls_of(module: nn.Module) -> int:
-    """How often attention of this module came through qaxis; counted in strict mode and while recording."""
-    return module.__dict__.get(_CALLS, 0)
+    """How often attention of this module came through qaxis in this thread; counted in strict mode and recordings."""
+    return module.__dict__.get(_CALLS, {}).get(get_ident(), 0)
 
 
 def count_call(module: nn.Module) -> None:
-    module.__dict__[_CALLS] = calls_of(module) + 1
+    """One call more in this thread. Threads have counts of their own: what one does says nothing about another."""
+    counts, thread = module.__dict__.setdefault(_CALLS, {}), get_ident()
+    counts[thread] = counts.get(thread, 0) + 1
 
 
 def forget_calls(module: nn.Module) -> None:
+    """Leave no trace of the counts."""
     module.__dict__.pop(_CALLS, None)
+
+
+def watch_calls(module: nn.Module, missed: Callable[[nn.Module], None]) -> list[RemovableHandle]:
+    """Call ``missed(module)`` after every run of the module in which its attention did not come through qaxis.
+
+    Each run is judged in its own thread, and only if it began after this call. The hooks that do it are returned.
+    """
+    # Replicas of a module share what is in its attributes by now.
+    module.__dict__.setdefault(_CALLS, {})
+    begun: dict[int, int] = {}
+
+    @torch.compiler.disable(reason="what runs is counted, not what is traced")
+    def before(module: nn.Module, args: Any) -> None:
+        begun[get_ident()] = calls_of(module)
+
+    @torch.compiler.disable(reason="what runs is counted, not what is traced")
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if begun.pop(get_ident(), None) == calls_of(module):
+            missed(module)
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
 def layer_budget(budget: BudgetArgument, layer: int, first_dense: int) -> Budget | None:
