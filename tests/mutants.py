@@ -31,6 +31,7 @@ COPIED = (
     "constraints-gpu.txt",
     "pyproject.toml",
     "noxfile.py",
+    ".gitattributes",
 )
 TABLE = ROOT / "tests/MUTANTS.md"
 WORKERS = 2
