@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,11 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy
 import pytest
 
 from figures import drawn
 from selfcheck.harness import evidence, seal, surroundings
 from selfcheck.harness.files import ROOT, SelfcheckError, source
+from selfcheck.inputs import subjects
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -198,3 +201,29 @@ def test_no_folder_for_temporary_files_is_one_sentence(monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(SelfcheckError, match="set TMPDIR"):
         surroundings.settle()
+
+
+# ---- A GGUF file ---------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_parsed_once_inside_and_as_before_outside(tmp_path):
+    import gguf
+
+    path = str(tmp_path / "tiny.gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("llama.block_count", 1)
+    writer.add_tensor("token_embd.weight", numpy.ones((4, 4), numpy.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    for error in ((), (KeyError,)):
+        with contextlib.suppress(*error), subjects.parsed_once():
+            one = gguf.GGUFReader(path)
+            assert gguf.GGUFReader(path) is one and one.tensors[0].name == "token_embd.weight"
+            names = [gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1) for _ in range(2)]
+            assert names[0] is names[1] and names[0].get_name("model.embed_tokens") == "token_embd"
+            for kind in error:
+                raise kind
+        assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+    assert gguf.GGUFReader(path) is not gguf.GGUFReader(path)
