@@ -73,12 +73,13 @@ def parsed_once() -> Iterator[None]:
     """
     import gguf
 
+    library: Any = gguf
     before = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(lru_cache(maxsize=2), before)
+    library.GGUFReader, library.get_tensor_name_map = map(lru_cache(maxsize=2), before)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = before
+        library.GGUFReader, library.get_tensor_name_map = before
 
 
 def load_model(name: str | None, device: str) -> tuple[Any, Any, str]:
