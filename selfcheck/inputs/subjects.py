@@ -74,8 +74,8 @@ def parsed_once() -> Iterator[None]:
     import gguf
 
     library: Any = gguf
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    library.GGUFReader, library.get_tensor_name_map = map(lru_cache(maxsize=2), before)
+    before = library.GGUFReader, library.get_tensor_name_map
+    library.GGUFReader, library.get_tensor_name_map = (lru_cache(maxsize=2)(x) for x in before)
     try:
         yield
     finally:
