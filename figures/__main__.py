@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 
-import matplotlib.pyplot as plt
+from selfcheck.harness import evidence, surroundings
+from selfcheck.harness.files import SelfcheckError, target
 
-from selfcheck.harness import evidence
-from selfcheck.harness.files import SelfcheckError
+from . import drawn
 
-from . import drawn, entropy, formats, inversions, memory, retrieval, selector, stages, survivors
-from .style import RC, save
-
-FIGURES = {
-    "selector": selector,
-    "entropy": entropy,
-    "inversions": inversions,
-    "retrieval": retrieval,
-    "formats": formats,
-    "memory": memory,
-    "stages": stages,
-    "survivors": survivors,
-}
+FIGURES = ("selector", "entropy", "inversions", "retrieval", "formats", "memory", "stages", "survivors")
 
 
-def main() -> None:
-    records = evidence.accepted()
+def main(output: Path | None) -> None:
+    """Draw into ``figures``, there or below ``output``."""
+    records = evidence.accepted(output=output)
+    folder = target("figures", output=output)
+    surroundings.check_writable(folder / "figures.json")
+    # matplotlib looks for its folder when it is imported.
+    surroundings.settle()
+    import matplotlib.pyplot as plt
+
+    from .style import RC, save
+
     plt.rcParams.update(RC)
     ledger = {}
-    for name, module in FIGURES.items():
+    for name in FIGURES:
         watched = drawn.Watched(records)
-        save(module.draw(watched), name)
-        ledger[name] = drawn.entry(name, watched)
+        save(importlib.import_module(f".{name}", __package__).draw(watched), folder, name)
+        ledger[name] = drawn.entry(name, watched, output=output)
         print(f"figures/{name}.pdf, figures/{name}.png")
-    drawn.write(ledger)
+    drawn.write(ledger, output=output)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(surroundings.output_option("figures", __doc__))
     except SelfcheckError as error:
         sys.exit(f"figures: {error}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selfcheck.harness import evidence
-from selfcheck.harness.files import ROOT, SelfcheckError, sha256, write_atomic
+from selfcheck.harness.files import ROOT, SelfcheckError, sha256, source, target, write_atomic
 
 #: {figure: {"records": {claim: digest of its record}, "code": digests, "files": digests}}
 LEDGER = "figures/figures.json"
@@ -33,17 +33,17 @@ class Watched(Mapping[str, dict[str, Any]]):
         return len(self.records)
 
 
-def entry(name: str, watched: Watched, root: Path = ROOT) -> dict[str, dict[str, str]]:
+def entry(name: str, watched: Watched, root: Path = ROOT, output: Path | None = None) -> dict[str, dict[str, str]]:
     """What the ledger says of a figure that was just drawn and saved."""
     return {
         "records": {claim: evidence.record_digest(watched.records[claim]) for claim in sorted(watched.seen)},
         "code": {path: sha256(root / path) for path in (f"figures/{name}.py", "figures/style.py")},
-        "files": {suffix: sha256(root / f"figures/{name}.{suffix}") for suffix in SUFFIXES},
+        "files": {suffix: sha256(target(f"figures/{name}.{suffix}", root, output)) for suffix in SUFFIXES},
     }
 
 
-def write(ledger: dict[str, dict[str, dict[str, str]]], root: Path = ROOT) -> None:
-    write_atomic(root / LEDGER, (json.dumps(ledger, indent=1, sort_keys=True) + "\n").encode())
+def write(ledger: dict[str, dict[str, dict[str, str]]], root: Path = ROOT, output: Path | None = None) -> None:
+    write_atomic(target(LEDGER, root, output), (json.dumps(ledger, indent=1, sort_keys=True) + "\n").encode())
 
 
 def included(tex: str) -> list[str]:
@@ -53,32 +53,35 @@ def included(tex: str) -> list[str]:
         SelfcheckError: for a graphic from elsewhere than figures/, which nothing could vouch for.
     """
     names = []
-    for target in re.findall(r"\\includegraphics\s*(?:\[[^\]]*\])?\s*\{([^}]*)\}", re.sub(r"(?<!\\)%.*", "", tex)):
-        found = re.fullmatch(r"\.\./figures/(\w+)\.pdf", target)
+    for graphic in re.findall(r"\\includegraphics\s*(?:\[[^\]]*\])?\s*\{([^}]*)\}", re.sub(r"(?<!\\)%.*", "", tex)):
+        found = re.fullmatch(r"\.\./figures/(\w+)\.pdf", graphic)
         if found is None:
-            raise SelfcheckError(f"paper.tex includes {target}: allowed is ../figures/NAME.pdf, drawn from evidence")
+            raise SelfcheckError(f"paper.tex includes {graphic}: allowed is ../figures/NAME.pdf, drawn from evidence")
         names.append(found[1])
     return names
 
 
-def check(tex: str, records: dict[str, dict[str, Any]], root: Path = ROOT) -> None:
+def check(tex: str, records: dict[str, dict[str, Any]], root: Path = ROOT, output: Path | None = None) -> None:
     """Refuse figures that were not drawn from these records by the code that is there now.
 
     Raises:
         SelfcheckError: naming every such figure and why.
     """
     try:
-        ledger = json.loads((root / LEDGER).read_text("utf-8"))
+        ledger = json.loads(source(LEDGER, root, output).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise SelfcheckError(f"{LEDGER}: unreadable ({error}); run `nox -s figures` first") from None
-    wrong = [f"figures/{name}.pdf: {why}" for name in included(tex) for why in _wrong(name, ledger, records, root)]
+    found = [(name, why) for name in included(tex) for why in _wrong(name, ledger, records, root, output)]
+    wrong = [f"figures/{name}.pdf: {why}" for name, why in found]
     if wrong:
         raise SelfcheckError("figures are not of this evidence:\n  " + "\n  ".join(wrong) + "\nRun `nox -s figures`.")
 
 
-def _wrong(name: str, ledger: dict[str, Any], records: dict[str, dict[str, Any]], root: Path) -> Iterator[str]:
+def _wrong(
+    name: str, ledger: dict[str, Any], records: dict[str, dict[str, Any]], root: Path, output: Path | None
+) -> Iterator[str]:
     said = ledger.get(name)
-    path = root / f"figures/{name}.pdf"
+    path = source(f"figures/{name}.pdf", root, output)
     if said is None or not path.is_file():
         yield "missing" if said is not None else f"not in {LEDGER}"
         return

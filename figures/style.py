@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from selfcheck.harness.files import ROOT, write_atomic
+from selfcheck.harness.files import write_atomic
 
 matplotlib.use("Agg")
 #: Okabe and Ito's palette, distinguishable with colour-vision deficiency
@@ -21,9 +22,9 @@ RC: Any = {
 }  # fmt: skip
 
 
-def save(figure: Figure, name: str) -> None:
-    """Write figures/NAME.pdf and .png; the same evidence gives the same bytes."""
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write NAME.pdf and .png into a folder; the same evidence gives the same bytes."""
     for suffix, metadata in (("pdf", {"CreationDate": None, "Producer": None}), ("png", {"Software": None})):
         buffer = BytesIO()
         figure.savefig(buffer, format=suffix, dpi=200, metadata=metadata)
-        write_atomic(ROOT / "figures" / f"{name}.{suffix}", buffer.getvalue())
+        write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import _thread
+import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .harness import evidence, renew, seal, tables, versions
+from .harness import evidence, renew, seal, surroundings, tables, versions
 from .harness.display import Lines, console
 from .harness.files import ROOT, SelfcheckError
 from .harness.jobs import Pool, cores
-from .harness.run import Options, gpu_destination, keep
+from .harness.run import Options, destination, gpu_destination, keep, targets
 
 Claim = dict[str, Any]
 
@@ -47,10 +49,38 @@ def _renewed(pool: Pool, claims: list[Claim], clock: renew.Time) -> list[dict[st
     return pool.run(claims)
 
 
+def _begin(options: Options, only: tuple[str, ...], jobs: int | None) -> None:
+    """Refuse at once what would otherwise stop the run later, perhaps after the measurements."""
+    seal.verify()
+    _check_arguments(only, options.device, jobs)
+    surroundings.check_writable(*targets(options))
+    surroundings.settle()
+
+
+def _elsewhere(options: Options) -> list[str]:
+    """What ``--output`` means for the committed evidence, in a sentence."""
+    if not options.output:
+        return []
+    said, option = f"the evidence in {ROOT} is as it was", f"--output {shlex.quote(options.output)}"
+    if destination(options) == evidence.DEFAULT or gpu_destination(options):
+        said += f"; `python -m figures {option}`, then `python -m paper {option}`, read this and write beside it"
+    return [said]
+
+
 def _failures(records: list[dict[str, Any]]) -> None:
     failed = [r["claim"] for r in records if not r["passed"]]
     if failed:
         raise SelfcheckError(f"failed: {', '.join(failed)}")
+
+
+def _folder(context: click.Context, option: click.Parameter, said: str | None) -> str | None:
+    """FOLDER as a full path."""
+    return str(surroundings.absolute(said)) if said else None
+
+
+def _shown(path: Path) -> str:
+    """A file of the tree by its name in it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 @click.group()
@@ -69,8 +99,10 @@ def golden_command() -> None:
     """Compute selfcheck/golden.json with the CPU reference; only for a new version of the arithmetic."""
     import json
 
-    from .checks.golden import GOLDEN, make_golden
     from .harness.files import write_atomic
+
+    surroundings.settle()
+    from .checks.golden import GOLDEN, make_golden
 
     write_atomic(GOLDEN, (json.dumps(make_golden(), indent=1, sort_keys=True) + "\n").encode())
     console.print(f"wrote {GOLDEN.relative_to(ROOT)}; seal it with `nox -s seal`")
@@ -85,26 +117,27 @@ def golden_command() -> None:
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--jobs", type=int, help="Claims measured at once on a CPU; 2 where there are two cores.")
-def run(
-    quick: bool, only: tuple[str, ...], model: str | None, corpus: str | None, device: str, jobs: int | None
-) -> None:
+@click.option("--output", metavar="FOLDER", callback=_folder, help=surroundings.OUTPUT_HELP)
+def run(only: tuple[str, ...], jobs: int | None, **asked: Any) -> None:
     """Verify the lock, run the checks, write evidence."""
-    seal.verify()
-    _check_arguments(only, device, jobs)
+    options, device = Options(**asked), asked["device"]
+    _begin(options, only, jobs)
     claims, jobs = seal.claims(), _jobs(jobs, device)
     on_gpu = {claim["id"] for claim in claims if claim.get("where") == "gpu"}
     wanted = [c for c in claims if (c["id"] in only if only else device != "cpu" or c["id"] not in on_gpu)]
-    started, options = time.perf_counter(), Options(quick, device, model, corpus)
+    started = time.perf_counter()
     console.print("seal intact; importing torch and transformers ...")
     with Lines(len(wanted)) as lines, Pool(options, jobs, lines).open() as pool:
-        made = {r["claim"]: r for r in pool.run(_in_order(wanted, evidence.states(), jobs))}
+        made = {r["claim"]: r for r in pool.run(_in_order(wanted, evidence.states(output=options.folder), jobs))}
     if not made:
         raise SelfcheckError(f"not run: {', '.join(pool.not_run)}; the reason is above")
     records = [made[c["id"]] for c in wanted if c["id"] in made]
-    written = [f"evidence {path.relative_to(ROOT)}, root {root}" for path, root in keep(records, options)]
+    written = [f"evidence {_shown(path)}, root {root}" for path, root in keep(records, options)]
     if on_gpu & set(made) and gpu_destination(options) and (apart := versions.outside_here(True)):
         written.append(f"GPU claims are kept apart from the committed evidence: {', '.join(apart)}")
-    rows = [s for s in evidence.states() if s.claim["id"] in made or not only or s.claim["id"] in only]
+    written += _elsewhere(options)
+    states = evidence.states(output=options.folder)
+    rows = [s for s in states if s.claim["id"] in made or not only or s.claim["id"] in only]
     console.print(tables.measured(records, rows))
     console.print(
         f"{len(records)} claims, {sum(len(r['checks']) for r in records)} parametrised checks in "
@@ -118,16 +151,19 @@ def run(
 @click.option("--minutes", type=float, help="Start no claim that would end later, going by its last duration.")
 @click.option("--only", multiple=True, metavar="CLAIM", help="Renew this claim only; may be repeated.")
 @click.option("--jobs", type=int, help="Claims measured at once; what is timed side by side is measured alone.")
-def evidence_command(device: str, minutes: float | None, only: tuple[str, ...], jobs: int | None) -> None:
+@click.option("--output", metavar="FOLDER", callback=_folder, help=surroundings.OUTPUT_HELP)
+def evidence_command(
+    device: str, minutes: float | None, only: tuple[str, ...], jobs: int | None, output: str | None
+) -> None:
     """Renew evidence that is stale, failed or missing, the shortest claims first; written after each, so resumable."""
-    seal.verify()
-    _check_arguments(only, device, jobs)
-    jobs, options, on_gpu = _jobs(jobs, device), Options(device=device), device != "cpu"
+    options = Options(device=device, output=output)
+    _begin(options, only, jobs)
+    jobs, on_gpu, folder = _jobs(jobs, device), device != "cpu", options.folder
     if outside := versions.outside_here(on_gpu):
         raise SelfcheckError(f"records made here would be stale: {', '.join(outside)}")
     console.print("seal intact; importing torch and transformers ...")
     with Lines(0) as lines, Pool(options, jobs, lines).open() as pool:
-        found, states = pool.ready(), [s for s in evidence.states() if s.on_gpu == on_gpu]
+        found, states = pool.ready(), [s for s in evidence.states(output=folder) if s.on_gpu == on_gpu]
         due = renew.due(states, found, only)
         lines.total = len(due)
         console.print(f"{found}: {len(due)} of {len(states)} records to renew, the shortest first")
@@ -141,9 +177,11 @@ def evidence_command(device: str, minutes: float | None, only: tuple[str, ...], 
     if timed:
         with Lines(len(timed)) as lines, Pool(options, 1, lines).open() as pool:
             records += _renewed(pool, timed, clock)
-    left = [state for state in evidence.states() if state.word != "fresh" and state.on_gpu == on_gpu]
+    left = [s for s in evidence.states(output=folder) if s.word != "fresh" and s.on_gpu == on_gpu]
     console.print(f"{len(records)} claims measured in {(time.monotonic() - clock.began) / 60:.1f} minutes; "
                   f"left: {', '.join(state.name for state in left) or 'none'}")  # fmt: skip
+    for sentence in _elsewhere(options) if records else []:
+        console.print(sentence)
     if clock.left_out and not records:
         shortest = min(clock.seconds[name] for name in clock.left_out)
         raise SelfcheckError(f"--minutes={minutes:g}: the shortest claim took {shortest:.0f} s last time")

@@ -37,7 +37,7 @@ def brute_force(q, k, budget, causal):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(4, 2, 3, 40, 16), (3, 1, 40, 40, 80), (7, 1, 1, 200, 96), (8, 1, 5, 129, 32), (1, 1, 1, 1, 64)]
+    "shape", [(4, 2, 3, 40, 16), (3, 1, 20, 20, 80), (7, 1, 1, 200, 96), (8, 1, 5, 129, 32), (1, 1, 1, 1, 64)]
 )
 def test_both_backends_are_the_brute_force_set_and_the_same_bits(dtype, causal, shape):
     q, k, v = tensors(*shape, dtype=dtype)

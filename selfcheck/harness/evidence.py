@@ -14,7 +14,7 @@ from typing import Any
 
 from . import seal, versions
 from .digests import digest
-from .files import ROOT, SelfcheckError, write_atomic
+from .files import ROOT, SelfcheckError, source, write_atomic
 
 DEFAULT = "selfcheck/evidence/default.json"
 #: claims that need a GPU: measured on one and committed
@@ -121,9 +121,14 @@ class State:
         return self.record.get("device", "") if self.record else ""
 
 
-def states(root: Path = ROOT) -> list[State]:
-    """The state of every claim, in order. A file of evidence that cannot be read raises, a missing one does not."""
-    found = {name: read(root / name) if (root / name).exists() else [] for name in (DEFAULT, GPU)}
+def states(root: Path = ROOT, output: Path | None = None) -> list[State]:
+    """The state of every claim, in order. A file of evidence that cannot be read raises, a missing one does not.
+
+    Args:
+        output: a folder whose evidence stands for the tree's.
+    """
+    files = {name: source(name, root, output) for name in (DEFAULT, GPU)}
+    found = {name: read(path) if path.exists() else [] for name, path in files.items()}
     pinned = {kind: subject["sha256"] for kind, subject in seal.subjects(root).items()}
     out = []
     for claim in seal.claims(root):
@@ -196,7 +201,7 @@ def _another_card_speaks(state: State, found: list[State]) -> bool:
     return state.word in ("stale", "missing") and any(s.word == "fresh" for s in others)
 
 
-def accepted(root: Path = ROOT) -> dict[str, dict[str, Any]]:
+def accepted(root: Path = ROOT, output: Path | None = None) -> dict[str, dict[str, Any]]:
     """The evidence that figures and paper may use, by claim; further cards' records lie under ``other_cards``.
 
     Of a claim that names several cards one must be fresh, and none may have failed: whoever has one kind of card can
@@ -207,8 +212,8 @@ def accepted(root: Path = ROOT) -> dict[str, dict[str, Any]]:
             each table of several cards.
     """
     for name in (DEFAULT, GPU):
-        read(root / name)
-    every = states(root)
+        read(source(name, root, output))
+    every = states(root, output)
     found = [state for state in every if not _another_card_speaks(state, every)]
     wrong = [f"{state.name}: {reason}" for state in found for reason in state.reasons]
     for table, devices in mixed_tables(found).items():

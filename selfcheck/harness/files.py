@@ -24,6 +24,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def target(name: str, root: Path = ROOT, output: Path | None = None) -> Path:
+    """Where the project's file ``name`` is written: in the tree, or below another folder in its place."""
+    return (output or root) / name
+
+
+def source(name: str, root: Path = ROOT, output: Path | None = None) -> Path:
+    """Where ``name`` is read: what was written below ``output`` stands for the tree's."""
+    written = target(name, root, output)
+    return written if written.exists() else root / name
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` whole or not at all.
 

@@ -131,9 +131,11 @@ class Pool:
         """A new worker process, importing torch while others work."""
         log = self.folder / f"{time.monotonic_ns()}.log"
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # Hypothesis keeps notes where it runs, if not told otherwise: in a tree that is perhaps not to be written.
+        env = {"HYPOTHESIS_STORAGE_DIRECTORY": str(self.folder / "hypothesis"), **os.environ, "PYTHONPATH": path}
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-m", "selfcheck.harness.worker"], cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
+                [sys.executable, "-m", "selfcheck.harness.worker"], cwd=ROOT, env=env,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, encoding="utf-8",
                 start_new_session=POSIX,
             )  # fmt: skip

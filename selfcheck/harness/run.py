@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import evidence, seal, versions
-from .files import ROOT
+from .files import ROOT, source, target
 
 SEED = 20260601
 
@@ -25,7 +25,13 @@ class Options:
     model: str | None = None
     corpus: str | None = None
     seed: int = SEED
+    #: a folder to write below, laid out as the tree, instead of into the tree
+    output: str | None = None
     command: str = field(default_factory=lambda: " ".join(["python -m selfcheck", *sys.argv[1:]]))
+
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.output) if self.output else None
 
     def words(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,20 +77,26 @@ def record(
     return made
 
 
-def destination(options: Options, root: Path = ROOT) -> Path:
+def destination(options: Options) -> str:
     """Where the evidence goes: only a full run on the pinned subjects and the CPU reaches the paper's file."""
     if options.quick:
-        return root / "selfcheck/local/quick.json"
+        return "selfcheck/local/quick.json"
     if options.model or options.corpus or options.device != "cpu":
         key = json.dumps([options.model, options.corpus, options.device])
-        return root / f"selfcheck/local/run-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-    return root / evidence.DEFAULT
+        return f"selfcheck/local/run-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    return evidence.DEFAULT
 
 
-def gpu_destination(options: Options, root: Path = ROOT) -> Path | None:
+def gpu_destination(options: Options) -> str | None:
     """Where GPU claims go: the committed file, if this is a full run on the pinned subjects and a GPU."""
     special = options.quick or options.model or options.corpus or options.device == "cpu"
-    return None if special else root / evidence.GPU
+    return None if special else evidence.GPU
+
+
+def targets(options: Options, root: Path = ROOT) -> list[Path]:
+    """Every file that a run may write."""
+    names = (destination(options), gpu_destination(options))
+    return [target(name, root, options.folder) for name in names if name]
 
 
 def keep(records: list[dict[str, Any]], options: Options, root: Path = ROOT) -> list[tuple[Path, str]]:
@@ -94,10 +106,11 @@ def keep(records: list[dict[str, Any]], options: Options, root: Path = ROOT) -> 
     """
     claims = seal.claims(root)
     on_gpu = {claim["id"] for claim in claims if claim.get("where") == "gpu"}
-    gpu_path = gpu_destination(options, root)
-    of_gpu = [r for r in records if gpu_path and r["claim"] in on_gpu and not versions.outside(r, True, root)]
+    gpu_name, folder = gpu_destination(options), options.folder
+    of_gpu = [r for r in records if gpu_name and r["claim"] in on_gpu and not versions.outside(r, True, root)]
     written = []
-    for path, made in ((destination(options, root), [r for r in records if r not in of_gpu]), (gpu_path, of_gpu)):
-        if path and made:
-            written.append((path, evidence.write(path, evidence.merge(path, made, claims))))
+    for name, made in ((destination(options), [r for r in records if r not in of_gpu]), (gpu_name, of_gpu)):
+        if name and made:
+            path, merged = target(name, root, folder), evidence.merge(source(name, root, folder), made, claims)
+            written.append((path, evidence.write(path, merged)))
     return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ SEALED = (
     "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "constraints*.txt",
     "pyproject.toml", "noxfile.py",
 )  # fmt: skip
+
+#: what is said of a file that git, an archive or an editor converted, and what to do
+LINE_ENDINGS = "only its line endings differ from the lock's"
+MEND_LINES = (
+    "commit your own changes, if any, and run `git config core.autocrlf false`, "
+    "`git rm -rq --cached .`, `git reset -q --hard`; or clone again with `git clone -c core.autocrlf=false`."
+)
 
 
 def claims(root: Path = ROOT) -> list[dict[str, Any]]:
@@ -55,6 +63,24 @@ def locked(root: Path = ROOT) -> dict[str, str]:
     return tomlkit.parse((root / LOCK).read_text("utf-8")).unwrap()["files"]
 
 
+def only_line_endings(data: bytes, digest: str) -> bool:
+    """Whether these bytes have this SHA-256 once lines end otherwise: an editor, an archive or git converted them."""
+    bare = data.replace(b"\r\n", b"\n")
+    return digest in (hashlib.sha256(x).hexdigest() for x in (bare, bare.replace(b"\n", b"\r\n")))
+
+
+def _changed(path: Path, name: str, digest: str) -> str | None:
+    """In words, how a sealed file is not what the lock says."""
+    if not path.is_file():
+        return f"{name}: missing, locked as {digest}"
+    actual = sha256(path)
+    if actual == digest:
+        return None
+    if only_line_endings(path.read_bytes(), digest):
+        return f"{name}: {LINE_ENDINGS}"
+    return f"{name}: locked as {digest}, is {actual}"
+
+
 def differences(root: Path = ROOT) -> list[str]:
     """One sentence for every sealed file that is changed, missing or not in the lock."""
     try:
@@ -62,13 +88,7 @@ def differences(root: Path = ROOT) -> list[str]:
         files, pinned = locked["files"], locked["subjects"]
     except (OSError, KeyError, tomlkit.exceptions.TOMLKitError) as error:
         return [f"{LOCK}: unreadable ({error}); restore it, or seal again with `nox -s seal`"]
-    found = []
-    for name, digest in files.items():
-        path = root / name
-        if not path.is_file():
-            found.append(f"{name}: missing, locked as {digest}")
-        elif (actual := sha256(path)) != digest:
-            found.append(f"{name}: locked as {digest}, is {actual}")
+    found = [x for name, digest in files.items() if (x := _changed(root / name, name, digest))]
     found += [f"{n}: not in the lock" for n in expand(SEALED, root) if n not in files]
     if not found and pinned != {s["file"]: s["sha256"] for s in subjects(root).values()}:
         found.append("selfcheck/inputs/subjects.toml: its subjects differ from the lock's")
@@ -78,9 +98,11 @@ def differences(root: Path = ROOT) -> list[str]:
 def verify(root: Path = ROOT) -> None:
     """Raises SelfcheckError naming every file that differs from the lock."""
     found = differences(root)
-    if found:
-        lines = "\n  ".join(found)
-        raise SelfcheckError(
-            f"the seal is broken, nothing was run:\n  {lines}\n"
-            "If you meant the change, look at it and run `nox -s seal`."
-        )
+    if not found:
+        return
+    converted = [x for x in found if x.endswith(LINE_ENDINGS)]
+    lines, mend = "\n  ".join(found), ["If you meant the change, look at it and run `nox -s seal`."]
+    if converted:
+        mend = [f"Where line endings differ ({len(converted)} of {len(found)}), something rewrote them: {MEND_LINES}"]
+        mend += ["For the others, if you meant the change, look at it and run `nox -s seal`."] * (found != converted)
+    raise SelfcheckError(f"the seal is broken, nothing was run:\n  {lines}\n" + "\n".join(mend))

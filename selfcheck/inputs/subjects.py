@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,6 +65,23 @@ def _digest_of(name: str) -> str:
     return "+".join(sha256(p)[:16] for p in files) or f"name:{name}"
 
 
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Inside, each GGUF file is parsed once and its architecture's names are mapped once.
+
+    transformers parses it for the tokenizer, the configuration and the weights, and maps the names once a module.
+    """
+    import gguf
+
+    library: Any = gguf
+    before = library.GGUFReader, library.get_tensor_name_map
+    library.GGUFReader, library.get_tensor_name_map = (lru_cache(maxsize=2)(x) for x in before)
+    try:
+        yield
+    finally:
+        library.GGUFReader, library.get_tensor_name_map = before
+
+
 def load_model(name: str | None, device: str) -> tuple[Any, Any, str]:
     """(model in float32 and eval mode, tokenizer, digest). ``None`` is the pinned GGUF file.
 
@@ -87,8 +105,11 @@ def load_model(name: str | None, device: str) -> tuple[Any, Any, str]:
     else:
         source = name or str(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa", **options)
+        with parsed_once() if options else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, attn_implementation="sdpa", **options
+            )
     except (OSError, ValueError) as error:
         raise SelfcheckError(f"--model={name!r}: transformers could not load it: {error}") from error
     return model.eval().to(device), tokenizer, digest
