@@ -39,7 +39,8 @@ MAPPINGS = {
 #: (attributes whose name matches, at most this much); the first match decides, None leaves the value
 RULES: list[tuple[str, int | None]] = [
     (r".*(kernel|stride|dilation|eps|token_id|_index|_ids|dropout|loss|coef|factor|prob|range|multipl|ratio).*", None),
-    (r"num_labels|num_channels|in_channels|num_feat_extract_layers|num_codebooks|num_quantizers|audio_channels|seed|chunk_size_feed_forward|num_return_sequences", None),
+    (r"num_labels|num_channels|in_channels|audio_channels|num_feat_extract_layers|num_codebooks|num_quantizers", None),
+    (r"seed|chunk_size_feed_forward|num_return_sequences|patch_embed_hidden_size", None),
     (r"decoder_sparse_step|encoder_sparse_step|temporal_patch_size|spatial_merge_size|mlp_ratio|block_size", None),
     (r".*vocab(_size.*)?|num_embeddings|num_embeds", VOCABULARY),
     (r"qk_rope_head_dim|rotary_dim", HEAD_DIM // 2),
@@ -60,12 +61,12 @@ RULES: list[tuple[str, int | None]] = [
     (r".*position_embeddings|n_positions|n_ctx|.*seq_len.*|max_(source|target|text|speech)_positions", POSITIONS),
     (r".*(image_size|crop_size|resolution)", 56),
     (r"patch_size", 14),
-    (r"num_filters", 8),
-    (r"patch_embed_hidden_size", None),
+    (r"num_filters", 2),
     (r".*(hidden_layers|_layers|n_layer)|layers|depth|num_blocks|.*_depth", LAYERS),
     (r"first_k_dense_replace", 1),
     (r".*(intermediate_size.*|ffn_dim|ffn_hidden_size|mlp_dim|expert_dim|feed_forward_size)|d_ff|d_inner|dff", 96),
-    (r"(upsample_groups|adapter_input_size|.*hidden_size.*|.*(_dim|_hidden|channels|hidden_sizes|embedding_size)|d_model|n_embd|dim)", HIDDEN),
+    (r".*(hidden_size.*|_dim|_hidden|channels|embedding_size)|d_model|n_embd|dim", HIDDEN),
+    (r"upsample_groups|adapter_input_size", HIDDEN),
     (r".*(num_query_tokens|n_latents|num_latents|mm_tokens_per_image|image_seq_length)", 16),
 ]
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -74,7 +75,7 @@ _BOTH = ["sliding_attention", "full_attention"]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": FIRST_SPECIAL, "image_token_id": FIRST_SPECIAL},
     "chameleon": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
-    "cohere_compass_text": {"rope_parameters": {kind: _PLAIN_ROPE for kind in _BOTH}},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(_BOTH, _PLAIN_ROPE)},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -83,9 +84,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {
         "per_layer_config": {
             2: {
-                "head_dim": HEAD_DIM + HEAD_DIM // 2, "kv_lora_rank": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
-                "q_lora_rank": 16, "qk_nope_head_dim": HEAD_DIM, "qk_rope_head_dim": HEAD_DIM // 2,
-                "v_head_dim": HEAD_DIM,
+                "head_dim": HEAD_DIM + HEAD_DIM // 2, "qk_nope_head_dim": HEAD_DIM, "qk_rope_head_dim": HEAD_DIM // 2,
+                "v_head_dim": HEAD_DIM, "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16,
+                "q_lora_rank": 16,
             }
         }
     },
@@ -115,13 +116,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 64]},
-    "step3p7_text": {"sliding_window": WINDOW},
+    "step3p5": {"sliding_window": WINDOW},
     "unlimited_ocr_text": {"num_key_value_heads": HEADS},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HIDDEN // HEADS,
+    },
     "zamba2": {
         "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HIDDEN // HEADS, "mamba_headdim": HEAD_DIM,
+        "hybrid_layer_ids": [1, 3],
     },
 }  # fmt: skip
 #: text configurations whose rotary embeddings have sections, though the default does not say so
@@ -325,6 +330,9 @@ def inputs(model: Any) -> list[dict[str, torch.Tensor]]:
     for name, shape in _features(model.config):
         if name in names:
             feature = torch.randn(1, *shape, generator=generator)
+            if name == "flattened_patches":
+                # A patch begins with its row and column.
+                feature[..., :2] = 1
             found += [{text: ids, name: feature} for text in ("decoder_input_ids", "input_ids") if text in names]
     if "qformer_input_ids" in names:
         found = [{**arguments, "qformer_input_ids": source} for arguments in found]
@@ -355,7 +363,7 @@ def _features(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "pixel_values", (channels, side, side)
     yield "pixel_values", (1, channels, side, side)
     patch = first("patch_size", default=14)
-    yield "flattened_patches", (12, 2 + 3 * patch * patch)
+    yield "flattened_patches", (12, 2 + first("patch_embed_hidden_size", default=3 * patch * patch))
 
 
 def text_name(arguments: dict[str, torch.Tensor]) -> str:
