@@ -69,6 +69,8 @@ RULES: list[tuple[str, int | None]] = [
     (r"upsample_groups|adapter_input_size", HIDDEN),
     (r".*(num_query_tokens|n_latents|num_latents|mm_tokens_per_image|image_seq_length)", 16),
 ]
+#: numbers whose defaults change so little of so small a model that their loss would not be seen
+FELT = r".*(soft_?cap(ping)?|logits?_scal(e|ing)|attn_scale|lm_head_multiplier)"
 _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _BOTH = ["sliding_attention", "full_attention"]
 #: model type of a configuration, sub-configurations included: what the rules cannot know
@@ -105,6 +107,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "mistral4": {"rope_parameters": {**_PLAIN_ROPE, "partial_rotary_factor": 1 / 3}},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "moonshine": {"encoder_num_key_value_heads": HEADS, "decoder_num_key_value_heads": HEADS},
@@ -193,6 +196,8 @@ def _shrink(config: Any) -> dict[str, Any]:
             out[name] = min(value, layers) if isinstance(value, int) else value
         elif re.fullmatch(r".*(token_id|token_index)", name):
             out[name], special = _token(name, value, special)
+        elif type(value) is float and re.fullmatch(FELT, name):
+            out[name] = 2.0
         elif isinstance(value, int):
             out[name] = _small(name, value)
         elif isinstance(value, (list, tuple)) and len(value) == full and full > layers:
