@@ -187,6 +187,7 @@ MUTANTS = (
     Mutant("families", "soft cap ignored", REFERENCE, "logit = canonical.soft_cap(logit, logits.soft_cap)", "logit = logit * 1.0"),
     Mutant("families", "sink left out of the denominator", REFERENCE, "denominator = denominator + canonical.exp2(", "denominator = denominator + 0 * canonical.exp2("),
     Mutant("families", "the worst keys in fast mode", MODELS, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
+    Mutant("architectures", "a bias of the scores is swallowed", MODELS, 'if kwargs.get("position_bias") is not None:', "if False:"),
     Mutant(WINDOW, "sliding window ignored", MODELS, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
     Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", MODELS, "q_length in (1, kv_length)", "True"),
     Mutant(GENERATION + "test_layers_with_their_own_budgets", "one dense layer too many", SETTINGS, "if layer < first_dense:", "if layer <= first_dense:"),

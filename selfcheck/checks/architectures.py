@@ -27,6 +27,7 @@ RECURRENT = re.compile(r"Mamba|DeltaNet|Linear\w*Attention|LightningAttention|Sh
 QUICK = (
     *((name, "causal") for name in (
         "llama", "gemma2", "gpt_oss", "gpt2", "bloom", "cohere", "deepseek_v3", "deepseek_v32", "qwen3_next", "zamba2",
+        "inkling_text",
     )),
     *((name, "sequence-to-sequence") for name in ("t5", "bart", "pegasus_x")),
     ("whisper", "speech"), ("voxtral", "speech"),

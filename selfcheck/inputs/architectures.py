@@ -75,6 +75,7 @@ _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _BOTH = ["sliding_attention", "full_attention"]
 #: model type of a configuration, sub-configurations included: what the rules cannot know
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blip-2": {"image_token_index": FIRST_SPECIAL, "image_token_id": FIRST_SPECIAL},
     "chameleon": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(_BOTH, _PLAIN_ROPE)},
@@ -101,6 +102,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "glm5_next_text": {"num_key_value_heads": HEADS, "index_topk": 16},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_vl_text": {"rope_parameters": {**_PLAIN_ROPE, "mrope_section": [2, 3, 3]}},
     "instructblip": {"image_token_index": FIRST_SPECIAL, "image_token_id": FIRST_SPECIAL},
     "instructblipvideo": {"video_token_index": FIRST_SPECIAL, "video_token_id": FIRST_SPECIAL},
@@ -247,9 +249,9 @@ def _token(name: str, value: Any, special: int) -> tuple[Any, int]:
 
 def _rope(value: dict[str, Any]) -> dict[str, Any]:
     """Parameters of rotary embeddings with sections that fit the small head."""
-    out = {k: _rope(v) if isinstance(v, dict) else v for k, v in value.items()}
+    out: dict[str, Any] = {k: _rope(v) if isinstance(v, dict) else v for k, v in value.items()}
     if isinstance(out.get("mrope_section"), list):
-        half = int(HEAD_DIM * out.get("partial_rotary_factor", 1.0)) // 2
+        half: int = int(HEAD_DIM * out.get("partial_rotary_factor", 1.0)) // 2
         total, sections = sum(out["mrope_section"]), out["mrope_section"]
         small = [max(1, half * x // total) for x in sections]
         small[0] += half - sum(small)
@@ -307,7 +309,7 @@ def build(architecture: Architecture, implementation: str = "eager") -> Any:
 
 @torch.no_grad()
 def _spread(model: Any) -> None:
-    """Weights with which attention has something to rank; none that a model's own initialisation leaves empty or 0."""
+    """Weights with which attention has something to rank; random where initialisation leaves 0, or nothing finite."""
     generator = torch.Generator().manual_seed(4)
     for name, weight in model.named_parameters():
         if not weight.is_floating_point():
