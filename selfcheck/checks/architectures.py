@@ -22,7 +22,7 @@ FEW = 4
 #: tokens before decoding step by step
 PREFIX = 44
 #: modules whose layers carry a state instead of keys
-RECURRENT = re.compile(r"Mamba|DeltaNet|Linear\w*Attention|LightningAttention|ShortConv|RecurrentBlock|Rglru|KDA|SSM")
+RECURRENT = re.compile(r"Mamba|Mixer|DeltaNet|Linear\w*Attention|LightningAttention|ShortConv|RecurrentBlock|Rglru|KDA|SSM")
 #: (model type, kind) of a quick run: a few of each kind, refused ones too
 QUICK = (
     *((name, "causal") for name in (
