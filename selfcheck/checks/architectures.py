@@ -13,7 +13,7 @@ import transformers as tf
 import qaxis
 
 from ..harness.claim import Context, Result, value
-from ..inputs.architectures import Architecture, NotBuiltError, architectures, build, inputs, text_name
+from ..inputs.architectures import Architecture, NotBuiltError, architectures, build, inputs, pictures, text_name
 
 #: relative difference of logits up to which two orders of summation may lead
 CLOSE = 1e-4
@@ -22,7 +22,7 @@ FEW = 4
 #: tokens before decoding step by step
 PREFIX = 44
 #: modules whose layers carry a state instead of keys
-RECURRENT = re.compile(r"Mamba|Mixer|DeltaNet|Linear\w*Attention|LightningAttention|ShortConv|RecurrentBlock|Rglru|KDA|SSM")
+RECURRENT = re.compile(r"Mamba|Mixer|DeltaNet|(Linear\w*|Lightning)Attention|ShortConv|RecurrentBlock|Rglru|KDA|SSM")
 #: (model type, kind) of a quick run: a few of each kind, refused ones too
 QUICK = (
     *((name, "causal") for name in (
@@ -98,10 +98,10 @@ class Subject:
         return {**self.arguments, self.text: ids, **more}
 
     def future(self) -> float:
-        """max|dlogit| at the tokens before the last when only the last is another."""
+        """Relative difference of the logits before the last token when only that is another."""
         ids = self.arguments[self.text].clone()
-        ids[:, -1] = 3 + (ids[:, -1] - 2) % 100
-        return float((self.logits() - self.logits(self.with_text(ids)))[:, :-1].abs().max())
+        ids[:, -1] = 3 + (ids[:, -1] - 2) % 50
+        return _difference(self.logits(self.with_text(ids))[:, :-1], self.logits()[:, :-1])
 
     def padded(self) -> torch.Tensor:
         """Logits of a batch of two, the second padded on the left, without those of the padding."""
@@ -126,6 +126,13 @@ class Subject:
             steps.append(out.logits[:, -1])
         return torch.stack(steps, 1)
 
+    def encoded(self) -> list[torch.Tensor]:
+        """What the model's encoders make of a source and of a picture; empty where it has none that takes them."""
+        source = {k: v for k, v in self.arguments.items() if k != self.text}
+        found = [_tried(lambda: self.model.get_encoder()(**source))] if source else []
+        found += [_tried(lambda x=x: self.model.get_image_features(pixel_values=x)) for x in pictures(self.model)]
+        return [tensor for output in found if output is not None for tensor in _tensors(output)]
+
     def implementations(self) -> dict[int, Any]:
         """Of every configuration in the model."""
         configs = [self.model.config, *(m.config for m in self.model.modules() if hasattr(m, "config"))]
@@ -133,13 +140,24 @@ class Subject:
         return {id(c): c._attn_implementation for c in configs if hasattr(c, "_attn_implementation")}
 
     def traces(self) -> list[str]:
-        """What qaxis left on modules."""
-        named = self.model.named_modules()
-        left = [f"{n}.{x}" for n, m in named for x in vars(m) if x.startswith("_qaxis")]
-        return left + [n for n, m in self.model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+        """What qaxis left on modules: attributes, hooks (transformers has some of its own)."""
+        left = []
+        for name, module in self.model.named_modules():
+            left += [f"{name}.{x}" for x in vars(module) if x.startswith("_qaxis")]
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            left += [f"{name}, a hook" for hook in hooks if str(hook.__module__).startswith("qaxis")]
+        return left
 
     def recurrent(self) -> bool:
         return any(RECURRENT.search(type(m).__name__) for m in self.model.modules())
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors in an output of a model."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -165,7 +183,6 @@ def survey(architecture: Architecture) -> Row:
         return row
     if architecture.kind == "causal" and subject.recurrent():
         row.kind = "hybrid"
-    hooks = subject.traces()
     before = subject.implementations()
     try:
         compare(subject, row)
@@ -175,19 +192,19 @@ def survey(architecture: Architecture) -> Row:
         row.outcome, row.reason = "wrong", _line(error)
     except Exception as error:
         row.outcome, row.reason = "crashed", f"{type(error).__name__}: {_line(error)}"
-    stock(subject, row, hooks, before)
+    stock(subject, row, before)
     return row
 
 
-def stock(subject: Subject, row: Row, hooks: list[str], before: dict[int, Any]) -> None:
+def stock(subject: Subject, row: Row, before: dict[int, Any]) -> None:
     """Whatever happened: after ``disable`` the model is what it was."""
     try:
         qaxis.disable(subject.model)
         problem = None
         if subject.implementations() != before:
             problem = "an implementation is not what it was"
-        elif subject.traces() != hooks:
-            problem = f"left behind: {', '.join(sorted(set(subject.traces()) - set(hooks)))[:80]}"
+        elif subject.traces():
+            problem = f"left behind: {', '.join(subject.traces())[:80]}"
         elif not torch.equal(subject.logits(), subject.eager):
             problem = "other logits"
     except Exception as error:
@@ -206,6 +223,7 @@ def compare(subject: Subject, row: Row) -> None:
     model, future = subject.model, subject.future()
     measures = {"padded": subject.padded, "decode": subject.decoded}
     eager = {name: _tried(measure) for name, measure in measures.items()}
+    encoded = subject.encoded()
     for budget in (qaxis.Budget(1.0), "dense"):
         try:
             qaxis.enable(model, budget, strict=True)
@@ -216,7 +234,7 @@ def compare(subject: Subject, row: Row) -> None:
         except ValueError as error:
             raise RefusedError(f"in the first forward pass: {_line(error)}") from error
         _expect("every key kept" if budget != "dense" else "dense", every, subject.eager, row)
-        if future < 1e-6 < subject.future():
+        if future < CLOSE < subject.future():
             raise WrongError("a later token changes earlier logits")
         for name, measure in measures.items():
             if eager[name] is not None and budget != "dense":
@@ -227,6 +245,9 @@ def compare(subject: Subject, row: Row) -> None:
     qaxis.enable(model, FEW, strict=True)
     if torch.equal(subject.logits(), every):
         raise WrongError(f"a budget of {FEW} keys changes nothing")
+    now = subject.encoded()
+    if len(now) != len(encoded) or not all(map(torch.equal, now, encoded)):
+        raise WrongError("an encoder is not left alone")
     qaxis.disable(model)
     if row.kind in ("causal", "hybrid"):
         losses(subject, row)

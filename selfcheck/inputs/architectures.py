@@ -373,6 +373,13 @@ def _features(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "flattened_patches", (12, 2 + first("patch_embed_hidden_size", default=3 * patch * patch))
 
 
+def pictures(model: Any) -> Iterator[torch.Tensor]:
+    """Pictures of the shapes that its tower may take."""
+    for name, shape in _features(model.config):
+        if name == "pixel_values":
+            yield torch.randn(1, *shape, generator=torch.Generator().manual_seed(5))
+
+
 def text_name(arguments: dict[str, torch.Tensor]) -> str:
     """The argument that holds the tokens whose logits are computed."""
     return "decoder_input_ids" if "decoder_input_ids" in arguments else "input_ids"
