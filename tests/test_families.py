@@ -108,3 +108,11 @@ def test_the_survey_sees_a_crash(monkeypatch):
     monkeypatch.setattr(attention, "attend", crash)
     row = surveyed("llama")
     assert row.outcome == "crashed" and "unforeseen" in row.reason
+
+
+def test_architectures_are_found_once_and_a_quick_run_knows_every_kind():
+    found = [(a.model_type, a.name) for a in architectures.chosen(quick=False)]
+    assert len(found) == len(set(found)) > 300
+    quick = architectures.chosen(quick=True)
+    assert len(quick) == len(architectures.QUICK)
+    assert {a.kind for a in quick} == {"vision-language", "speech", "sequence-to-sequence", "causal"}
