@@ -136,6 +136,20 @@ def _families(records: Records) -> list[str]:
     ]
 
 
+def _architectures(records: Records) -> list[str]:
+    """Outcome by outcome: what they have in common, how many, and their names."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for r in records["architectures"]["data"]["rows"]:
+        about = r["kind"] if r["outcome"] == "equal" else r["reason"]
+        groups.setdefault((r["outcome"], about), []).append(r["model_type"])
+    order = ("equal", "refused", "not built")
+    found = sorted(groups.items(), key=lambda item: (order.index(item[0][0]), -len(item[1]), item[0][1]))
+    return [
+        f"{escape(outcome)} & {escape(about)} & {len(names)} & {escape(', '.join(sorted(set(names))))}"
+        for (outcome, about), names in found
+    ]
+
+
 def _speed(records: Records) -> list[str]:
     return [
         f"{escape(r['model'])} & {thousands(r['tokens'])} & {r['dense']:.1f} & {r['qaxis']:.1f} & {r['ratio']:.2f} & "
@@ -208,7 +222,7 @@ def _approximate(records: Records) -> list[str]:
 
 TABLES: dict[str, Callable[[Records], list[str]]] = {
     "stops": _stops, "ablation": _ablation, "bits": _bits, "changes": _changes, "flags": _flags,
-    "families": _families, "speed": _speed, "caches": _caches, "formats": _formats,
+    "families": _families, "architectures": _architectures, "speed": _speed, "caches": _caches, "formats": _formats,
     "formatlengths": _format_lengths, "certified": _certified, "approximate": _approximate,
 }  # fmt: skip
 

@@ -248,6 +248,7 @@ MUTANTS = (
     Mutant("families", "soft cap ignored", REFERENCE, "logit = canonical.soft_cap(logit, logits.soft_cap)", "logit = logit * 1.0"),
     Mutant("families", "sink left out of the denominator", REFERENCE, "denominator = denominator + canonical.exp2(", "denominator = denominator + 0 * canonical.exp2("),
     Mutant("families", "the worst keys in fast mode", MODELS, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
+    Mutant("architectures", "the future is visible where there is no mask", MASKS, "    return causal_mask(m, n, device) if causal else", "    return causal_mask(m, n, device) if False else"),
     Mutant(WINDOW, "sliding window ignored", MASKS, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
     Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", MASKS, "(q_length == 1 or (causal and q_length == kv_length))", "True"),
     Mutant(GENERATION + "test_layers_with_their_own_budgets", "one dense layer too many", SETTINGS, "if layer < first_dense:", "if layer <= first_dense:"),

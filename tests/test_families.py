@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import qaxis
+from qaxis.models import attention
+from selfcheck.checks import architectures
 from selfcheck.checks.families import (
     FAMILIES,
     TOKENS,
@@ -57,3 +59,60 @@ def test_soft_cap_and_sink_agree_with_eager_when_every_key_is_kept(family):
         if hasattr(module, "sinks"):
             module.sinks.fill_(-30.0)
     assert float((model(prompt()).logits - dense).abs().max()) > 1e-2 * float(dense.abs().max())
+
+
+@pytest.mark.parametrize("architecture", architectures.chosen(quick=True), ids=lambda a: a.name)
+@torch.inference_mode()
+def test_architecture_is_equal_to_eager_or_refused(architecture):
+    row = architectures.survey(architecture)
+    assert row.outcome in ("equal", "refused"), row
+    if row.outcome == "refused":
+        assert row.reason
+    else:
+        assert row.difference is not None and row.difference < architectures.CLOSE
+
+
+def surveyed(model_type: str) -> architectures.Row:
+    (found,) = (a for a in architectures.chosen(quick=True) if a.model_type == model_type)
+    with torch.inference_mode():
+        return architectures.survey(found)
+
+
+def test_the_survey_sees_a_mask_that_is_dropped(monkeypatch):
+    # What was a mask lets a query see every key, those behind it too.
+    monkeypatch.setattr(attention, "attend", _blind(attention.attend))
+    row = surveyed("llama")
+    assert row.outcome == "wrong" and "from eager" in row.reason
+
+
+def _blind(attend):
+    return lambda q, k, v, allowed, *more: attend(q, k, v, torch.ones_like(allowed), *more)
+
+
+def test_the_survey_sees_a_switch_that_does_nothing(monkeypatch):
+    monkeypatch.setattr(qaxis, "enable", lambda model, *args, **options: model)
+    row = surveyed("llama")
+    assert row.outcome == "wrong" and "changes nothing" in row.reason
+
+
+def test_the_survey_sees_what_disable_leaves(monkeypatch):
+    monkeypatch.setattr(qaxis, "disable", lambda model: model)
+    row = surveyed("llama")
+    assert row.outcome == "wrong" and row.reason.startswith("after disable: ")
+
+
+def test_the_survey_sees_a_crash(monkeypatch):
+    def crash(*_args, **_options):
+        raise TypeError("unforeseen")
+
+    monkeypatch.setattr(attention, "attend", crash)
+    row = surveyed("llama")
+    assert row.outcome == "crashed" and "unforeseen" in row.reason
+
+
+def test_architectures_are_found_once_and_a_quick_run_knows_every_kind():
+    found = [(a.model_type, a.name) for a in architectures.chosen(quick=False)]
+    assert len(found) == len(set(found)) > 300
+    quick = architectures.chosen(quick=True)
+    assert len(quick) == len(architectures.QUICK)
+    assert {a.kind for a in quick} == {"vision-language", "speech", "sequence-to-sequence", "causal"}
