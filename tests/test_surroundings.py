@@ -137,15 +137,17 @@ def test_settings_by_several_interfaces_raise_nothing():
 
 
 @pytest.mark.parametrize("first", [torch.inference_mode, nullcontext])
-def test_a_cache_goes_on_in_and_out_of_inference_mode(first):
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_cache_goes_on_in_and_out_of_inference_mode(first, moved):
     second = nullcontext if first is torch.inference_mode else torch.inference_mode
     _, k, v = tensors()
     whole, cache = qaxis.Int8Cache(CONFIG), qaxis.Int8Cache(CONFIG)
     right = [x.clone() for x in whole.update(k, v, 0)]
     with first():
-        cache.update(k[:, :, :100], v[:, :, :100], 0)
-        cache.crop(-10)
-        cache.reorder_cache(torch.tensor([0]))
+        cache.update(k[:, :, : 90 + 10 * moved], v[:, :, : 90 + 10 * moved], 0)
+        if moved:
+            cache.crop(-10)
+            cache.reorder_cache(torch.tensor([0]))
     with second():
         found = [x.clone() for x in cache.update(k[:, :, 90:], v[:, :, 90:], 0)]
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))

@@ -97,11 +97,11 @@ class Subject:
     def with_text(self, ids: torch.Tensor, **more: Any) -> dict[str, Any]:
         return {**self.arguments, self.text: ids, **more}
 
-    def future(self) -> float:
-        """Relative difference of the logits before the last token when only that is another."""
+    def future(self, logits: torch.Tensor) -> float:
+        """Relative difference from ``logits``, before the last token, when only that is another."""
         ids = self.arguments[self.text].clone()
         ids[:, -1] = 3 + (ids[:, -1] - 2) % 50
-        return _difference(self.logits(self.with_text(ids))[:, :-1], self.logits()[:, :-1])
+        return _difference(self.logits(self.with_text(ids))[:, :-1], logits[:, :-1])
 
     def padded(self) -> torch.Tensor:
         """Logits of a batch of two, the second padded on the left, without those of the padding."""
@@ -220,7 +220,7 @@ def compare(subject: Subject, row: Row) -> None:
     Raises:
         RefusedError, WrongError: as they say.
     """
-    model, future = subject.model, subject.future()
+    model, future = subject.model, subject.future(subject.eager)
     measures = {"padded": subject.padded, "decode": subject.decoded}
     eager = {name: _tried(measure) for name, measure in measures.items()}
     encoded = subject.encoded()
@@ -234,7 +234,7 @@ def compare(subject: Subject, row: Row) -> None:
         except ValueError as error:
             raise RefusedError(f"in the first forward pass: {_line(error)}") from error
         _expect("every key kept" if budget != "dense" else "dense", every, subject.eager, row)
-        if future < CLOSE < subject.future():
+        if future < CLOSE < subject.future(every):
             raise WrongError("a later token changes earlier logits")
         for name, measure in measures.items():
             if eager[name] is not None and budget != "dense":
