@@ -125,29 +125,32 @@ def test_figures_and_paper_ask_as_early(monkeypatch, tmp_path_factory):
             command(blocked)
 
 
-def test_a_tree_of_another_user_is_noticed(tmp_path):
-    target = tmp_path / "evidence.json"
-    surroundings.check_writable(target)
-    assert list(tmp_path.iterdir()) == []
-    target.mkdir()
-    with pytest.raises(SelfcheckError, match="Is a directory"):
+def test_a_tree_of_another_user_is_noticed():
+    # Not pytest's own folder, which another user could not even look into.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        target = folder / "evidence.json"
         surroundings.check_writable(target)
-    target.rmdir()
-    tmp_path.chmod(0o555)
-    if os.getuid():
-        with pytest.raises(SelfcheckError, match="Permission denied"):
+        assert list(folder.iterdir()) == []
+        target.mkdir()
+        with pytest.raises(SelfcheckError, match="Is a directory"):
             surroundings.check_writable(target)
-    elif (child := os.fork()) == 0:  # The superuser may write anywhere: another user tries.
-        try:
-            os.setuid(65534)
-            surroundings.check_writable(target)
-        except SelfcheckError as error:
-            os._exit(17 if "Permission denied" in str(error) else 1)
-        finally:
-            os._exit(0)
-    else:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
-    tmp_path.chmod(0o755)
+        target.rmdir()
+        folder.chmod(0o555)
+        if os.getuid():
+            with pytest.raises(SelfcheckError, match="Permission denied"):
+                surroundings.check_writable(target)
+        elif (child := os.fork()) == 0:  # The superuser may write anywhere: another user tries.
+            try:
+                os.setuid(65534)
+                surroundings.check_writable(target)
+            except SelfcheckError as error:
+                os._exit(17 if "Permission denied" in str(error) else 1)
+            finally:
+                os._exit(0)
+        else:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+        folder.chmod(0o755)
 
 
 def test_output_elsewhere_leaves_the_tree_and_is_found_by_what_reads_evidence(tree, tmp_path_factory):
