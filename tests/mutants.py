@@ -59,6 +59,8 @@ CACHE, QUANTIZATION, KERNELS_QUANTIZED = (
     "src/qaxis/storage/triton.py",
 )
 DIRECT = CACHE + "test_kernels_read_the_codes_and_give_the_bits_of_the_dequantised_cache"
+SITUATIONS, CACHES = "test_cache_situations.py::", "src/qaxis/models/cache.py"
+CACHE_FILE = "src/qaxis/models/cache_file.py"
 GENERATION, WINDOW = "test_generation.py::", "test_families.py::test_selection_stays_inside_the_window"
 MODELS, ALWAYS, RECORDING = (
     "src/qaxis/models/attention.py",
@@ -158,7 +160,7 @@ MUTANTS = (
     Mutant("flag-off", "disable leaves qaxis on", ENABLE, "        else:\n            disable(model)", "        else:\n            pass"),
     Mutant("int8-twin", "scale not a power of two", QUANTIZATION, "return power_of_two(scales.to(torch.int32))", "return 1.1 * power_of_two(scales.to(torch.int32))"),
     Mutant("int8-bytes", "scales stored eight bytes wide", "src/qaxis/storage/side.py", "codes.flatten(2, 3), scales.squeeze(3)", "codes.flatten(2, 3), scales.squeeze(3).double()"),
-    Mutant("int8-ppl", "update returns what it was given", "src/qaxis/models/cache.py", "        return keys, values\n\n    def dequantized", "        return key_states, value_states\n\n    def dequantized"),
+    Mutant("int8-ppl", "update returns what it was given", "src/qaxis/models/cache.py", "        return keys, values\n\n    @_ordinary", "        return key_states, value_states\n\n    @_ordinary"),
     Mutant("int8-ppl", "scale doubled", QUANTIZATION, "return power_of_two(scales.to(torch.int32))", "return 2 * power_of_two(scales.to(torch.int32))"),
     Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "scale one bit too fine for bfloat16", QUANTIZATION, "SIGNIFICAND + 1 - grid.bits", "SIGNIFICAND + 2 - grid.bits"),
     Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "planes of bits out of place", QUANTIZATION, "shift += width", "shift += 1"),
@@ -171,6 +173,17 @@ MUTANTS = (
     Mutant(DIRECT, "first tokens are read as zeros", KERNELS_QUANTIZED, "in_first = mask & (position < sinks)", "in_first = mask & (position < 0)"),
     Mutant(DIRECT, "scale of the group before", KERNELS_QUANTIZED, "(position // SHARING) * scales_n", "tl.maximum(position // SHARING - 1, 0) * scales_n"),
     Mutant(CACHE + "test_the_model_reads_the_codes_without_a_dequantised_copy", "a dequantised copy is made after all", KERNELS_QUANTIZED, "(s.grid.bits == 8 and", "(s.grid.bits == 9 and"),
+    Mutant(SITUATIONS + "test_flex_attention", "a compiler is handed lazy tensors", CACHES, '_READ_LAZILY = (NAME,', '_READ_LAZILY = (NAME, "flex_attention",'),
+    Mutant(SITUATIONS + "test_the_attention_at_the_time_decides_what_it_is_handed", "a copied cache asks a copied configuration", CACHES, "    def __deepcopy__(self, memo: Any) -> _Readers:\n        return self", "    def __deepcopy__(self, memo: Any) -> _Readers:\n        return _Readers(*copy.deepcopy(self.configs, memo))"),
+    Mutant(SITUATIONS + "test_inference_mode_then_not_also_over_a_group", "buffers stay in inference mode", CACHES, "with torch.inference_mode(False), torch.no_grad():", "with torch.no_grad():"),
+    Mutant(SITUATIONS + "test_the_cross_cache_is_filled_once", "a layer shows no keys", CACHES, "return self.sides[0].dequantized() if self.sides else None", "return None"),
+    Mutant(SITUATIONS + "test_logits_of_every_kind_of_cache", "hybrid layers stay in full", CACHES, "    LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,\n", ""),
+    Mutant(SITUATIONS + "test_generate", "beams leave recurrent states behind", CACHES, "        LinearAttentionLayer.reorder_cache(self, beam_idx)\n", ""),
+    Mutant(SITUATIONS + "test_update_names_what_does_not_fit_and_changes_nothing", "values of another dtype are stored", CACHES, 'require(x.dtype == side.dtype, f"{name}.dtype", x.dtype,', 'require(True, f"{name}.dtype", x.dtype,'),
+    Mutant(SITUATIONS + "test_early_initialisation_and_a_new_start_take_any_shape", "an empty cache insists on its first shape", CACHES, "if self.get_seq_length() == 0:\n            return self._empty", "if not self.sides:\n            return self._empty"),
+    Mutant(SITUATIONS + "test_bytes_are_those_of_every_layer", "recurrent states are not counted", CACHES, "    elif isinstance(x, (dict, list, tuple)):", "    elif isinstance(x, (list, tuple)):"),
+    Mutant(SITUATIONS + "test_what_a_file_cannot_hold_is_named", "a window of another length is read", CACHE_FILE, "require(x.shape[2] == held,", "require(True,"),
+    Mutant(SITUATIONS + "test_saved_and_loaded_a_second_turn_goes_on", "a window forgets how far it has come", CACHE_FILE, "layer.keys, layer.values, layer.cumulative_length = keys, values, seen", "layer.keys, layer.values, layer.cumulative_length = keys, values, keys.shape[2]"),
     Mutant(CACHE + "test_save_and_load", "a file of another model is read", "src/qaxis/models/cache_file.py", 'len(about["dtypes"]) == len(cache.layers), "layers"', 'True, "layers"'),
     Mutant("entropy", "entropy in the wrong sign", "src/qaxis/measures/entropy.py", "return -torch.where(", "return torch.where("),
     Mutant("dppl", "sparse run is dense", "selfcheck/inputs/passes.py", "qaxis.sparse(model, qaxis.Budget()", "qaxis.sparse(model, qaxis.Budget(1.0)"),
