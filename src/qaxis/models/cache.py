@@ -100,7 +100,7 @@ class QuantizedLayer(DynamicLayer):
         require(same, "value_states.shape", tuple(value_states.shape), f"that of key_states {tuple(key_states.shape)}")
         here = value_states.device == key_states.device
         require(here, "value_states.device", str(value_states.device), f"that of key_states, {key_states.device}")
-        if not self.sides:
+        if self.get_seq_length() == 0:
             return self._empty((key_states, value_states))
         require(
             key_states.device == self.device, "key_states.device", str(key_states.device), f"the cache's {self.device}"
