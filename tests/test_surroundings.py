@@ -417,3 +417,13 @@ def test_parts_of_a_cache_that_do_not_fit_are_named(part, change):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"\.{part}|grid="):
             call()
+
+
+def test_doors_that_read_tensors_alone_say_so():
+    q, keys, values = cached()
+    for call in (
+        lambda: qaxis.canonical_scores(q, keys.stored), lambda: index_keys(keys.stored),
+        lambda: qaxis.attention_entropy(q, keys.stored), lambda: prefill_attention(q, keys.stored, values, 9),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="^k='Stored'"):
+            call()
