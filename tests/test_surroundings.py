@@ -141,7 +141,8 @@ def test_settings_by_several_interfaces_raise_nothing():
 def test_a_cache_goes_on_in_and_out_of_inference_mode(first, moved):
     second = nullcontext if first is torch.inference_mode else torch.inference_mode
     _, k, v = tensors()
-    whole, cache = qaxis.Int8Cache(CONFIG), qaxis.Int8Cache(CONFIG)
+    # With room at once, the buffer that is made in the one mode is written to in the other.
+    whole, cache = qaxis.Int8Cache(CONFIG), qaxis.Int8Cache(CONFIG, room=256)
     right = [x.clone() for x in whole.update(k, v, 0)]
     with first():
         cache.update(k[:, :, : 90 + 10 * moved], v[:, :, : 90 + 10 * moved], 0)
@@ -415,4 +416,14 @@ def test_parts_of_a_cache_that_do_not_fit_are_named(part, change):
         lambda: Decoder(1, 2, 150, 64, 9, "cpu")(q, wrong, values, index_keys(keys)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"\.{part}|grid="):
+            call()
+
+
+def test_doors_that_read_tensors_alone_say_so():
+    q, keys, values = cached()
+    for call in (
+        lambda: qaxis.canonical_scores(q, keys.stored), lambda: index_keys(keys.stored),
+        lambda: qaxis.attention_entropy(q, keys.stored), lambda: prefill_attention(q, keys.stored, values, 9),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="^k='Stored'"):
             call()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..validation import check_form
+from ..validation import check_form, require
 from .side import Stored
 
 
@@ -103,16 +103,13 @@ def numbers_of(x: Any) -> Any:
 
 
 def tensor_of(name: str, x: Any) -> Any:
-    """What ``x`` stands for as an ordinary tensor: sides of a cache are dequantised, anything else is ``x``.
+    """What ``x`` stands for as an ordinary tensor: what a cache returned is dequantised, anything else is ``x``.
 
     Raises:
-        ValueError: naming the part of a :class:`Stored` that does not fit the others.
+        ValueError: for a :class:`Stored`, which only some doors read.
     """
-    x = numbers_of(x)
-    if not isinstance(x, Stored):
-        return x
-    x.check_form(name)
-    return dequantized(x)
+    require(not isinstance(x, Stored), name, type(x).__name__, "a torch.Tensor: dequantise it first")
+    return x.dequantized() if isinstance(x, ReadOnlyTensor) else x
 
 
 def check_tensor(name: str, x: Any, ndim: int | None = None) -> torch.Tensor:
