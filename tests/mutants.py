@@ -203,7 +203,7 @@ MUTANTS = (
     Mutant(DIRECT, "scale of the group before", KERNELS_QUANTIZED, "(position // SHARING) * scales_n", "tl.maximum(position // SHARING - 1, 0) * scales_n"),
     Mutant(CACHE + "test_the_model_reads_the_codes_without_a_dequantised_copy", "a dequantised copy is made after all", KERNELS_QUANTIZED, "(s.grid.bits == 8 and", "(s.grid.bits == 9 and"),
     Mutant(SITUATIONS + "test_flex_attention", "a compiler is handed lazy tensors", CACHES, '_READ_LAZILY = (NAME,', '_READ_LAZILY = (NAME, "flex_attention",'),
-    Mutant(SITUATIONS + "test_the_attention_at_the_time_decides_what_it_is_handed", "a copied cache asks a copied configuration", CACHES, "    def __deepcopy__(self, memo: Any) -> _Readers:\n        return self", "    def __deepcopy__(self, memo: Any) -> _Readers:\n        return _Readers(*copy.deepcopy(self.configs, memo))"),
+    Mutant(SITUATIONS + "test_the_attention_at_the_time_decides_what_it_is_handed", "a copied cache forgets its configuration", CACHES, "def __deepcopy__(self, memo: Any) -> _Readers:", "def _copied(self, memo: Any) -> _Readers:"),
     Mutant(SITUATIONS + "test_inference_mode_then_not_also_over_a_group", "buffers stay in inference mode", CACHES, "with torch.inference_mode(False), torch.no_grad():", "with torch.no_grad():"),
     Mutant(SITUATIONS + "test_the_cross_cache_is_filled_once", "a layer shows no keys", CACHES, "return self.sides[0].dequantized() if self.sides else None", "return None"),
     Mutant(SITUATIONS + "test_logits_of_every_kind_of_cache", "hybrid layers stay in full", CACHES, "    LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,\n", ""),
