@@ -251,7 +251,7 @@ MUTANTS = (
     Mutant("architectures", "the future is visible where there is no mask", MASKS, "    return causal_mask(m, n, device) if causal else", "    return causal_mask(m, n, device) if False else"),
     Mutant(WINDOW, "sliding window ignored", MASKS, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
     Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", MASKS, "(q_length == 1 or (causal and q_length == kv_length))", "True"),
-    Mutant(GENERATION + "test_layers_with_their_own_budgets", "one dense layer too many", SETTINGS, "if layer < first_dense:", "if layer <= first_dense:"),
+    Mutant(GENERATION + "test_layers_with_their_own_budgets", "one dense layer too many", SETTINGS, "if 0 <= layer < first_dense:", "if 0 <= layer <= first_dense:"),
     Mutant(GENERATION + "test_sinks_and_recent_keys_are_kept_inside_the_budget", "kept keys come on top of the budget", ALWAYS, "k_eff[:, :, rows] - kept.sum(-1)", "k_eff[:, :, rows]"),
     Mutant(GENERATION + "test_sinks_and_recent_keys_are_kept_inside_the_budget", "recent window off by one", ALWAYS, "place[..., -1:] - always.recent)", "place[..., -1:] - always.recent + 1)"),
     Mutant(GENERATION + "test_layers_with_their_own_budgets", "mass of the dropped keys", RECORDING, "torch.where(kept, weights, 0.0)", "torch.where(kept, 0.0, weights)"),

@@ -360,3 +360,28 @@ def test_training_and_mixed_dtypes_are_refused():
         qaxis_attention_forward(nn.Module(), k, k.bfloat16(), k, None)
     with pytest.raises(ValueError, match=r"query.dtype=torch.float64: allowed is float32"):
         call(dtype=torch.float64)
+
+
+@torch.inference_mode()
+def test_a_model_given_to_the_compiler_is_enabled_inside(llama):
+    ids = tokens(60)
+    stock = llama(ids).logits
+    compiled = torch.compile(llama, backend="eager")
+    assert torch.equal(compiled(ids).logits, stock)
+    with qaxis.sparse(compiled, 6):
+        assert torch.equal(compiled(ids).logits, llama(ids).logits)
+        assert not torch.allclose(compiled(ids).logits, stock)
+    assert torch.equal(compiled(ids).logits, stock)
+
+
+@torch.inference_mode()
+def test_a_module_that_layers_share_gets_its_budget():
+    config = tf.Zamba2Config(
+        **SMALL, num_key_value_heads=4, layers_block_type=["mamba", "hybrid"], mamba_d_state=8, mamba_ngroups=1,
+        n_mamba_heads=4, mamba_headdim=32, num_mem_blocks=1, hybrid_layer_ids=[1], attention_head_dim=32, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = tf.Zamba2ForCausalLM(config).eval(), tokens(60)
+    stock = model(ids).logits
+    with qaxis.sparse(model, 4):
+        assert not torch.equal(model(ids).logits, stock)

@@ -18,7 +18,7 @@ from ..attention.backend import check_backend
 from ..budget import Budget
 from ..validation import is_integer, require
 from . import attention as _registered  # noqa: F401  registers the implementation that enable() names
-from .layers import attention_modules, check_attention, check_model
+from .layers import attention_modules, check_attention, transformers_model
 from .settings import (
     EXACTNESS,
     NAME,
@@ -80,9 +80,9 @@ def enable(
         ValueError: for a model without such attention, one that adds a bias to its scores (ALiBi, relative
             positions) or selects keys by a rule of its own, one in float64, or an argument out of range.
     """
-    check_model(model)
-    modules = attention_modules(model)
-    check_attention(model, modules)
+    inner = transformers_model(model)
+    modules = attention_modules(inner)
+    check_attention(inner, modules)
     always = Always(sinks, recent)
     _check_options(exactness, backend, first_dense, always)
     check_layers(budget, {int(module.layer_idx) for module in modules})  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def enable(
         chosen = layer_budget(budget, int(module.layer_idx), first_dense)  # type: ignore[arg-type]
         _check_room(chosen, always)
         settings.append(Settings(chosen, exactness, backend, always, strict))
-    switch(model, modules, NAME)
+    switch(inner, modules, NAME)
     for module, each in zip(modules, settings, strict=True):
         _set(module, each)
     return model
@@ -134,11 +134,11 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: for what is not a transformers model.
     """
-    check_model(model)
-    for module in model.modules():
+    inner = transformers_model(model)
+    for module in inner.modules():
         _set(module, None)
-    restore(model)
-    for part in model.modules():
+    restore(inner)
+    for part in inner.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation == NAME:
             part.set_attn_implementation("sdpa" if part._supports_sdpa else "eager")
     return model
@@ -147,18 +147,18 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
 @contextmanager
 def sparse(model: PreTrainedModel, budget: BudgetArgument = None, **options: Any) -> Iterator[PreTrainedModel]:
     """``with qaxis.sparse(model, budget): ...``: :func:`enable` inside; what was before, after."""
-    check_model(model)
-    before = [(module, settings) for module in model.modules() if (settings := settings_of(module)) is not None]
-    loaded = not before and model.config._attn_implementation == NAME
+    inner = transformers_model(model)
+    before = [(module, settings) for module in inner.modules() if (settings := settings_of(module)) is not None]
+    loaded = not before and inner.config._attn_implementation == NAME
     try:
         yield enable(model, budget, **options)
     finally:
         if loaded:
-            for module in model.modules():
+            for module in inner.modules():
                 _set(module, None)
-            restore(model)
+            restore(inner)
         else:
             disable(model)
-        switch(model, [module for module, _ in before], NAME)
+        switch(inner, [module for module, _ in before], NAME)
         for module, settings in before:
             _set(module, settings)

@@ -31,15 +31,17 @@ HARMLESS = frozenset(TransformersKwargs.__annotations__) | {
 }  # fmt: skip
 
 
-def check_model(model: Any) -> None:
-    """Refuse what is no transformers model, such as a wrapper around one.
+def transformers_model(model: Any) -> PreTrainedModel:
+    """The model that was given, or that ``torch.compile`` was given.
 
     Raises:
-        ValueError: naming the wrapper.
+        ValueError: for what is no transformers model, such as another wrapper around one.
     """
+    model = getattr(model, "_orig_mod", model)
     inner = getattr(model, "module", None)
     hint = "; take the model out of its wrapper: model.module" if isinstance(inner, PreTrainedModel) else ""
     require(isinstance(model, PreTrainedModel), "model", type(model).__name__, f"a transformers PreTrainedModel{hint}")
+    return model
 
 
 def _sources(cls: type) -> list[str]:

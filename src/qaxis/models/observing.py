@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..validation import check_scale, require
-from .layers import attention_modules, check_model
+from .layers import attention_modules, transformers_model
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
 
@@ -82,9 +82,8 @@ def observe_attention(model: PreTrainedModel, observer: Observer) -> Iterator[No
         ValueError: for a model without attention behind ``AttentionInterface``, or one that was given to
             ``torch.compile``.
     """
+    modules = attention_modules(transformers_model(model))
     _check_not_compiled(model)
-    check_model(model)
-    modules = attention_modules(model)
     require(bool(modules), "model", type(model).__name__, "a model with attention layers behind AttentionInterface")
     entry = (frozenset(map(id, modules)), observer)
     _observe(entry, True)

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from ..validation import require
 from .attention import Call, recorders
-from .layers import attention_modules, check_model
+from .layers import attention_modules, transformers_model
 from .settings import NAME, watch_calls
 
 #: query rows whose weights are formed at once
@@ -195,7 +195,7 @@ def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording
     Raises:
         ValueError: if qaxis is not enabled on the model.
     """
-    check_model(model)
+    model = transformers_model(model)
     recorder = _Recorder(model, masks)
     enabled = any(_implementation(module) == NAME for module in recorder.modules)
     require(enabled, "model", type(model).__name__, "a model with qaxis enabled (qaxis.enable or qaxis.sparse)")

@@ -88,8 +88,8 @@ def watch_calls(module: nn.Module, missed: Callable[[nn.Module], None]) -> list[
 
 
 def layer_budget(budget: BudgetArgument, layer: int, first_dense: int) -> Budget | None:
-    """The budget of one layer, None for a dense one."""
-    if layer < first_dense:
+    """The budget of one layer, None for a dense one; -1 is a module that many layers share (Zamba 2)."""
+    if 0 <= layer < first_dense:
         return None
     if isinstance(budget, Mapping):
         budget = budget.get(layer, budget.get("default", Budget()))
