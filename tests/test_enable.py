@@ -378,7 +378,8 @@ def test_a_model_given_to_the_compiler_is_enabled_inside(llama):
 def test_a_module_that_layers_share_gets_its_budget():
     config = tf.Zamba2Config(
         **SMALL, num_key_value_heads=4, layers_block_type=["mamba", "hybrid"], mamba_d_state=8, mamba_ngroups=1,
-        n_mamba_heads=4, mamba_headdim=32, num_mem_blocks=1, hybrid_layer_ids=[1], attention_head_dim=32, pad_token_id=0,
+        n_mamba_heads=4, mamba_headdim=32, num_mem_blocks=1, hybrid_layer_ids=[1], attention_head_dim=32,
+        pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model, ids = tf.Zamba2ForCausalLM(config).eval(), tokens(60)
