@@ -31,7 +31,7 @@ from .settings import (
     settings_of,
     watch_calls,
 )
-from .switching import restore, switch
+from .switching import restore, state, switch
 
 #: of a module: the handles of its hooks in strict mode
 _HOOKS = "_qaxis_hooks"
@@ -58,7 +58,8 @@ def enable(
     """Let the self-attention of ``model``'s text decoder attend to its exact top-k keys.
 
     Encoders, cross attention, vision and audio towers are left alone, whatever configuration they share with the
-    decoder; so are linear and recurrent layers.
+    decoder; so are linear and recurrent layers. While it is on, the decoder reads a copy of its configuration: change
+    ``model.config`` by that name, and the change is kept; a configuration object held from before is not read.
 
     Args:
         model: a transformers model whose decoder's attention goes through ``AttentionInterface``.
@@ -149,16 +150,12 @@ def sparse(model: PreTrainedModel, budget: BudgetArgument = None, **options: Any
     """``with qaxis.sparse(model, budget): ...``: :func:`enable` inside; what was before, after."""
     inner = transformers_model(model)
     before = [(module, settings) for module in inner.modules() if (settings := settings_of(module)) is not None]
-    loaded = not before and inner.config._attn_implementation == NAME
+    switched = state(inner)
     try:
         yield enable(model, budget, **options)
     finally:
-        if loaded:
-            for module in inner.modules():
-                _set(module, None)
-            restore(inner)
-        else:
-            disable(model)
-        switch(inner, [module for module, _ in before], NAME)
+        for module in inner.modules():
+            _set(module, None)
+        restore(inner, switched)
         for module, settings in before:
             _set(module, settings)

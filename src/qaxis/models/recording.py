@@ -127,9 +127,13 @@ class _Recorder:
 
     def __init__(self, model: PreTrainedModel, masks: bool) -> None:
         self.recording, self.masks = Recording(), masks
-        self.modules = attention_modules(model)
+        self.modules, self.decoder = attention_modules(model), model.get_decoder()
         self.known = {id(m) for m in self.modules}
         self.lock, self.current = threading.Lock(), _Pass()
+
+    def __deepcopy__(self, memo: Any) -> _Recorder:
+        """A copy of a model that is being recorded has the hooks, and stays outside: its modules are not known."""
+        return self
 
     def see(self, call: Call) -> None:
         """Measure one attention call; the time that takes is not the model's."""
@@ -148,6 +152,8 @@ class _Recorder:
 
     @torch.compiler.disable(reason="what runs is timed, not what is traced")
     def before(self, module: Any, args: Any, kwargs: Any) -> None:
+        if module is not self.decoder:
+            return
         ids = next((x for x in map(kwargs.get, _INPUTS) if x is not None), args[0] if args else None)
         self.current.tokens = ids.shape[0] * ids.shape[1] if isinstance(ids, torch.Tensor) else 0
         _synchronize(ids)
@@ -164,7 +170,7 @@ class _Recorder:
 
     def missed(self, module: Any) -> None:
         with self.lock:
-            self.recording.fallbacks += 1
+            self.recording.fallbacks += id(module) in self.known
 
 
 def _synchronize(x: Any) -> None:
@@ -199,7 +205,7 @@ def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording
     recorder = _Recorder(model, masks)
     enabled = any(_implementation(module) == NAME for module in recorder.modules)
     require(enabled, "model", type(model).__name__, "a model with qaxis enabled (qaxis.enable or qaxis.sparse)")
-    decoder = model.get_decoder()
+    decoder = recorder.decoder
     hooks: list[Any] = []
     # A run that a hook sees beginning is seen by the recorder: it is there before the hooks, and after them.
     recorders.append(recorder.see)

@@ -66,6 +66,24 @@ def forget_calls(module: nn.Module) -> None:
     module.__dict__.pop(_CALLS, None)
 
 
+class _Watch:
+    """Two hooks around the runs of a module."""
+
+    def __init__(self, missed: Callable[[nn.Module], None]) -> None:
+        self.missed = missed
+        #: by thread: calls when the run that is under way began
+        self.begun: dict[int, int] = {}
+
+    @torch.compiler.disable(reason="what runs is counted, not what is traced")
+    def before(self, module: nn.Module, args: Any) -> None:
+        self.begun[get_ident()] = calls_of(module)
+
+    @torch.compiler.disable(reason="what runs is counted, not what is traced")
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.begun.pop(get_ident(), None) == calls_of(module):
+            self.missed(module)
+
+
 def watch_calls(module: nn.Module, missed: Callable[[nn.Module], None]) -> list[RemovableHandle]:
     """Call ``missed(module)`` after every run of the module in which its attention did not come through qaxis.
 
@@ -73,18 +91,8 @@ def watch_calls(module: nn.Module, missed: Callable[[nn.Module], None]) -> list[
     """
     # Replicas of a module share what is in its attributes by now.
     module.__dict__.setdefault(_CALLS, {})
-    begun: dict[int, int] = {}
-
-    @torch.compiler.disable(reason="what runs is counted, not what is traced")
-    def before(module: nn.Module, args: Any) -> None:
-        begun[get_ident()] = calls_of(module)
-
-    @torch.compiler.disable(reason="what runs is counted, not what is traced")
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if begun.pop(get_ident(), None) == calls_of(module):
-            missed(module)
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    watch = _Watch(missed)
+    return [module.register_forward_pre_hook(watch.before), module.register_forward_hook(watch.after)]
 
 
 def layer_budget(budget: BudgetArgument, layer: int, first_dense: int) -> Budget | None:

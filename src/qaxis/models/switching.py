@@ -29,6 +29,10 @@ class Twin:
         """``name``: the implementation that the twin names; None where only a part of it, a sub-config, is a twin."""
         self.original, self.twin, self.name, self.causal = original, twin, name, causal
         self.at_first = dict(twin.__dict__)
+        #: twins that have this one as a part
+        self.around: list[Twin] = []
+        #: (module, attribute) that read it: one that is undone leaves no reader, not even outside the part undone
+        self.readers: list[tuple[weakref.ref[nn.Module], str]] = []
         self._register()
 
     def _register(self) -> None:
@@ -37,10 +41,30 @@ class Twin:
             _originals[key] = (self.original._attn_implementation, self.causal)
             weakref.finalize(self.twin, _originals.pop, key, None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its readers: those of a copy are found in the copied model."""
+        return {**self.__dict__, "readers": []}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is copied or unpickled while it is switched brings a twin of its own."""
         self.__dict__.update(state)
         self._register()
+
+    def read_by(self, module: nn.Module, attribute: str) -> None:
+        """Let a module read the twin."""
+        module.__dict__.setdefault(_TWINS, {})[attribute] = self
+        module.__dict__[attribute] = self.twin
+        self.readers.append((weakref.ref(module), attribute))
+
+    def read_no_more(self, module: nn.Module, attribute: str) -> None:
+        """Let a module read the original again, or what somebody put in place of the twin."""
+        marks = module.__dict__.get(_TWINS, {})
+        if marks.get(attribute) is self:
+            del marks[attribute]
+            if not marks:
+                del module.__dict__[_TWINS]
+            if module.__dict__.get(attribute) is self.twin:
+                module.__dict__[attribute] = self.original
 
     def name_again(self) -> None:
         """Take an implementation that was set meanwhile as the original's, and name ours."""
@@ -83,20 +107,23 @@ class _Twins:
         self.name, self.causal = name, causal
         self.made: dict[int, Twin] = {}
 
-    def of(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The twin of a configuration, or itself if nothing in it is switched."""
+    def of(self, config: PreTrainedConfig) -> Twin | None:
+        """The twin of a configuration; None if nothing in it is switched."""
         if id(config) in self.made:
-            return self.made[id(config)].twin
-        inside = {k: self.of(v) for k, v in config.__dict__.items() if isinstance(v, PreTrainedConfig)}
-        changed = {k: v for k, v in inside.items() if v is not config.__dict__[k]}
+            return self.made[id(config)]
+        parts = {k: self.of(v) for k, v in config.__dict__.items() if isinstance(v, PreTrainedConfig)}
+        inside = {k: part for k, part in parts.items() if part is not None}
         target = id(config) in self.causal
-        if not target and not changed:
-            return config
-        twin = copy.copy(config)
-        twin.__dict__.update(changed)
+        if not target and not inside:
+            return None
+        copied = copy.copy(config)
+        copied.__dict__.update({k: part.twin for k, part in inside.items()})
         if target:
-            twin.__dict__[_IMPLEMENTATION] = self.name
-        self.made[id(config)] = Twin(config, twin, self.name if target else None, self.causal.get(id(config), True))
+            copied.__dict__[_IMPLEMENTATION] = self.name
+        twin = Twin(config, copied, self.name if target else None, self.causal.get(id(config), True))
+        for part in inside.values():
+            part.around.append(twin)
+        self.made[id(config)] = twin
         return twin
 
 
@@ -111,8 +138,8 @@ def _around(model: nn.Module, chosen: set[int]) -> list[nn.Module]:
 def switch(model: nn.Module, chosen: list[nn.Module], name: str) -> None:
     """Let ``chosen`` modules of ``model``, and what makes their masks, read ``name`` as their implementation."""
     for module in model.modules():
-        for twin in _marks(module).values():
-            twin.name_again()
+        for known in _marks(module).values():
+            known.name_again()
     fresh = [module for module in chosen if not is_switched(module)]
     causal: dict[int, bool] = {}
     for module in fresh:
@@ -122,23 +149,46 @@ def switch(model: nn.Module, chosen: list[nn.Module], name: str) -> None:
     for module in _around(model, {id(module) for module in fresh}):
         for attribute, config in list(module.__dict__.items()):
             if isinstance(config, PreTrainedConfig) and attribute not in _marks(module):
-                stands_in = twins.of(config)
-                if stands_in is not config:
-                    module.__dict__.setdefault(_TWINS, {})[attribute] = twins.made[id(config)]
-                    module.__dict__[attribute] = stands_in
+                twin = twins.of(config)
+                if twin is not None:
+                    twin.read_by(module, attribute)
 
 
-def restore(model: nn.Module) -> None:
-    """Undo :func:`switch` in every module of ``model``: the configuration objects from before, no attribute left.
+#: of every module that reads twins: which, by attribute
+State = list[tuple[nn.Module, dict[str, Twin]]]
 
-    What was changed on a configuration meanwhile is kept. A configuration that somebody put in place of the twin stays.
+
+def state(model: nn.Module) -> State:
+    """What is switched in ``model`` now."""
+    return [(module, dict(_marks(module))) for module in model.modules() if is_switched(module)]
+
+
+def restore(model: nn.Module, to: State | None = None) -> None:
+    """Undo :func:`switch` in every module of ``model``, or what was switched since an earlier :func:`state`.
+
+    The configuration objects are those from before, and no attribute is left, not even on modules around ``model``
+    that read the same twin. What was changed on a configuration meanwhile is kept.
     """
-    modules = [module for module in model.modules() if is_switched(module)]
-    twins = {id(twin.twin): twin for module in modules for twin in _marks(module).values()}
-    originals = {key: twin.original for key, twin in twins.items()}
-    for twin in twins.values():
+    kept = {id(twin) for _, marks in to or [] for twin in marks.values()}
+    found = {id(twin): twin for module in model.modules() for twin in _marks(module).values()}
+    queue = [twin for twin in found.values() if id(twin) not in kept]
+    undone: dict[int, Twin] = {}
+    while queue:
+        twin = queue.pop()
+        undone[id(twin)] = twin
+        queue += [other for other in twin.around if id(other) not in undone and id(other) not in kept]
+    originals = {id(twin.twin): twin.original for twin in undone.values()}
+    for twin in undone.values():
         twin.hand_back(originals)
-    for module in modules:
-        for attribute, twin in module.__dict__.pop(_TWINS).items():
-            if module.__dict__.get(attribute) is twin.twin:
-                module.__dict__[attribute] = twin.original
+        for reference, attribute in twin.readers:
+            module = reference()
+            if module is not None:
+                twin.read_no_more(module, attribute)
+    for module in model.modules():
+        for attribute, twin in list(_marks(module).items()):
+            if id(twin) in undone:
+                twin.read_no_more(module, attribute)
+    for module, marks in to or []:
+        for attribute, twin in marks.items():
+            if _marks(module).get(attribute) is not twin:
+                twin.read_by(module, attribute)
