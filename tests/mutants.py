@@ -210,6 +210,7 @@ MUTANTS = (
     Mutant(SITUATIONS + "test_generate", "beams leave recurrent states behind", CACHES, "        LinearAttentionLayer.reorder_cache(self, beam_idx)\n", ""),
     Mutant(SITUATIONS + "test_update_names_what_does_not_fit_and_changes_nothing", "values of another dtype are stored", CACHES, 'require(x.dtype == side.dtype, f"{name}.dtype", x.dtype,', 'require(True, f"{name}.dtype", x.dtype,'),
     Mutant(SITUATIONS + "test_early_initialisation_and_a_new_start_take_any_shape", "an empty cache insists on its first shape", CACHES, "if self.get_seq_length() == 0:\n            return self._empty", "if not self.sides:\n            return self._empty"),
+    Mutant(SITUATIONS + "test_values_may_have_no_width", "values have to have a width", CACHES, "key_states if bare else value_states, 4", "value_states, 4"),
     Mutant(SITUATIONS + "test_bytes_are_those_of_every_layer", "recurrent states are not counted", CACHES, "    elif isinstance(x, (dict, list, tuple)):", "    elif isinstance(x, (list, tuple)):"),
     Mutant(SITUATIONS + "test_what_a_file_cannot_hold_is_named", "a window of another length is read", CACHE_FILE, "require(x.shape[2] == held,", "require(True,"),
     Mutant(SITUATIONS + "test_saved_and_loaded_a_second_turn_goes_on", "a window forgets how far it has come", CACHE_FILE, "layer.keys, layer.values, layer.cumulative_length = keys, values, seen", "layer.keys, layer.values, layer.cumulative_length = keys, values, keys.shape[2]"),

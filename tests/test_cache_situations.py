@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import qaxis
 from qaxis.models.cache import QuantizedLayer
+from qaxis.storage.formats import FORMATS
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -423,3 +424,17 @@ def test_bytes_are_those_of_every_layer():
         assert layer.recurrent_states[0].numel() > 0
     states = sum(x.nbytes for layer in cache.layers for x in (layer.recurrent_states[0], layer.conv_states[0]))
     assert cache.stored_bytes() == states + sum(side.nbytes() for layer in cache.layers for side in layer.sides)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_values_may_have_no_width(format, tmp_path):
+    """Where attention reads all from the keys (GLM 5 Next)."""
+    config = tf.LlamaConfig(**SMALL)
+    cache = fill(qaxis.Int8Cache(config, format=format), n=140, dim=16, value_dim=0)
+    cache.crop(-20)
+    cache.reorder_cache(torch.tensor([0, 2]))
+    cache.save(tmp_path / "cache")
+    for each in (cache, qaxis.Int8Cache.load(tmp_path / "cache", config)):
+        assert each.layers[0].keys.shape == (2, 2, 120, 16) and each.layers[0].values.shape == (2, 2, 120, 0)
+    with pytest.raises(ValueError, match="key_states"):
+        cache.update(torch.ones(2, 2, 3, 0), torch.ones(2, 2, 3, 0), 0)

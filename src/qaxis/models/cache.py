@@ -94,8 +94,10 @@ class QuantizedLayer(DynamicLayer):
     def _sides_for(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Side, ...]:
         """Where these states go: what is here, or new sides while nothing is stored."""
         states = {"key_states": key_states, "value_states": value_states}
-        for name, x in states.items():
-            check_form(name, x, 4)
+        check_form("key_states", key_states, 4)
+        # Latent attention may keep all it needs in the keys, and values of no width beside them (GLM 5 Next).
+        bare = isinstance(value_states, torch.Tensor) and value_states.ndim == 4 and value_states.shape[3] == 0
+        check_form("value_states", key_states if bare else value_states, 4)
         same = key_states.shape[:3] == value_states.shape[:3]
         require(same, "value_states.shape", tuple(value_states.shape), f"that of key_states {tuple(key_states.shape)}")
         here = value_states.device == key_states.device
