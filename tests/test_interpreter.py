@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU no
 USES = {
     "prefill": "import qaxis.prefill\nout = qaxis.prefill.prefill_attention(q.expand(-1, -1, 4, -1), k, k, 9)[0]",
     "decode": "import qaxis.decode as d\nout = d.Decoder(1, 2, 50, 48, 9, 'cpu')(q, k, k, d.index_keys(k))[0]",
+    "reference": "out = qaxis.topk_attention(q, k, k, 9, backend='reference').output",
     "attention": "out = qaxis.topk_attention(q, k, k, 9, backend='triton').output",
 }
 CODE = """
@@ -44,7 +45,7 @@ def test_qaxis_first_and_nothing_in_the_environment(use):
     assert code == 0, said
 
 
-@pytest.mark.parametrize("value", ["1", "true", "on", "yes"])
+@pytest.mark.parametrize("value", ["1", "TRUE", "on", "y"])
 def test_the_variable_is_read_as_triton_reads_it(value):
     code, said = run("prefill", "import triton", TRITON_INTERPRET=value)
     assert code == 0, said
@@ -67,4 +68,20 @@ def test_triton_first_is_one_clear_sentence(use, first):
 @pytest.mark.parametrize("use", ["prefill", "attention"])
 def test_an_interpreter_that_was_turned_off_is_named(use):
     code, said = run(use, "", TRITON_INTERPRET="0")
-    assert code == 1 and said.startswith("ValueError: q.device='cpu'") and "TRITON_INTERPRET" in said
+    assert code == 1 and said.startswith("ValueError: q.device='cpu'") and "set TRITON_INTERPRET=1 before" in said
+
+
+def test_the_reference_needs_no_interpreter():
+    code, said = run("reference", "", TRITON_INTERPRET="0")
+    assert code == 0, said
+
+
+def test_an_empty_variable_is_none():
+    code, said = run("prefill", "", TRITON_INTERPRET="")
+    assert code == 0, said
+
+
+def test_a_variable_that_changes_midway_is_named():
+    first = "import os, qaxis, qaxis.arithmetic.triton\nos.environ['TRITON_INTERPRET'] = '0'"
+    code, said = run("attention", first)
+    assert code == 1 and said.startswith("RuntimeError: TRITON_INTERPRET was changed after")
