@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -262,6 +263,12 @@ def test_models_that_qaxis_cannot_serve_are_refused_with_the_reason(llama):
         qaxis.enable(encoder, 8)
     with pytest.raises(ValueError, match=r"model.dtype=torch.float64: allowed is float32, float16 or bfloat16"):
         qaxis.enable(copy.deepcopy(llama).double(), 8)
+    for bidirectional in (
+        tf.EuroBertModel(tf.EuroBertConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+        tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, is_causal=False)),
+    ):
+        with pytest.raises(ValueError, match="whose decoder has causal self-attention"):
+            qaxis.enable(bidirectional, 8)
     for wrapper, hint in ((nn.DataParallel(llama), "model.module"), (nn.Linear(4, 4), "PreTrainedModel"), (None, "")):
         for door in (qaxis.enable, qaxis.disable, lambda m: qaxis.sparse(m).__enter__()):
             with pytest.raises(ValueError, match=f"model='{type(wrapper).__name__}'.*{hint}"):
@@ -386,3 +393,78 @@ def test_a_module_that_layers_share_gets_its_budget():
     stock = model(ids).logits
     with qaxis.sparse(model, 4):
         assert not torch.equal(model(ids).logits, stock)
+
+
+def test_a_part_is_undone_for_the_whole(llama):
+    before, hung = configurations(llama), traces(llama)
+    qaxis.enable(llama, 5)
+    qaxis.disable(llama.model)
+    assert configurations(llama) == before and traces(llama) == hung
+    qaxis.enable(llama.model, 5)
+    part = configurations(llama)
+    assert llama.config._attn_implementation == "sdpa"
+    with qaxis.sparse(llama, 7):
+        assert llama.config._attn_implementation == "qaxis"
+    assert configurations(llama) == part
+    with pytest.raises(KeyError), qaxis.sparse(llama, 7):
+        qaxis.disable(llama)
+        raise KeyError
+    assert configurations(llama) == part
+    qaxis.disable(llama.model)
+    assert configurations(llama) == before and traces(llama) == hung
+    model = llava()
+    before = configurations(model)
+    qaxis.enable(model, 5)
+    qaxis.disable(model.model.language_model)
+    assert configurations(model) == before
+    qaxis.enable(model.model.language_model, 5)
+    qaxis.enable(model, 6)
+    assert model.config.text_config is model.model.language_model.config
+    qaxis.disable(model.model.language_model)
+    assert configurations(model) == before
+
+
+@torch.inference_mode()
+def test_an_enabled_model_can_be_pickled(llama):
+    ids = tokens(60)
+    with qaxis.sparse(llama, 5, strict=True):
+        other = pickle.loads(pickle.dumps(llama))
+        assert torch.equal(other(ids).logits, llama(ids).logits)
+        other.set_attn_implementation("sdpa")
+        with pytest.raises(RuntimeError, match="strict=True"):
+            other(ids)
+        llama(ids)
+
+
+@torch.inference_mode()
+def test_a_model_being_recorded_can_be_copied(llama):
+    ids = tokens(60)
+    with qaxis.sparse(llama, 5), qaxis.record(llama) as recording:
+        other = copy.deepcopy(llama)
+        other(ids)
+        assert recording.tokens == 0 and not recording.layers
+        llama(ids)
+        assert recording.tokens == 60 and recording.fallbacks == 0
+
+
+@torch.inference_mode()
+def test_a_cache_made_while_enabled_serves_other_attention(llama):
+    """Attention that knows nothing of lazy tensors gets numbers again once qaxis is off."""
+    seen = []
+
+    def other(module, query, key, value, attention_mask, **more):
+        seen.append(type(key))
+        return tf.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **more)
+
+    tf.AttentionInterface.register("of_a_stranger", other)
+    tf.AttentionMaskInterface.register("of_a_stranger", tf.masking_utils.sdpa_mask)
+    try:
+        llama.set_attn_implementation("of_a_stranger")
+        with qaxis.sparse(llama, 5):
+            cache = qaxis.Int8Cache(llama.config)
+            llama(tokens(20), past_key_values=cache)
+        llama(tokens(20), past_key_values=cache)
+        assert seen == [torch.Tensor] * 2
+    finally:
+        for interface in (tf.AttentionInterface, tf.AttentionMaskInterface):
+            interface._global_mapping.pop("of_a_stranger")

@@ -43,7 +43,7 @@ FAMILIES: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
     """Several slices of one short window."""
-    monkeypatch.setattr(own_logits, "_ROWS", 20)
+    monkeypatch.setattr(own_logits, "_POSITIONS", 20)
 
 
 def prompt(tokens: int = TOKENS) -> torch.Tensor:
@@ -175,3 +175,24 @@ def test_what_does_not_fit_is_named(llama):
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     with pytest.raises(ValueError, match="model='BartForConditionalGeneration'"):
         qaxis.token_losses(tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=97, **small, **heads)).eval(), ids)
+
+
+class Adapter(torch.nn.Module):
+    """As adapters are put around models: it names some arguments and hands on all others."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self):
+        return self.base_model
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        return self.base_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+def test_adapters_hand_on_the_cache(llama):
+    ids = torch.randint(3, 97, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    cache = tf.DynamicCache(config=llama.config)
+    assert torch.equal(qaxis.token_losses(Adapter(llama).eval(), ids, cache=cache), qaxis.token_losses(llama, ids))
+    assert cache.get_seq_length() == TOKENS

@@ -279,3 +279,14 @@ def test_a_pass_that_began_before_the_recording_is_left_out(llama):
         llama(prompt())
         hook.remove()
     assert recordings[0].tokens == 0 and recordings[0].seconds == 0 and recordings[0].fallbacks == 0
+
+
+@torch.inference_mode()
+def test_queries_of_padding_are_not_counted(llama):
+    ids = torch.cat([prompt()[:, :40]] * 2)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with qaxis.sparse(llama, qaxis.Budget(1.0)), qaxis.record(llama) as recording:
+        llama(ids, attention_mask=mask)
+    layer = recording.layers[0]
+    assert layer.queries == 73 and torch.allclose(layer.mass, torch.ones(6, dtype=torch.float64))

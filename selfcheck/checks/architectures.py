@@ -1,4 +1,4 @@
-"""Every architecture of transformers that can be built small: equal to eager attention, or refused with the reason."""
+"""Every text decoder of transformers that can be built small: equal to eager, or refused with the reason."""
 
 from __future__ import annotations
 

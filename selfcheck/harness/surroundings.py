@@ -1,4 +1,7 @@
-"""What a command needs of the machine, asked before minutes are spent: folders it can write. Standard library only."""
+"""What a command needs of the machine, asked before minutes are spent: files it can write, a home, folders for caches.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def absolute(folder: str | Path | None) -> Path | None:
 
 
 def check_writable(*paths: Path) -> None:
-    """Whether ``write_atomic`` can write each of these files, tried in its folder.
+    """Check that ``write_atomic`` can write each of these files, by trying in its folder, which is made.
 
     Raises:
         SelfcheckError: naming the first that it cannot, why, and what to do.

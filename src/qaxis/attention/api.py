@@ -12,7 +12,7 @@ import torch
 
 from ..arithmetic import reference as canonical
 from ..budget import Budget, as_budget
-from ..storage.lazy import check_tensor, numbers_of, tensor_of
+from ..storage.lazy import checked_tensor, stored_or_tensor, tensor_of
 from ..validation import check_finite, check_qkv, check_scale, require
 from . import backend as door
 from .logits import Logits
@@ -40,7 +40,7 @@ def unit_query(q: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: if a row is zero (it has no axis), or on NaN, Inf, another dtype or no dimension.
     """
-    q = check_tensor("q", q)
+    q = checked_tensor("q", q)
     require(q.ndim > 0, "q.shape", tuple(q.shape), "at least 1 dimension")
     check_finite(q=q)
     wide = q.float()
@@ -93,7 +93,7 @@ def topk_indices(
     Raises:
         ValueError: naming the argument, on anything outside the above.
     """
-    q, k = tensor_of("q", q), numbers_of(k)
+    q, k = tensor_of("q", q), stored_or_tensor(k)
     check_qkv(q, k, causal=causal)
     door.check_backend(backend)
     allowed = allowed_keys(q, k, causal)
@@ -124,7 +124,7 @@ def topk_attention(
     Raises:
         ValueError: naming the argument, on anything outside the above.
     """
-    q, k, v = tensor_of("q", q), numbers_of(k), numbers_of(v)
+    q, k, v = tensor_of("q", q), stored_or_tensor(k), stored_or_tensor(v)
     check_qkv(q, k, v, causal=causal)
     door.check_backend(backend)
     logits = Logits(check_scale(scale, q.shape[-1]))

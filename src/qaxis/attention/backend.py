@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ..storage.lazy import dequantized as dequantized
+from ..storage.lazy import dequantized
 from ..storage.side import Stored
 from ..validation import require
 from . import reference, selection

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..storage.lazy import ReadOnlyTensor, dequantized, numbers_of
+from ..storage.lazy import ReadOnlyTensor, dequantized, stored_or_tensor
 from ..storage.side import Stored
 from ..storage.triton import readable
 from ..validation import MOST_KEYS, check_form, check_like, check_shapes, has_memory, is_integer, require
@@ -63,7 +63,7 @@ def readable_of(k: Any, v: Any, index: object) -> tuple[Any, Any]:
     """Keys and values as a step reads them: of what a cache returned the codes, or its numbers if they do not serve."""
     if not isinstance(k, ReadOnlyTensor) and not isinstance(v, ReadOnlyTensor):
         return k, v
-    keys, values = numbers_of(k), numbers_of(v)
+    keys, values = stored_or_tensor(k), stored_or_tensor(v)
     if isinstance(k, ReadOnlyTensor) and isinstance(keys, Stored):
         indexed = isinstance(index, KeyIndex) and index.is_of(keys)
         keys = keys if indexed and readable(keys) else dequantized(keys)

@@ -9,7 +9,7 @@ import torch
 from ..arithmetic.fast_scores import UPWARD, largest_norm
 from ..arithmetic.reference import power_of_two
 from ..storage.grid import Grid
-from ..storage.lazy import check_tensor, numbers_of
+from ..storage.lazy import checked_tensor, stored_or_tensor
 from ..storage.side import Side, Stored
 from ..storage.triton import readable
 from ..validation import check_flag, check_memory, require
@@ -116,7 +116,7 @@ def index_keys(k: torch.Tensor, *, codes: bool = False) -> KeyIndex:
     Raises:
         ValueError: naming ``k``, on another type, layout, dtype or shape; or ``codes``.
     """
-    k = check_tensor("k", k, 4)
+    k = checked_tensor("k", k, 4)
     check_flag("codes", codes)
     norm = largest_norm(k)
     zero = torch.zeros_like(norm)
@@ -146,7 +146,7 @@ def index_cache(stored: Stored) -> KeyIndex:
     Raises:
         ValueError: naming ``stored``, for a tensor, parts that do not fit, or a format that no kernel scores by.
     """
-    stored = numbers_of(stored)
+    stored = stored_or_tensor(stored)
     check_codes("stored", stored)
     require(readable(stored), "stored.dtype", stored.dtype, "torch.float32 or torch.bfloat16, which hold every number")
     n = stored.codes.shape[2]

@@ -19,12 +19,12 @@ from torch import nn
 from ..validation import require
 
 #: positions whose logits are formed at once
-_ROWS = 512
+_POSITIONS = 512
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def own_logits(model: Any, input_ids: torch.Tensor, cache: Any = None) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first position, its and the following positions' logits ``[rows, V]``) for all positions but the last.
+    """(first position, its and the following positions' logits ``[positions, V]``) for all positions but the last.
 
     A model whose forward pass cannot be asked for some of its logits, or is not the one of its class (hooks on the
     model, ``torch.compile``, a wrapper), is called once and gives all of them at once.
@@ -38,8 +38,8 @@ def own_logits(model: Any, input_ids: torch.Tensor, cache: Any = None) -> Iterat
         yield from _slices(model(**arguments), input_ids.shape[1])
         return
     last = input_ids.shape[1] - 1
-    for start in range(0, last, _ROWS):
-        stop = min(start + _ROWS, last)
+    for start in range(0, last, _POSITIONS):
+        stop = min(start + _POSITIONS, last)
         logits = _logits(remembering(**arguments, logits_to_keep=torch.arange(start, stop)))
         if logits.ndim != 3 or logits.shape[:2] != (1, stop - start):
             # It gives others than the positions asked for.
@@ -69,6 +69,8 @@ class _Everything:
 def _parameters(model: Any) -> Any:
     """Names that the forward pass takes; a wrapper hands on every name."""
     parameters = inspect.signature(model.forward).parameters
+    if hasattr(model, "get_base_model"):  # adapters around a model hand on what they do not name
+        return {*parameters, *inspect.signature(model.get_base_model().forward).parameters}
     wrapper = "input_ids" not in parameters and any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     return _Everything() if wrapper else set(parameters)
 
@@ -81,16 +83,16 @@ def _slices(output: Any, tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
     logits = _logits(output)
     shape = tuple(logits.shape)
     require(logits.ndim == 3 and shape[:2] == (1, tokens), "logits.shape", shape, f"[1, {tokens}, vocabulary]")
-    for start in range(0, tokens - 1, _ROWS):
-        yield start, logits[0, start : min(start + _ROWS, tokens - 1)]
+    for start in range(0, tokens - 1, _POSITIONS):
+        yield start, logits[0, start : min(start + _POSITIONS, tokens - 1)]
 
 
 def _copied(module: nn.Module) -> nn.Module:
     """A module of the same class with the same tensors, whose submodules can be exchanged."""
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__["_modules"] = dict(module._modules)
-    return twin
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__["_modules"] = dict(module._modules)
+    return copied
 
 
 class _Remembering:
@@ -105,7 +107,7 @@ class _Remembering:
         #: of each submodule: what its calls on the whole window returned, in order, and how many were repeated
         self.returned: list[list[Any]] = []
         self.repeated: list[int] = []
-        self.twin = self._remembered(model, model.get_decoder())  # type: ignore[operator]
+        self.copy = self._remembered(model, model.get_decoder())  # type: ignore[operator]
 
     @classmethod
     def of(cls, model: Any, tokens: int) -> _Remembering | None:
@@ -116,19 +118,19 @@ class _Remembering:
 
     def __call__(self, **arguments: Any) -> Any:
         self.repeated = [0] * len(self.returned)
-        return self.twin(**arguments)
+        return self.copy(**arguments)
 
     def _remembered(self, module: nn.Module, decoder: nn.Module) -> nn.Module:
         """A copy whose submodules remember; also theirs, where the forward pass may reach past them."""
-        twin = _copied(module)
+        copied = _copied(module)
         for child in module.children():
             reached = _is_head(child) or any(m is decoder for m in child.modules() if m is not child)
             copy = self._remembered(child, decoder) if reached else _copied(child)
             copy.__dict__.update({hooks: OrderedDict() for hooks in _HOOKS}, _compiled_call_impl=None)
             copy.__dict__["forward"] = self._remember(child, copy)
             # A submodule may have two names.
-            twin._modules.update({name: copy for name, other in module._modules.items() if other is child})
-        return twin
+            copied._modules.update({name: copy for name, other in module._modules.items() if other is child})
+        return copied
 
     def _remember(self, real: nn.Module, copy: nn.Module) -> Callable[..., Any]:
         index = len(self.returned)

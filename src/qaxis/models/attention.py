@@ -14,15 +14,15 @@ from ..attention import backend
 from ..attention.always import NONE
 from ..attention.logits import Logits
 from ..attention.selection import indices_to_mask, select_mask
-from ..storage.lazy import LazyTensor
+from ..storage.lazy import dequantized, stored_or_tensor
 from ..storage.side import Stored
 from ..validation import DTYPES, check_scale, require
 from .layers import HARMLESS
 from .masks import visible_keys
 from .settings import NAME, Settings, count_call, settings_of
 
-#: query rows that the masked mode handles at once; bounds memory at M * N * H booleans
-_ROWS = 1024
+#: queries that the masked mode handles at once; bounds memory at M * N * H booleans
+_QUERIES = 1024
 
 
 @dataclass
@@ -131,9 +131,9 @@ def attend(
     watched: bool = False,
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:
     """(output ``[B, H, M, Dv]``, how to get the mask of kept keys or None where every key was kept)."""
-    keys, values = (x.stored if isinstance(x, LazyTensor) else x for x in (k, v))
+    keys, values = stored_or_tensor(k), stored_or_tensor(v)
     if settings.budget is None or settings.exactness != "bitwise":
-        keys, values = (backend.dequantized(x) if isinstance(x, Stored) else x for x in (keys, values))
+        keys, values = (dequantized(x) if isinstance(x, Stored) else x for x in (keys, values))
         return masked(q, keys, values, allowed, logits, settings, watched)
     k_eff, name = settings.budget.of(allowed), settings.backend
     indices = backend.select(q, keys, allowed, k_eff, backend=name, always=settings.always)
@@ -156,8 +156,8 @@ def masked(
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     masks: list[torch.Tensor] = []
-    for start in range(0, m, _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, m, _QUERIES):
+        rows = slice(start, start + _QUERIES)
         mask = allowed[:, :, rows]
         if budget is not None and settings.always != NONE:
             indices = backend.select(

@@ -13,7 +13,6 @@ quantised layer of the same kind. Windows, chunks, recurrent states and shared l
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,7 +28,7 @@ from transformers.cache_utils import (
 )
 
 from ..storage.formats import FORMATS, Format
-from ..storage.lazy import LazyTensor
+from ..storage.lazy import LazyTensor, dequantized
 from ..storage.side import Side
 from ..validation import check_finite, check_form, is_integer, require
 from . import cache_file
@@ -38,17 +37,6 @@ from .settings import NAME
 #: attention implementations that may be handed lazy tensors: ours reads the codes, the others ask for the numbers by
 #: ordinary operations. Any other one gets the numbers: a compiler or a foreign kernel may look for memory.
 _READ_LAZILY = (NAME, "sdpa", "eager")
-
-
-def _ordinary(f: Callable[..., Any]) -> Callable[..., Any]:
-    """What ``f`` stores are ordinary tensors, also in inference mode, so that a later turn outside may write them."""
-
-    @functools.wraps(f)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return f(*args, **kwargs)
-
-    return outside
 
 
 class QuantizedLayer(DynamicLayer):
@@ -71,19 +59,18 @@ class QuantizedLayer(DynamicLayer):
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """The stored keys ``[B, Hkv, N, D]``, dequantised anew at every look; None before anything was written."""
-        return self.sides[0].dequantized() if self.sides else None
+        return dequantized(self.sides[0].stored()) if self.sides else None
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """The stored values ``[B, Hkv, N, Dv]``, dequantised anew at every look; None before."""
-        return self.sides[1].dequantized() if self.sides else None
+        return dequantized(self.sides[1].stored()) if self.sides else None
 
     def _empty(self, states: tuple[torch.Tensor, ...]) -> tuple[Side, ...]:
         grids = (self.format.keys, self.format.values)
         likes = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in states)
         return tuple(Side(x, grid, self.format.sinks, self.room) for x, grid in zip(likes, grids, strict=True))
 
-    @_ordinary
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._hold(self._empty((key_states, value_states)), key_states)
 
@@ -131,7 +118,7 @@ class QuantizedLayer(DynamicLayer):
         keys, values = stored if lazy else (x.dequantized() for x in stored)
         return keys, values
 
-    @_ordinary
+    @torch.no_grad()
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         sides, states = self._sides_for(key_states, value_states), (key_states, value_states)
         # One wait for the device instead of two, which a decoding step would feel.
@@ -154,7 +141,6 @@ class QuantizedLayer(DynamicLayer):
         self.sides = ()
         self.is_initialized = False
 
-    @_ordinary
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest ``-tokens_to_remove`` tokens (transformers passes a negative number).
 
@@ -169,7 +155,6 @@ class QuantizedLayer(DynamicLayer):
         for side in self.sides:
             side.crop(length)
 
-    @_ordinary
     def _change(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for side in self.sides:
             for part in side.parts.values():
@@ -237,7 +222,10 @@ _QUANTIZED: dict[type, type[QuantizedLayer]] = {
 
 
 class _Readers:
-    """Whether what reads the cache takes lazy tensors: asks the model's own configurations, at the time."""
+    """Whether what reads the cache takes lazy tensors: asks the configurations that the cache was made with.
+
+    A model that was enabled since reads another one: it may get numbers where it could have read codes.
+    """
 
     def __init__(self, *configs: PreTrainedConfig) -> None:
         self.configs = configs

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
-from ..validation import DTYPES, require
+from ..validation import require
 
 #: in the path of a module: it does not read the text that it continues
 _ELSEWHERE = ("cross", "encoder_attn", "encdec", "vision", "visual", "image", "audio")
@@ -62,8 +62,8 @@ def _calls_interface(cls: Any) -> bool:
     return any(_INTERFACE in source for source in _sources(cls))
 
 
-class _Call:
-    """Where the methods of a class call the attention interface, as far as its source tells."""
+class _Method:
+    """One method of a class: its calls of the attention interface, as far as its source tells."""
 
     def __init__(self, method: ast.AST) -> None:
         self.assigned: dict[str, list[ast.expr]] = {}
@@ -109,7 +109,7 @@ class _Call:
 def own_rules(cls: Any) -> tuple[str, ...]:
     """What an attention class does, by its source, that qaxis cannot follow: in words, empty if nothing is seen."""
     methods = [
-        _Call(node)
+        _Method(node)
         for source in _sources(cls)
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef)
@@ -126,33 +126,41 @@ def _takes_cache(cls: Any) -> bool:
     return "past_key_values" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
 
 
-def _decodes(module: nn.Module) -> bool:
-    """Whether this module continues a text: it is causal, or says that it decodes, or has a cache without saying so.
+def _decodes(module: nn.Module, generates: bool) -> bool:
+    """Whether this module continues a text: it is causal, or says that it decodes, or generates with a cache.
 
-    The last are prefix language models (PaliGemma's Gemma): what is not causal in them stands in their masks.
+    The last are prefix language models (PaliGemma's Gemma): what is not causal in them stands in their masks. A
+    configuration that is not causal makes an encoder of any model.
     """
+    if not getattr(module.config, "is_causal", True):
+        return False
     kind: Any = type(module)
-    return bool(getattr(module, "is_causal", True) or getattr(module, "is_decoder", _takes_cache(kind)))
+    continues = getattr(module, "is_decoder", generates and _takes_cache(kind))
+    return bool(getattr(module, "is_causal", True) or continues)
 
 
-def _is_decoder_attention(path: str, module: nn.Module) -> bool:
+def _is_decoder_attention(path: str, module: nn.Module, generates: bool) -> bool:
     kind: Any = type(module)
     return bool(
         isinstance(getattr(module, "layer_idx", None), int)
         and isinstance(module.__dict__.get("config"), PreTrainedConfig)
         and _calls_interface(kind)
-        and _decodes(module)
+        and _decodes(module, generates)
         and not any(word in path.lower() for word in _ELSEWHERE)
     )
 
 
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of the model that continues a text, or the model."""
+    decoder = model.get_decoder()
+    # Some models call another part of theirs a decoder, such as the projection to the vocabulary.
+    return decoder if isinstance(decoder, PreTrainedModel) else model
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder's self-attention modules that call the attention interface, in the model's order."""
-    decoder = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):
-        # Some models call another part of theirs a decoder, such as the projection to the vocabulary.
-        decoder = model
-    return [module for path, module in decoder.named_modules() if _is_decoder_attention(path, module)]
+    decoder, generates = text_decoder(model), model.can_generate()
+    return [module for path, module in decoder.named_modules() if _is_decoder_attention(path, module, generates)]
 
 
 def _score_bias(config: Any) -> str | None:
@@ -166,7 +174,8 @@ def _score_bias(config: Any) -> str | None:
 
 
 def check_attention(model: PreTrainedModel, modules: list[nn.Module]) -> None:
-    """Refuse a model whose logits are not positive multiples of <q, k>, or whose attention cannot be replaced.
+    """Refuse a model whose logits are not positive multiples of <q, k>, whose attention cannot be replaced, or that is
+    in float64.
 
     Raises:
         ValueError: with the reason.
@@ -193,5 +202,5 @@ def check_attention(model: PreTrainedModel, modules: list[nn.Module]) -> None:
         )  # fmt: skip
     for module in modules:
         for parameter in module.parameters():
-            known = parameter.dtype in DTYPES or parameter.dtype != torch.float64
-            require(known, "model.dtype", parameter.dtype, "float32, float16 or bfloat16")
+            double = parameter.dtype == torch.float64
+            require(not double, "model.dtype", parameter.dtype, "float32, float16 or bfloat16")

@@ -18,11 +18,11 @@ from transformers.utils import ModelOutput
 
 from ..validation import require
 from .attention import Call, recorders
-from .layers import attention_modules, transformers_model
+from .layers import attention_modules, text_decoder, transformers_model
 from .settings import NAME, watch_calls
 
-#: query rows whose weights are formed at once
-_ROWS = 256
+#: queries whose weights are formed at once
+_QUERIES = 256
 #: by which names a decoder takes what it reads
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -97,8 +97,8 @@ def _measure(call: Call) -> LayerRecord:
         batch, heads, m, _ = q.shape
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
         allowed = call.allowed.expand(-1, -1, m, -1)
-        for start in range(0, m, _ROWS):
-            rows = slice(start, start + _ROWS)
+        for start in range(0, m, _QUERIES):
+            rows = slice(start, start + _QUERIES)
             mask = allowed[:, :, rows]
             weights = torch.nan_to_num(call.logits.softmax(q[:, :, rows] @ k.transpose(-1, -2), mask))
             kept = mask.expand_as(weights) if call.kept is None else call.kept[:, :, rows].expand_as(weights)
@@ -106,7 +106,8 @@ def _measure(call: Call) -> LayerRecord:
             record.kept = record.kept + kept.sum((0, 2, 3)).double().cpu()
             record.mass_sum = record.mass_sum + torch.where(kept, weights, 0.0).sum(-1).sum((0, 2)).double().cpu()
             record.entropy_sum = record.entropy_sum + entropy.sum(-1).sum((0, 2)).double().cpu()
-        record.queries = batch * m
+        # A query of padding sees no key: it has no weights to count.
+        record.queries = int(allowed.expand(batch, -1, -1, -1).any(-1).any(1).sum())
         record.dense_calls = int(call.kept is None)
         if call.kept is not None:
             record.sparse_calls = 1
@@ -127,7 +128,7 @@ class _Recorder:
 
     def __init__(self, model: PreTrainedModel, masks: bool) -> None:
         self.recording, self.masks = Recording(), masks
-        self.modules, self.decoder = attention_modules(model), model.get_decoder()
+        self.modules, self.decoder = attention_modules(model), text_decoder(model)
         self.known = {id(m) for m in self.modules}
         self.lock, self.current = threading.Lock(), _Pass()
 

@@ -26,8 +26,11 @@ class Twin:
     """A configuration and the copy that stands in for it."""
 
     def __init__(self, original: PreTrainedConfig, twin: PreTrainedConfig, name: str | None, causal: bool) -> None:
-        """``name``: the implementation that the twin names; None where only a part of it, a sub-config, is a twin."""
-        self.original, self.twin, self.name, self.causal = original, twin, name, causal
+        self.original, self.twin = original, twin
+        #: the implementation that the twin names; None where only a part of it, a sub-config, is a twin
+        self.name = name
+        #: whether all modules that read it are causal
+        self.causal = causal
         self.at_first = dict(twin.__dict__)
         #: twins that have this one as a part
         self.around: list[Twin] = []
@@ -48,6 +51,11 @@ class Twin:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is copied or unpickled while it is switched brings a twin of its own."""
         self.__dict__.update(state)
+        self._register()
+
+    def also_read(self, causal: bool) -> None:
+        """Remember what one module more that reads it is."""
+        self.causal = self.causal and causal
         self._register()
 
     def read_by(self, module: nn.Module, attribute: str) -> None:
@@ -74,8 +82,8 @@ class Twin:
             self.twin.__dict__[_IMPLEMENTATION] = self.name
             self._register()
 
-    def hand_back(self, originals: dict[int, PreTrainedConfig]) -> PreTrainedConfig:
-        """The original, with what was changed on the twin meanwhile."""
+    def hand_back(self, originals: dict[int, PreTrainedConfig]) -> None:
+        """Give the original what was changed on the twin meanwhile; who still holds the twin reads the same."""
         now, before = self.twin.__dict__, self.original.__dict__
         for key in self.at_first.keys() - now.keys():
             before.pop(key, None)
@@ -83,7 +91,7 @@ class Twin:
             ours = key == _IMPLEMENTATION and value == self.at_first[key]
             if not ours and (key not in self.at_first or value is not self.at_first[key]):
                 before[key] = originals.get(id(value), value)
-        return self.original
+        now[_IMPLEMENTATION] = before[_IMPLEMENTATION]
 
 
 def original_of(config: Any) -> tuple[str | None, bool] | None:
@@ -95,17 +103,31 @@ def _marks(module: nn.Module) -> dict[str, Twin]:
     return module.__dict__.get(_TWINS, {})
 
 
+def _found(model: nn.Module) -> list[Twin]:
+    """Every twin that a module of ``model`` reads, once."""
+    return list({id(twin): twin for module in model.modules() for twin in _marks(module).values()}.values())
+
+
 def is_switched(module: nn.Module) -> bool:
     """Whether this module reads a twin."""
     return bool(_marks(module))
 
 
 class _Twins:
-    """The twins of one call of :func:`switch`: one a configuration object."""
+    """The twins that a call of :func:`switch` makes or finds: one a configuration object."""
 
-    def __init__(self, name: str, causal: dict[int, bool]) -> None:
-        self.name, self.causal = name, causal
-        self.made: dict[int, Twin] = {}
+    def __init__(self, name: str, found: list[Twin]) -> None:
+        self.name = name
+        #: by the id of the original: the twin; whether all modules that are to read it are causal
+        self.made = {id(twin.original): twin for twin in found}
+        self.causal: dict[int, bool] = {}
+
+    def aim_at(self, module: nn.Module) -> None:
+        """The configuration of this module needs a twin that names the implementation."""
+        key, causal = id(module.config), bool(getattr(module, "is_causal", True))
+        self.causal[key] = self.causal.get(key, True) and causal
+        if key in self.made:
+            self.made[key].also_read(causal)
 
     def of(self, config: PreTrainedConfig) -> Twin | None:
         """The twin of a configuration; None if nothing in it is switched."""
@@ -137,16 +159,13 @@ def _around(model: nn.Module, chosen: set[int]) -> list[nn.Module]:
 
 def switch(model: nn.Module, chosen: list[nn.Module], name: str) -> None:
     """Let ``chosen`` modules of ``model``, and what makes their masks, read ``name`` as their implementation."""
-    for module in model.modules():
-        for known in _marks(module).values():
-            known.name_again()
-    fresh = [module for module in chosen if not is_switched(module)]
-    causal: dict[int, bool] = {}
-    for module in fresh:
-        key = id(module.config)
-        causal[key] = causal.get(key, True) and bool(getattr(module, "is_causal", True))
-    twins = _Twins(name, causal)
-    for module in _around(model, {id(module) for module in fresh}):
+    twins = _Twins(name, _found(model))
+    for known in twins.made.values():
+        known.name_again()
+    for module in chosen:
+        if not is_switched(module):
+            twins.aim_at(module)
+    for module in _around(model, {id(module) for module in chosen}):
         for attribute, config in list(module.__dict__.items()):
             if isinstance(config, PreTrainedConfig) and attribute not in _marks(module):
                 twin = twins.of(config)
@@ -170,8 +189,8 @@ def restore(model: nn.Module, to: State | None = None) -> None:
     that read the same twin. What was changed on a configuration meanwhile is kept.
     """
     kept = {id(twin) for _, marks in to or [] for twin in marks.values()}
-    found = {id(twin): twin for module in model.modules() for twin in _marks(module).values()}
-    queue = [twin for twin in found.values() if id(twin) not in kept]
+    reading = {(id(module), attribute) for module, marks in to or [] for attribute in marks}
+    queue = [twin for twin in _found(model) if id(twin) not in kept]
     undone: dict[int, Twin] = {}
     while queue:
         twin = queue.pop()
@@ -186,9 +205,10 @@ def restore(model: nn.Module, to: State | None = None) -> None:
                 twin.read_no_more(module, attribute)
     for module in model.modules():
         for attribute, twin in list(_marks(module).items()):
-            if id(twin) in undone:
+            if id(twin) in undone or (id(module), attribute) not in reading:
                 twin.read_no_more(module, attribute)
     for module, marks in to or []:
         for attribute, twin in marks.items():
             if _marks(module).get(attribute) is not twin:
+                twin.name_again()
                 twin.read_by(module, attribute)

@@ -95,7 +95,7 @@ def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             )
 
 
-def numbers_of(x: Any) -> Any:
+def stored_or_tensor(x: Any) -> Any:
     """What ``x`` stands for where codes can be read: the :class:`Stored` of a cache, else ``x`` as a tensor."""
     if isinstance(x, LazyTensor):
         return x.stored
@@ -112,7 +112,7 @@ def tensor_of(name: str, x: Any) -> Any:
     return x.dequantized() if isinstance(x, ReadOnlyTensor) else x
 
 
-def check_tensor(name: str, x: Any, ndim: int | None = None) -> torch.Tensor:
+def checked_tensor(name: str, x: Any, ndim: int | None = None) -> torch.Tensor:
     """:func:`tensor_of`, its form checked."""
     x = tensor_of(name, x)
     check_form(name, x, ndim)
