@@ -277,11 +277,11 @@ def fill(cache, n=30, dim=8, value_dim=8, batch=3):
 
 
 def looked_at(cache) -> list[Any]:
-    """What transformers asks a cache."""
+    """What transformers asks a cache; some of it only in newer versions."""
+    told = ["is_initialized", "is_compileable", "is_sliding", "is_linear", "is_croppable", "batch_size"]
     return [
-        len(cache), cache.is_initialized, cache.get_seq_length(), cache.get_seq_length(1), cache.get_max_length(),
-        cache.get_mask_sizes(5, 0), cache.get_query_offset(), cache.is_compileable, cache.is_sliding, cache.is_linear,
-        cache.is_croppable, cache.batch_size, [layer.keys is None for layer in cache.layers],
+        len(cache), cache.get_seq_length(), cache.get_seq_length(1), cache.get_mask_sizes(5, 0),
+        *(getattr(cache, name, None) for name in told), [layer.keys is None for layer in cache.layers],
         *([x.numel(), x.shape, x.tolist()] for keys, values, *_ in cache for x in (keys, values) if x is not None),
     ]  # fmt: skip
 
@@ -312,7 +312,7 @@ def test_what_transformers_asks_and_changes(change, kind):
         CHANGES[change](fill(cache, **dims))
         changed = looked_at(cache)
         if change == "crop all":
-            changed = changed[:12]
+            changed = changed[:10]
         cache.reset()
         answers.append([empty, changed, looked_at(cache), looked_at(fill(cache, **dims))])
     assert answers[0] == answers[1]
