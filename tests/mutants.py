@@ -227,7 +227,7 @@ MUTANTS = (
     Mutant(BUILDS + "test_two_models_of_one_configuration", "the configuration itself is written", SWITCHING, "        copied = copy.copy(config)", "        copied = config"),
     Mutant(BUILDS + "test_every_configuration_is_the_object_from_before", "the twin stays", SWITCHING, "                module.__dict__[attribute] = self.original", "                pass"),
     Mutant(BUILDS + "test_what_the_user_changes_meanwhile_is_kept", "changes on the twin are lost", SWITCHING, "        twin.hand_back(originals)", "        pass"),
-    Mutant(BUILDS + "test_what_the_user_changes_meanwhile_is_kept", "enabled again, but by the name of another", SWITCHING, "            known.name_again()", "            pass"),
+    Mutant(BUILDS + "test_what_the_user_changes_meanwhile_is_kept", "enabled again, but by the name of another", SWITCHING, "        known.name_again()", "        pass"),
     Mutant(BUILDS + "test_a_copy_of_an_enabled_model_is_enabled_and_apart", "a copy forgets what its twin stands for", SWITCHING, "        self.__dict__.update(state)\n        self._register()", "        self.__dict__.update(state)"),
     Mutant(BUILDS + "test_enabling_a_part_and_disabling_the_whole", "a hook stays", ENABLE, "        hook.remove()", "        pass"),
     Mutant(BUILDS + "test_a_part_is_undone_for_the_whole", "readers around a part keep the twin", SWITCHING, "        queue += [other for other in twin.around", "        queue += [other for other in ()"),

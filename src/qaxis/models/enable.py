@@ -59,9 +59,10 @@ def enable(
 
     Encoders, cross attention, vision and audio towers are left alone, whatever configuration they share with the
     decoder; so are linear and recurrent layers. While it is on, the decoder reads a copy of its configuration: change
-    ``model.config`` by that name, and the change is kept; a configuration object held from before is not read,
-    and a model that is built from the copy is one loaded with ``attn_implementation="qaxis"``. Attention weights are not returned (``output_attentions``). Neither this nor :func:`disable` may be called while a
-    forward pass of the model is under way: its masks were made for what computed attention when it began.
+    ``model.config`` by that name, and the change is kept; a configuration object held from before is not read, and a
+    model that is built from the copy is one loaded with ``attn_implementation="qaxis"``. Attention weights are not
+    returned (``output_attentions``). Neither this nor :func:`disable` may be called while a forward pass of the model
+    is under way: its masks were made for what computed attention when it began.
 
     Args:
         model: a transformers model whose decoder's attention goes through ``AttentionInterface``.
