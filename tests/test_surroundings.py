@@ -25,7 +25,9 @@ from qaxis.storage.lazy import LazyTensor
 from qaxis.storage.side import Side, Stored
 
 TUNING = PrefillTuning(wide_programs=4)
-CONFIG = LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+CONFIG = LlamaConfig(
+    num_hidden_layers=1, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager"
+)
 
 
 def tensors(m=1, n=150, dim=64, dtype=torch.float32, seed=0):
