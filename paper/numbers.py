@@ -136,11 +136,17 @@ def _families(records: Records) -> list[str]:
     ]
 
 
+def _reason(sentence: str) -> str:
+    """What the library's sentence says of a model, without what it says of all and the name of the class."""
+    about = re.search(r"; \w+ ((?:adds|passes|computes) .*?), which", sentence)
+    return about[1] if about else re.sub(r"^allowed is ", "not ", sentence)
+
+
 def _architectures(records: Records) -> list[str]:
     """Outcome by outcome: what they have in common, how many, and their names."""
     groups: dict[tuple[str, str], list[str]] = {}
     for r in records["architectures"]["data"]["rows"]:
-        about = r["kind"] if r["outcome"] == "equal" else r["reason"]
+        about = r["kind"] if r["outcome"] == "equal" else _reason(r["reason"])
         groups.setdefault((r["outcome"], about), []).append(r["model_type"])
     order = ("equal", "refused", "not built")
     found = sorted(groups.items(), key=lambda item: (order.index(item[0][0]), -len(item[1]), item[0][1]))
