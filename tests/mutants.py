@@ -75,7 +75,7 @@ BUILDS = "test_enable.py::"
 
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
 EVIDENCE, TRACING = "selfcheck/harness/evidence.py", "selfcheck/harness/tracing.py"
-MACHINES, SURROUNDINGS = "test_machines.py::", "selfcheck/harness/surroundings.py"
+MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
@@ -270,10 +270,10 @@ MUTANTS = (
     Mutant(MACHINES + "test_a_changed_byte_among_converted_lines_is_a_change", "any change passes for line endings", "selfcheck/harness/seal.py", "    if only_line_endings(path.read_bytes(), digest):", "    if True:"),
     Mutant(MACHINES + "test_converted_line_endings_are_named_as_such_and_mended_as_said", "line endings are a change as any", "selfcheck/harness/seal.py", "    if only_line_endings(path.read_bytes(), digest):", "    if False:"),
     Mutant(MACHINES + "test_a_target_that_cannot_be_written_is_named_before_anything_is_measured", "measured first, written never", "selfcheck/__main__.py", "    surroundings.check_writable(*targets(options))\n", ""),
-    Mutant(MACHINES + "test_a_tree_of_another_user_is_noticed", "writing is not tried", SURROUNDINGS, 'with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".staging"):', "if True:"),
+    Mutant(MACHINES + "test_a_tree_of_another_user_is_noticed", "writing is not tried", PRECAUTIONS, 'with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".staging"):', "if True:"),
     Mutant(MACHINES + "test_output_elsewhere_leaves_the_tree_and_is_found_by_what_reads_evidence", "written into the tree all the same", "selfcheck/harness/run.py", "path, merged = target(name, root, folder),", "path, merged = target(name, root),"),
     Mutant(MACHINES + "test_output_elsewhere_leaves_the_tree_and_is_found_by_what_reads_evidence", "notes are left in the tree", "selfcheck/harness/jobs.py", '{"HYPOTHESIS_STORAGE_DIRECTORY":', '{"HYPOTHESIS":'),
-    Mutant(MACHINES + "test_without_a_home_caches_go_to_one_that_is_removed", "any home serves", SURROUNDINGS, "if home is not None and home.is_dir() and os.access(home, os.W_OK | os.X_OK):", "if home is not None:"),
+    Mutant(MACHINES + "test_without_a_home_caches_go_to_one_that_is_removed", "any home serves", PRECAUTIONS, "if home is not None and home.is_dir() and os.access(home, os.W_OK | os.X_OK):", "if home is not None:"),
     Mutant(MACHINES + "test_a_gguf_file_is_parsed_once_inside_and_as_before_outside", "a library stays patched", "selfcheck/inputs/subjects.py", "        library.GGUFReader, library.get_tensor_name_map = before\n", "        pass\n"),
     Mutant(HARNESS + "test_missing_extra_and_unreadable_sealed_files_are_named", "extra files pass", "selfcheck/harness/seal.py", "if n not in files]", "if False]"),
     Mutant(HARNESS + "test_a_changed_token_makes_evidence_stale_and_a_comment_does_not", "stale evidence passes", EVIDENCE, "    if changed:", "    if False:"),

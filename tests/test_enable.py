@@ -338,7 +338,11 @@ def test_an_additive_mask_of_a_user_is_no_bias(llama):
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_inside_autocast_nothing_but_the_dtype_changes(llama, dtype):
-    ids, seen = tokens(80), []
+    ids, seen, free = tokens(80), [], nn.Module()
+    free.is_causal = False
+    dense = call(module=free)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(call(module=free), dense)
     original = qaxis.models.attention.attend
 
     def spy(q, k, v, allowed, *more):
