@@ -26,7 +26,9 @@ def versions(session: nox.Session) -> str:
 def output(session: nox.Session) -> list[str]:
     """``--output FOLDER`` of this run, which every session that writes into the tree takes."""
     words = session.posargs
-    return words[words.index("--output") : words.index("--output") + 2] if "--output" in words else []
+    if "--output" in words:
+        return words[words.index("--output") :][:2]
+    return [word for word in words if word.startswith("--output=")]
 
 
 def downstream(session: nox.Session, *packages: str) -> None:
