@@ -41,7 +41,7 @@ def entropy(context: Context) -> Result:
 @torch.inference_mode()
 def longer_range(context: Context) -> Result:
     """The same fit over two ranges of N on the same texts: alpha belongs to its range."""
-    count, tokens = (2, 512) if context.quick else (15, 8192)
+    count, tokens = (2, 1024) if context.quick else (15, 8192)
     model, texts = context.subjects.model, context.texts(count, tokens)
     lengths = lengths_upto(tokens)
     found = np.array([entropies(model, ids, lengths) for ids in context.progress(texts, "texts")])
