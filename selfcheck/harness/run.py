@@ -34,7 +34,7 @@ class Options:
     #: who repeats the measurements, to compare them with the committed ones
     attest: str | None = None
     #: when the run began
-    started: str = field(default_factory=lambda: now())
+    started: str = field(default_factory=now)
     command: str = field(default_factory=lambda: shown(" ".join(["python -m selfcheck", *sys.argv[1:]]), 2000))
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 from .files import SelfcheckError
 
 #: bytes of a file, and containers inside one another, at most
-LARGEST, DEEPEST = 1 << 24, 16
+LARGEST, DEEPEST = 1 << 22, 16
 
 
 def parse(path: Path) -> Any:
