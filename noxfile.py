@@ -33,7 +33,7 @@ def output(session: nox.Session) -> list[str]:
 
 def downstream(session: nox.Session, *packages: str) -> None:
     """Install what reads evidence; none of it needs torch."""
-    session.install("-c", CPU, "tomlkit", "packaging", *packages)
+    session.install("-c", CPU, "tomlkit", "packaging", "jsonschema", *packages)
 
 
 @nox.session
@@ -53,7 +53,7 @@ def evidence(session: nox.Session) -> None:
 @nox.session
 def status(session: nox.Session) -> None:
     """Say of every claim whether its evidence is fresh, and which command renews it. Options: --depends --strict."""
-    downstream(session, "click", "rich")
+    downstream(session, "click", "rich", "filelock")
     session.run("python", "-m", "selfcheck", "status", *session.posargs)
 
 
@@ -142,5 +142,5 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def seal(session: nox.Session) -> None:
     """Seal: write selfcheck/checks.lock over the files as they are. Do this after a change you meant."""
-    downstream(session, "click", "rich")
+    downstream(session, "click", "rich", "filelock")
     session.run("python", "-m", "selfcheck", "seal")

@@ -1,8 +1,9 @@
-"""Command line: ``python -m selfcheck [run|evidence|status|seal|golden]``; nox calls it."""
+"""Command line: ``python -m selfcheck [run|evidence|compare|status|seal|golden]``; nox calls it."""
 
 from __future__ import annotations
 
 import _thread
+import re
 import shlex
 import signal
 import sys
@@ -12,13 +13,16 @@ from typing import Any
 
 import click
 
-from .harness import evidence, renew, seal, surroundings, tables, versions
+from .harness import comparing, evidence, renew, seal, surroundings, tables, versions
 from .harness.display import Lines, console
-from .harness.files import ROOT, SelfcheckError
+from .harness.files import ROOT, SelfcheckError, target
 from .harness.jobs import Pool, cores
-from .harness.run import Options, destination, gpu_destination, keep, targets
+from .harness.keeping import Kept, check_kept
+from .harness.run import Options, attested, destination, gpu_destination, targets
 
 Claim = dict[str, Any]
+#: what this process has written, for whoever stops it
+KEPT = Kept()
 
 
 def _check_arguments(only: tuple[str, ...], device: str, jobs: int | None) -> None:
@@ -45,7 +49,7 @@ def _in_order(claims: list[Claim], states: list[evidence.State], jobs: int) -> l
 
 def _renewed(pool: Pool, claims: list[Claim], clock: renew.Time) -> list[dict[str, Any]]:
     """Measure claims while there is time, and keep the record of each as it comes."""
-    pool.fits, pool.done = clock.fits, lambda record: keep([record], pool.options)
+    pool.fits, pool.done = clock.fits, lambda record: KEPT.keep(record, pool.options)
     return pool.run(claims)
 
 
@@ -54,6 +58,7 @@ def _begin(options: Options, only: tuple[str, ...], jobs: int | None) -> None:
     seal.verify()
     _check_arguments(only, options.device, jobs)
     surroundings.check_writable(*targets(options))
+    check_kept(options)
     surroundings.settle()
 
 
@@ -67,15 +72,48 @@ def _elsewhere(options: Options) -> list[str]:
     return [said]
 
 
-def _failures(records: list[dict[str, Any]]) -> None:
+def _failures(records: list[dict[str, Any]], not_run: list[str], only: tuple[str, ...]) -> None:
+    """A claim that failed, or that was asked for by name and could not run, is an exit status."""
     failed = [r["claim"] for r in records if not r["passed"]]
-    if failed:
-        raise SelfcheckError(f"failed: {', '.join(failed)}")
+    said = [f"failed: {', '.join(failed)}"] if failed else []
+    if missed := [name for name in not_run if name in only]:
+        said.append(f"not run: {', '.join(missed)}; the reason is above")
+    if said:
+        raise SelfcheckError("; ".join(said))
 
 
 def _folder(context: click.Context, option: click.Parameter, said: str | None) -> str | None:
     """FOLDER as a full path."""
     return str(surroundings.absolute(said)) if said else None
+
+
+def _name(context: click.Context, option: click.Parameter, said: str | None) -> str | None:
+    """NAME of whoever repeats the measurements."""
+    if said is not None and not re.fullmatch("[a-z0-9-]{1,40}", said):
+        raise SelfcheckError(f"--attest={said!r}: allowed are 1 to 40 of a-z, 0-9 and -")
+    return said
+
+
+def _wanted(options: Options, only: tuple[str, ...]) -> list[Claim]:
+    """The claims of a run: named, or those of its device, where a GPU repeats a CPU's unless somebody attests."""
+    if options.attest and (options.quick or options.model or options.corpus):
+        raise SelfcheckError("--attest: allowed is a full run on the pinned model and corpus")
+    gpu = options.device != "cpu"
+    of_device = [c for c in seal.claims() if (c.get("where") == "gpu") == gpu or (gpu and not options.attest)]
+    wanted = [c for c in (seal.claims() if only else of_device) if not only or c["id"] in only]
+    if options.attest and (other := [c["id"] for c in wanted if c not in of_device]):
+        raise SelfcheckError(f"--attest with --device={options.device!r}: {', '.join(other)} is measured elsewhere")
+    return wanted
+
+
+def _compared(records: list[dict[str, Any]]) -> None:
+    """Print what another party's records say beside the committed ones; raises if any differs."""
+    found = comparing.compare(records, comparing.committed())
+    console.print(tables.compared(found))
+    words = [row.word for row in found]
+    console.print(", ".join(f"{words.count(word)} {word}" for word in comparing.WORDS))
+    if differing := [row.name for row in found if row.word == "differs"]:
+        raise SelfcheckError(f"differs from the committed evidence: {', '.join(differing)}")
 
 
 def _shown(path: Path) -> str:
@@ -117,33 +155,48 @@ def golden_command() -> None:
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--jobs", type=int, help="Claims measured at once on a CPU; 2 where there are two cores.")
+@click.option("--attest", metavar="NAME", callback=_name, help="Write your own evidence beside ours, and compare.")
 @click.option("--output", metavar="FOLDER", callback=_folder, help=surroundings.OUTPUT_HELP)
 def run(only: tuple[str, ...], jobs: int | None, **asked: Any) -> None:
     """Verify the lock, run the checks, write evidence."""
     options, device = Options(**asked), asked["device"]
     _begin(options, only, jobs)
-    claims, jobs = seal.claims(), _jobs(jobs, device)
-    on_gpu = {claim["id"] for claim in claims if claim.get("where") == "gpu"}
-    wanted = [c for c in claims if (c["id"] in only if only else device != "cpu" or c["id"] not in on_gpu)]
+    jobs, wanted = _jobs(jobs, device), _wanted(options, only)
     started = time.perf_counter()
     console.print("seal intact; importing torch and transformers ...")
     with Lines(len(wanted)) as lines, Pool(options, jobs, lines).open() as pool:
+        pool.done = lambda record: KEPT.keep(record, options)
         made = {r["claim"]: r for r in pool.run(_in_order(wanted, evidence.states(output=options.folder), jobs))}
     if not made:
         raise SelfcheckError(f"not run: {', '.join(pool.not_run)}; the reason is above")
     records = [made[c["id"]] for c in wanted if c["id"] in made]
-    written = [f"evidence {_shown(path)}, root {root}" for path, root in keep(records, options)]
-    if on_gpu & set(made) and gpu_destination(options) and (apart := versions.outside_here(True)):
-        written.append(f"GPU claims are kept apart from the committed evidence: {', '.join(apart)}")
-    written += _elsewhere(options)
     states = evidence.states(output=options.folder)
     rows = [s for s in states if s.claim["id"] in made or not only or s.claim["id"] in only]
     console.print(tables.measured(records, rows))
     console.print(
         f"{len(records)} claims, {sum(len(r['checks']) for r in records)} parametrised checks in "
-        f"{time.perf_counter() - started:.0f} s\n" + "\n".join(written)
+        f"{time.perf_counter() - started:.0f} s\n" + "\n".join(_written(options, wanted))
     )
-    _failures(records)
+    if options.attest:
+        _compared(evidence.read(target(attested(options.attest), output=options.folder)))
+    _failures(records, pool.not_run, only)
+
+
+def _written(options: Options, wanted: list[Claim]) -> list[str]:
+    """Where the evidence of a run lies, in sentences."""
+    said = [f"evidence {_shown(path)}, root {root}" for path, root in KEPT.roots.items()]
+    on_gpu = [c for c in wanted if c.get("where") == "gpu" and c["id"] in KEPT.claims]
+    if on_gpu and gpu_destination(options) and (apart := versions.outside_here(True)):
+        said.append(f"GPU claims are kept apart from the committed evidence: {', '.join(apart)}")
+    return said + _elsewhere(options)
+
+
+@main.command("compare")
+@click.argument("file", type=click.Path(path_type=Path))
+def compare_command(file: Path) -> None:
+    """Compare another party's evidence, claim by claim, with the committed evidence; 1 if any differs."""
+    seal.verify()
+    _compared(evidence.read(file))
 
 
 @main.command("evidence")
@@ -162,7 +215,9 @@ def evidence_command(
     if outside := versions.outside_here(on_gpu):
         raise SelfcheckError(f"records made here would be stale: {', '.join(outside)}")
     console.print("seal intact; importing torch and transformers ...")
+    missed: list[str] = []
     with Lines(0) as lines, Pool(options, jobs, lines).open() as pool:
+        pool.not_run = missed
         found, states = pool.ready(), [s for s in evidence.states(output=folder) if s.on_gpu == on_gpu]
         due = renew.due(states, found, only)
         lines.total = len(due)
@@ -176,6 +231,7 @@ def evidence_command(
         records = _renewed(pool, [s.claim for s in due if s.claim not in timed], clock)
     if timed:
         with Lines(len(timed)) as lines, Pool(options, 1, lines).open() as pool:
+            pool.not_run = missed
             records += _renewed(pool, timed, clock)
     left = [s for s in evidence.states(output=folder) if s.word != "fresh" and s.on_gpu == on_gpu]
     console.print(f"{len(records)} claims measured in {(time.monotonic() - clock.began) / 60:.1f} minutes; "
@@ -185,7 +241,7 @@ def evidence_command(
     if clock.left_out and not records:
         shortest = min(clock.seconds[name] for name in clock.left_out)
         raise SelfcheckError(f"--minutes={minutes:g}: the shortest claim took {shortest:.0f} s last time")
-    _failures(records)
+    _failures(records, missed, only)
 
 
 @main.command()
@@ -239,4 +295,4 @@ if __name__ == "__main__":
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        sys.exit("selfcheck: interrupted; the evidence is as it was before")
+        sys.exit(f"selfcheck: interrupted; {KEPT}")

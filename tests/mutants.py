@@ -74,7 +74,8 @@ LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switc
 BUILDS = "test_enable.py::"
 
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
-EVIDENCE, TRACING = "selfcheck/harness/evidence.py", "selfcheck/harness/tracing.py"
+EVIDENCE, TRACING = "selfcheck/harness/states.py", "selfcheck/harness/tracing.py"
+RECORDS, KEEPING = "selfcheck/harness/records.py", "selfcheck/harness/keeping.py"
 MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
@@ -116,7 +117,7 @@ MUTANTS = (
     Mutant(HARNESS + "test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence", "any card's record serves", EVIDENCE, 'next((r for r in records if card in r["device"]), None)', "next(iter(records), None)"),
     Mutant(HARNESS + "test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence", "a card that failed is passed over", EVIDENCE, 'state.word in ("stale", "missing")', 'state.word != "fresh"'),
     Mutant(HARNESS + "test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence", "a claim of which no card is fresh passes", EVIDENCE, 'any(s.word == "fresh" for s in others)', "True"),
-    Mutant(HARNESS + "test_gpu_records_off_their_list_stay_beside_the_committed_ones", "records that are stale at once replace committed ones", "selfcheck/harness/run.py", " and not versions.outside(r, True, root)", ""),
+    Mutant(HARNESS + "test_gpu_records_off_their_list_stay_beside_the_committed_ones", "records that are stale at once replace committed ones", KEEPING, " and not versions.outside(r, True, root)", ""),
     Mutant(HARNESS + "test_a_version_off_its_list_makes_only_its_records_stale", "versions play no part", EVIDENCE, "outside = versions.outside(record, state.on_gpu, root)", "outside: list[str] = []"),
     Mutant(HARNESS + "test_interpreted_kernels_and_the_constants_they_read_are_dependencies", "executed functions are not noted", TRACING, "functools.partial(RAN.add, self.where)", "functools.partial(set[str]().add, self.where)"),
     Mutant("test_paper.py::test_a_figure_of_other_evidence_is_refused", "figures of other evidence pass", "figures/drawn.py", "evidence.record_digest(records[claim]) != digest", "False"),
@@ -271,7 +272,7 @@ MUTANTS = (
     Mutant(MACHINES + "test_converted_line_endings_are_named_as_such_and_mended_as_said", "line endings are a change as any", "selfcheck/harness/seal.py", "    if only_line_endings(path.read_bytes(), digest):", "    if False:"),
     Mutant(MACHINES + "test_a_target_that_cannot_be_written_is_named_before_anything_is_measured", "measured first, written never", "selfcheck/__main__.py", "    surroundings.check_writable(*targets(options))\n", ""),
     Mutant(MACHINES + "test_a_tree_of_another_user_is_noticed", "writing is not tried", PRECAUTIONS, 'with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".staging"):', "if True:"),
-    Mutant(MACHINES + "test_output_elsewhere_leaves_the_tree_and_is_found_by_what_reads_evidence", "written into the tree all the same", "selfcheck/harness/run.py", "path, merged = target(name, root, folder),", "path, merged = target(name, root),"),
+    Mutant(MACHINES + "test_output_elsewhere_leaves_the_tree_and_is_found_by_what_reads_evidence", "written into the tree all the same", KEEPING, "path, merged = target(name, root, folder),", "path, merged = target(name, root),"),
     Mutant(MACHINES + "test_output_elsewhere_leaves_the_tree_and_is_found_by_what_reads_evidence", "notes are left in the tree", "selfcheck/harness/jobs.py", '{"HYPOTHESIS_STORAGE_DIRECTORY":', '{"HYPOTHESIS":'),
     Mutant(MACHINES + "test_without_a_home_caches_go_to_one_that_is_removed", "any home serves", PRECAUTIONS, "if home is not None and home.is_dir() and os.access(home, os.W_OK | os.X_OK):", "if home is not None:"),
     Mutant(MACHINES + "test_a_gguf_file_is_parsed_once_inside_and_as_before_outside", "a library stays patched", "selfcheck/inputs/subjects.py", "        library.GGUFReader, library.get_tensor_name_map = before\n", "        pass\n"),
@@ -279,8 +280,8 @@ MUTANTS = (
     Mutant(HARNESS + "test_a_changed_token_makes_evidence_stale_and_a_comment_does_not", "stale evidence passes", EVIDENCE, "    if changed:", "    if False:"),
     Mutant(HARNESS + "test_the_paper_fails_closed", "failed claim reaches the paper", EVIDENCE, 'failed = [] if record["passed"] else', "failed = [] if True else"),
     Mutant(HARNESS + "test_the_paper_fails_closed", "quick evidence reaches the paper", EVIDENCE, 'if record["profile"] != "full":', "if False:"),
-    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "records not chained", EVIDENCE, "(link + record_digest(record))", "record_digest(record)"),
-    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "chain not checked", EVIDENCE, "holds = chain(records) == (links, root) and", "holds = True or"),
+    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "records not chained", RECORDS, "(link + record_digest(record))", "record_digest(record)"),
+    Mutant(HARNESS + "test_evidence_round_trip_and_an_edited_record", "chain not checked", RECORDS, 'if chain(records) != (document["links"], document["root"]):', "if False:"),
     Mutant(HARNESS + "test_gpu_evidence_is_needed_and_read_from_its_own_file", "GPU claims not needed", EVIDENCE, 'state.word, state.reasons = "missing", ["missing"]', 'state.word, state.reasons = "missing", []'),
     Mutant(HARNESS + "test_a_claim_that_cannot_run_is_never_passed", "a claim that cannot run passes", "selfcheck/__main__.py", "    if not made:\n", "    if False:\n"),
     Mutant(HARNESS + "test_unwritable_and_full_targets_lose_nothing", "evidence written in place", "selfcheck/harness/files.py", "            stream.write(data)\n", "            path.write_bytes(data)\n"),

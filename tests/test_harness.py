@@ -17,12 +17,14 @@ import pytest
 from paper import numbers
 from selfcheck.harness import children, digests, evidence, renew, seal, tracing, versions
 from selfcheck.harness.claim import shared
-from selfcheck.harness.files import ROOT, SelfcheckError, write_atomic
-from selfcheck.harness.run import Options, destination, keep
+from selfcheck.harness.files import ROOT, SEED, SelfcheckError, write_atomic
+from selfcheck.harness.keeping import keep, merge
+from selfcheck.harness.run import Options, destination
 from selfcheck.inputs import subjects
 
 PINNED = {kind: s["sha256"] for kind, s in seal.subjects().items()}
 KERNEL = "src/qaxis/attention/triton.py"
+CPU = "Linux x86_64 CPU, 1 thread"
 DEVICES = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200", "": "NVIDIA H200"}
 LISTED = {
     False: {"python": "3.11.9", "torch": "2.13.0+cpu", "triton": "3.7.1", "transformers": "5.23.0"},
@@ -58,8 +60,10 @@ def records(tree: Path, **change) -> list[dict]:
             names = (evidence.check_file(claim), KERNEL)
             made.append(
                 {
+                    **{name: claim[name] for name in ("statement", "status", "check")},
                     "claim": claim["id"], "passed": True, "verdict": "", "profile": "full", "values": {}, "data": {},
-                    "checks": [claim["id"]], "headline": "", "device": DEVICES[card] if on_gpu else "Linux CPU",
+                    "checks": [claim["id"]], "headline": "", "device": DEVICES[card] if on_gpu else CPU, "cases": 1,
+                    "names": {"corpus": None, "model": None}, "seed": SEED, "command": "python -m selfcheck run",
                     "subjects": PINNED, "depends": {name: digests.digest(tree, name) for name in names},
                     "versions": {**LISTED[on_gpu], **REST[on_gpu]}, "time": "2026-06-01T00:00:00+00:00",
                     "seconds": 1.0, **change,
@@ -164,7 +168,7 @@ def test_the_paper_fails_closed(tree, change, message):
         process = command(tree, step)
         _, err = process.communicate(timeout=60)
         assert process.returncode != 0 and message in err and "kernel-grid" in err
-    evidence.write(tree / evidence.DEFAULT, records(tree)[1:])
+    write_both(tree, records(tree)[1:])
     with pytest.raises(SelfcheckError, match="thm1: missing"):
         evidence.accepted(tree)
     (tree / evidence.DEFAULT).unlink()
@@ -412,13 +416,13 @@ def test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence(tree):
 
     assert speaks_of(first, second) == [first, second]
     assert speaks_of(second) == [second] and speaks_of(first) == [first]
-    assert speaks_of(first, second, depends={KERNEL: "0"}) == [second]
+    assert speaks_of(first, second, depends={KERNEL: "0" * 64}) == [second]
     with pytest.raises(SelfcheckError, match="golden-gpu on H100: failed: bits differ"):
         speaks_of(first, second, passed=False, verdict="bits differ")
     with pytest.raises(SelfcheckError, match="golden-gpu on H100: missing\n.*golden-gpu on H200: missing"):
         speaks_of()
     with pytest.raises(SelfcheckError, match="golden-gpu on H100: stale"):
-        speaks_of(first, depends={KERNEL: "0"})
+        speaks_of(first, depends={KERNEL: "0" * 64})
 
 
 def test_fresh_records_replace_those_of_their_own_card(tree):
@@ -426,10 +430,10 @@ def test_fresh_records_replace_those_of_their_own_card(tree):
     write_both(tree, made)
     path, claims = tree / evidence.GPU, seal.claims(tree)
     (fresh,) = [r for r in made if r["claim"] == "golden-gpu" and "H100" in r["device"]]
-    again = evidence.merge(path, [{**fresh, "headline": "again"}], claims)
+    again = merge(path, [{**fresh, "headline": "again"}], claims, tree)
     assert [r["headline"] for r in again if r["claim"] == "golden-gpu"] == ["again", ""]
     other = next(r for r in made if r["claim"] == "splits")
-    replaced = evidence.merge(path, [{**other, "device": DEVICES["H100"]}], claims)
+    replaced = merge(path, [{**other, "device": DEVICES["H100"]}], claims, tree)
     assert [r["device"] for r in replaced if r["claim"] == "splits"] == [DEVICES["H100"]]
 
 
@@ -511,7 +515,7 @@ def test_two_jobs_measure_what_one_does_and_a_crash_is_a_failed_claim(tree):
         made = evidence.load(tree / "selfcheck/local/quick.json")
         assert not made["proofs"]["passed"] and made["thm1-stops"]["passed"]
         for record in made.values():
-            for name in ("time", "seconds", "command"):
+            for name in ("time", "seconds", "command", "run"):
                 del record[name]
         found.append(made)
     assert found[0] == found[1]

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from .evidence import State, family, mixed_tables
+from .records import family
+from .states import State, mixed_tables
 
 Claim = dict[str, Any]
 #: seconds that a claim without a record is expected to take

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from . import evidence, seal, versions
-from .files import ROOT, source, target
+from .files import ROOT, SEED, target
+from .strict import shown
 
-SEED = 20260601
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class Options:
     seed: int = SEED
     #: a folder to write below, laid out as the tree, instead of into the tree
     output: str | None = None
-    command: str = field(default_factory=lambda: " ".join(["python -m selfcheck", *sys.argv[1:]]))
+    #: who repeats the measurements, to compare them with the committed ones
+    attest: str | None = None
+    #: when the run began
+    started: str = field(default_factory=now)
+    command: str = field(default_factory=lambda: shown(" ".join(["python -m selfcheck", *sys.argv[1:]]), 2000))
 
     @property
     def folder(self) -> Path | None:
@@ -57,6 +65,8 @@ def record(
         result: fields of a ``Result``.
         depends: digest of every file that the run depended on.
         subjects: digests of the model and the text if they were loaded.
+
+    A result that the schema of evidence does not have makes a failed claim, which says so.
     """
     pinned = {kind: s["sha256"] for kind, s in seal.subjects().items()}
     names = {"model": options.model, "corpus": options.corpus}
@@ -67,18 +77,26 @@ def record(
         "subjects": subjects or {k: (f"name:{names[k]}" if names[k] else pinned[k]) for k in pinned},
         "depends": depends, "device": device, "versions": versions.installed(), "machine": versions.machine(),
         "seed": options.seed, "seconds": round(seconds, 2),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": options.command,
+        "time": now(), "run": options.started, "command": options.command, "verdict": shown(result["verdict"], 500),
     }  # fmt: skip
-    try:
-        json.dumps(made, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        return {**made, **UNFINISHED, "passed": False, "verdict": f"its result cannot be kept: {error}"}
+    if wrong := _unfit(made):
+        made |= {**UNFINISHED, "checks": [claim["id"]], "passed": False}
+        made["verdict"] = shown(f"its result cannot be kept: {wrong}", 500)
     return made
+
+
+def _unfit(made: dict[str, Any]) -> str | None:
+    """Why a record could not be read again; what is not finite or no JSON is found first."""
+    try:
+        return evidence.malformed(json.loads(json.dumps(made, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)
 
 
 def destination(options: Options) -> str:
     """Where the evidence goes: only a full run on the pinned subjects and the CPU reaches the paper's file."""
+    if options.attest:
+        return attested(options.attest)
     if options.quick:
         return "selfcheck/local/quick.json"
     if options.model or options.corpus or options.device != "cpu":
@@ -89,28 +107,20 @@ def destination(options: Options) -> str:
 
 def gpu_destination(options: Options) -> str | None:
     """Where GPU claims go: the committed file, if this is a full run on the pinned subjects and a GPU."""
-    special = options.quick or options.model or options.corpus or options.device == "cpu"
+    special = options.attest or options.quick or options.model or options.corpus or options.device == "cpu"
     return None if special else evidence.GPU
+
+
+def attested(name: str) -> str:
+    """The file of a second party's evidence, for whichever device."""
+    return f"selfcheck/evidence/attested/{name}.json"
 
 
 def targets(options: Options, root: Path = ROOT) -> list[Path]:
     """Every file that a run may write."""
-    names = (destination(options), gpu_destination(options))
-    return [target(name, root, options.folder) for name in names if name]
+    return [target(name, root, options.folder) for name in names(options)]
 
 
-def keep(records: list[dict[str, Any]], options: Options, root: Path = ROOT) -> list[tuple[Path, str]]:
-    """Merge records into the evidence they belong to; (file, root hash) of each file that was written.
-
-    A GPU claim's record made with versions off its list would be stale at once: it stays beside the committed one.
-    """
-    claims = seal.claims(root)
-    on_gpu = {claim["id"] for claim in claims if claim.get("where") == "gpu"}
-    gpu_name, folder = gpu_destination(options), options.folder
-    of_gpu = [r for r in records if gpu_name and r["claim"] in on_gpu and not versions.outside(r, True, root)]
-    written = []
-    for name, made in ((destination(options), [r for r in records if r not in of_gpu]), (gpu_name, of_gpu)):
-        if name and made:
-            path, merged = target(name, root, folder), evidence.merge(source(name, root, folder), made, claims)
-            written.append((path, evidence.write(path, merged)))
-    return written
+def names(options: Options) -> list[str]:
+    """Every file of evidence that a run may add to, by its name in the tree."""
+    return [name for name in (destination(options), gpu_destination(options)) if name]

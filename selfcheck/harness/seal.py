@@ -14,7 +14,7 @@ LOCK = "selfcheck/checks.lock"
 SEALED = (
     "src/qaxis/**/*.py", "src/qaxis/**/*.cu*", "src/qaxis/**/*.hpp",
     "selfcheck/**/*.py", "selfcheck/*.toml", "selfcheck/inputs/*.toml",
-    "selfcheck/golden.json",
+    "selfcheck/golden.json", "selfcheck/evidence.schema.json",
     "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "constraints*.txt",
     "pyproject.toml", "noxfile.py",
 )  # fmt: skip

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from . import seal
+from .comparing import Row
 from .evidence import State, renewal
 
 STYLES = {"fresh": "", "failed": "bold red", "stale": "yellow", "missing": "yellow"}
@@ -51,6 +53,17 @@ def states(found: list[State]) -> Table:
             state.claim["id"], state.word, card, seconds, "" if state.word == "missing" else "; ".join(why),
             "" if state.word == "fresh" else renewal(state), style=STYLES[state.word],
         )  # fmt: skip
+    return table
+
+
+def compared(found: list[Row]) -> Table:
+    """Another party's evidence beside the committed one."""
+    table = Table(box=box.SIMPLE_HEAD, title="Beside the committed evidence", title_justify="left")
+    for name in ("claim", "repeats", "result", "why"):
+        table.add_column(name, overflow="fold")
+    for row in found:
+        style = {"differs": "bold red", "not run": "dim"}.get(row.word)
+        table.add_row(row.name, row.repeats, row.word, escape(row.why), style=style)
     return table
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion
 
 from .files import ROOT, SelfcheckError
 
@@ -64,9 +65,17 @@ def outside(record: dict[str, Any], on_gpu: bool, root: Path = ROOT) -> list[str
             wrong += [f"{package} {ABSENT}, {name} has {r.specifier}" for r in asked]
         elif not asked:
             wrong.append(f"{package} {has}, {name} has none for Python {python}")
-        elif not any(r.specifier.contains(has, prereleases=True) for r in asked):
+        elif not any(_meets(has, r) for r in asked):
             wrong.append(f"{package} {has}, {name} has {' or '.join(str(r.specifier) for r in asked)}")
     return wrong
+
+
+def _meets(has: str, asked: Requirement) -> bool:
+    """Whether a version is one that a requirement has; what is no version is none."""
+    try:
+        return asked.specifier.contains(has, prereleases=True)
+    except InvalidVersion:
+        return False
 
 
 @lru_cache(maxsize=16)
