@@ -31,7 +31,7 @@ EXPECTED = {
     "src/*.egg-info/*": "what an installation notes",
     "selfcheck/checks.lock": "the lock",
     "selfcheck/evidence/**/*.json": "records, in a chain of their own",
-    "selfcheck/local/**/*": "runs that no paper reads",
+    "selfcheck/local/**": "runs that no paper reads",
     "figures/*.pdf": "drawn from records", "figures/*.png": "drawn from records",
     "figures/figures.json": "which records each figure was drawn from",
     "paper/numbers.tex": "made from records", "paper/paper.pdf": "made from records",
