@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -76,8 +76,7 @@ class _Tally:
         tuning = INTERPRETED if context.device == "cpu" else PrefillTuning()
         for backend in attack.backends:
             out = prefill_attention(q, k, v, attack.budget, selection=True, backend=backend, tuning=tuning)
-            assert out.bits is not None
-            found = selected_positions(out.bits)
+            found = selected_positions(cast(torch.Tensor, out.bits))
             same = found.shape == exact.indices.shape
             differ = int((found != exact.indices).any(-1).sum()) if same else b * h * m
             off = float((out.output.float() - exact.output.float()).abs().max() / v.float().abs().max())

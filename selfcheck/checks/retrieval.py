@@ -95,6 +95,24 @@ def _cell(task: str, n: int, name: str, hits: list[bool], dense: list[bool]) -> 
     }  # fmt: skip
 
 
+def _changed(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Sparse answers lost and won, in all and by task.
+
+    Only what dense attention answers can be lost, and only what it does not can be won: those are counted against.
+    """
+    values = {}
+    for name, some in {
+        "": rows,
+        **{f"{x.replace(' ', '')}_": [r for r in rows if r["task"] == x] for x in TASKS},
+    }.items():
+        dense = {(r["task"], r["tokens"]): r["found"] for r in some if r["budget"] == "dense"}
+        sparse = [r for r in some if r["budget"] != "dense"]
+        known = sum(dense[r["task"], r["tokens"]] for r in sparse)
+        for what, n in (("lost", known), ("won", sum(r["prompts"] for r in sparse) - known)):
+            values[f"{name}{what}"] = value(sum(r[what] for r in sparse), "answers", n=n)
+    return values
+
+
 @torch.inference_mode()
 def retrieval(context: Context) -> Result:
     """Pass keys and needles found, by budget and prompt length, paired per prompt."""
@@ -113,12 +131,7 @@ def retrieval(context: Context) -> Result:
     rows = [_cell(*key, hits, found[(*key[:2], "dense")]) for key, hits in found.items()]
     pairs = sum(r["prompts"] for r in rows if r["budget"] != "dense")
     dense, asked = (sum(r[x] for r in rows if r["budget"] == "dense") for x in ("found", "prompts"))
-    lost, won = (sum(r[x] for r in rows) for x in ("lost", "won"))
-    values = {
-        "changed": value(lost + won, "prompts", n=pairs), "lost": value(lost, "prompts", n=pairs),
-        "won": value(won, "prompts", n=pairs), "prompts": value(count, "prompts a cell"),
-        "dense": value(dense, "prompts", n=asked),
-    }  # fmt: skip
+    values = {"prompts": value(count, "prompts a cell"), "dense": value(dense, "prompts", n=asked), **_changed(rows)}
     return Result(
         # A task that the dense model never solves says nothing about sparse attention.
         passed=dense > 0,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
 import qaxis
 
 from ..harness.claim import Context, Result, value
+from ..inputs.passes import entropies, lengths_upto
 from .changes import as_row, as_value
 
 
@@ -33,6 +35,31 @@ def entropy(context: Context) -> Result:
     verdict = "entropies lie in (0, log N)" if possible else "an entropy outside (0, log N)"
     return Result(
         passed=possible, verdict=verdict, headline=headline, values=values, cases=runs.entropy.size, data=data
+    )
+
+
+@torch.inference_mode()
+def longer_range(context: Context) -> Result:
+    """The same fit over two ranges of N on the same texts: alpha belongs to its range."""
+    count, tokens = (2, 1024) if context.quick else (15, 8192)
+    model, texts = context.subjects.model, context.texts(count, tokens)
+    lengths = lengths_upto(tokens)
+    found = np.array([entropies(model, ids, lengths) for ids in context.progress(texts, "texts")])
+    values, rows = {}, []
+    for longest in (tokens // 4, tokens):
+        some = [n for n in lengths if n <= longest]
+        fit = qaxis.fit_entropy_scaling(some, found[:, : len(some)], seed=context.seed)
+        values[f"alpha_{longest}"] = value(fit.alpha, "", n=fit.samples, low=fit.alpha_low, high=fit.alpha_high)
+        rows.append({"longest": longest, "alpha": fit.alpha, "beta": fit.beta, "r_squared": fit.r_squared})
+    values |= {"longest": value(tokens, "tokens"), "shorter": value(tokens // 4, "tokens")}
+    possible = bool((found > 0).all() and (found < np.log(lengths)).all())
+    return Result(
+        passed=possible,
+        verdict="entropies lie in (0, log N)" if possible else "an entropy outside (0, log N)",
+        headline=", ".join(f"alpha = {r['alpha']:.3f} up to N = {r['longest']}" for r in rows),
+        values=values,
+        cases=found.size,
+        data={"lengths": lengths, "entropy": np.round(found, 6).tolist(), "rows": rows},
     )
 
 

@@ -40,6 +40,27 @@ def lengths_upto(tokens: int) -> list[int]:
     return [1 << e for e in range(6, tokens.bit_length()) if 1 << e <= tokens]
 
 
+class _Entropies:
+    """Observer: mean entropy of the queries just below each length, over layers, heads and queries, in nats."""
+
+    def __init__(self, lengths: list[int], layers: int) -> None:
+        self.lengths, self.layers = lengths, layers
+        self.found = np.zeros(len(lengths))
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        for j, n in enumerate(self.lengths):
+            h = qaxis.attention_entropy(q[:, :, n - QUERIES : n], k[:, :, :n], scale=scale)
+            self.found[j] += float(h.mean()) / self.layers
+
+
+def entropies(model: Any, ids: torch.Tensor, lengths: list[int]) -> np.ndarray:
+    """Mean attention entropy of one text at each context length, dense, in nats."""
+    seen = _Entropies(lengths, model.config.num_hidden_layers)
+    with torch.inference_mode(), qaxis.observe_attention(model, seen):
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    return seen.found
+
+
 def measure(
     model: Any, texts: list[torch.Tensor], tokens: int, progress: Callable[[Iterable[Any], str], Iterable[Any]]
 ) -> Runs:
@@ -64,18 +85,13 @@ def measure(
 
 def _dense(runs: Runs, model: Any, ids: torch.Tensor, t: int) -> torch.Tensor:
     """Losses of one text; its entropies go to row ``t``, queries and keys of the first text to ``captured``."""
-    layers = model.config.num_hidden_layers
-
-    def entropies(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        for j, n in enumerate(runs.lengths):
-            h = qaxis.attention_entropy(q[:, :, n - QUERIES : n], k[:, :, :n], scale=scale)
-            runs.entropy[t, j] += float(h.mean()) / layers
-
+    entropy = _Entropies(runs.lengths, model.config.num_hidden_layers)
     seen = Capture(first_middle_last(model))
     with torch.inference_mode(), ExitStack() as looking:
-        for observer in (entropies, seen) if t == 0 else (entropies,):
+        for observer in (entropy, seen) if t == 0 else (entropy,):
             looking.enter_context(qaxis.observe_attention(model, observer))
         losses = qaxis.token_losses(model, ids)
+    runs.entropy[t] = entropy.found
     runs.captured += seen.found
     return losses
 

@@ -35,7 +35,10 @@ def _forward(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     scale, scheme = kwargs.get("scaling"), _schemes[-1]
-    assert query.shape[2] == key.shape[2], "the whole window at once, without a cache"
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"queries={query.shape[2]}: allowed is the whole window at once, {key.shape[2]}, without a cache"
+        )
     n, group = query.shape[2], query.shape[1] // key.shape[1]
     # A head each, once: SDPA has no fast kernel for float32 that shares keys between heads.
     keys, values, key, value = (
