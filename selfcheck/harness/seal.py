@@ -13,7 +13,7 @@ import tomlkit
 from .. import isolated
 from .files import ROOT, SelfcheckError, sha256, write_atomic
 
-LOCK = isolated.LOCK
+LOCK, LINE_ENDINGS = isolated.LOCK, isolated.LINE_ENDINGS
 SEALED = (
     "src/qaxis/**/*.py", "src/qaxis/**/*.cu*", "src/qaxis/**/*.hpp",
     "selfcheck/**/*.py", "selfcheck/*.toml", "selfcheck/inputs/*.toml",
