@@ -4,6 +4,8 @@ import nox
 
 nox.options.sessions = ["selfcheck", "figures", "paper"]
 nox.options.reuse_existing_virtualenvs = True
+# What failed is not drawn, and not printed.
+nox.options.stop_on_first_error = True
 nox.options.error_on_missing_interpreters = True
 
 #: versions of evidence made on a CPU, and on a GPU

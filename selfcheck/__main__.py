@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from . import isolated
+
+if __name__ == "__main__":
+    isolated.enter("selfcheck")
+
 import _thread
 import re
 import shlex

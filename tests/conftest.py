@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from selfcheck.harness import seal
 from selfcheck.harness.files import ROOT
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -34,6 +35,7 @@ def tree(tmp_path: Path) -> Path:
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "local")
         )
-    for name in ("constraints.txt", "constraints-gpu.txt", "pyproject.toml", "noxfile.py"):
+    for name in seal.expand(seal.SEALED):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path

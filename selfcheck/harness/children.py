@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import isolated
 from . import tracing
 from .files import ROOT
 
 
 def run(code: str, *arguments: str, under: Sequence[str] = (), **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``python -c code arguments`` in the repository's root, its output captured.
+    """Run ``python -c code arguments``, isolated, in the repository's root, its output captured.
 
     Args:
         under: a program that the child runs under, with its options.
@@ -25,12 +24,11 @@ def run(code: str, *arguments: str, under: Sequence[str] = (), **options: Any) -
     Raises:
         RuntimeError: if it ends well and does not say what it depends on.
     """
-    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory(prefix="qaxis-trace-") as folder:
         report = Path(folder) / "report.json"
-        env = {**os.environ, **options.pop("env", {}), "PYTHONPATH": path, tracing.REPORT: str(report)}
+        env = {**isolated.environment(), **options.pop("env", {}), tracing.REPORT: str(report)}
         done = subprocess.run(
-            [*under, sys.executable, "-m", "selfcheck.harness.traced", "-c", code, *arguments],
+            [*under, *isolated.command("selfcheck.harness.traced"), "-c", code, *arguments],
             cwd=ROOT, env=env, capture_output=True, text=True, **options,
         )  # fmt: skip
         if report.is_file():

@@ -8,7 +8,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import isolated
 from .files import ROOT, SelfcheckError
 from .run import UNFINISHED, Options, record
 
@@ -130,12 +130,11 @@ class Pool:
     def start(self, model: bool) -> Job:
         """A new worker process, importing torch while others work."""
         log = self.folder / f"{time.monotonic_ns()}.log"
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # Hypothesis keeps notes where it runs, if not told otherwise: in a tree that is perhaps not to be written.
-        env = {"HYPOTHESIS_STORAGE_DIRECTORY": str(self.folder / "hypothesis"), **os.environ, "PYTHONPATH": path}
+        env = {"HYPOTHESIS_STORAGE_DIRECTORY": str(self.folder / "hypothesis"), **isolated.environment()}
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-m", "selfcheck.harness.worker"], cwd=ROOT, env=env,
+                isolated.command("selfcheck.harness.worker"), cwd=ROOT, env=env,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, encoding="utf-8",
                 start_new_session=POSIX,
             )  # fmt: skip

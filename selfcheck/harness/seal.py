@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 
+from .. import isolated
 from .files import ROOT, SelfcheckError, sha256, write_atomic
 
-LOCK = "selfcheck/checks.lock"
+LOCK, LINE_ENDINGS = isolated.LOCK, isolated.LINE_ENDINGS
 SEALED = (
     "src/qaxis/**/*.py", "src/qaxis/**/*.cu*", "src/qaxis/**/*.hpp",
     "selfcheck/**/*.py", "selfcheck/*.toml", "selfcheck/inputs/*.toml",
-    "selfcheck/golden.json", "selfcheck/evidence.schema.json",
-    "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "constraints*.txt",
-    "pyproject.toml", "noxfile.py",
+    "selfcheck/*.json",
+    "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "paper/proofs/*.toml",
+    "archive/**/*.py", "archive/schemas/*.json", "archive/*.toml", "archive/allowed_signers",
+    "constraints*.txt", "requirements/*.txt", "pyproject.toml", "noxfile.py", ".gitattributes",
 )  # fmt: skip
-
-#: what is said of a file that git, an archive or an editor converted, and what to do
-LINE_ENDINGS = "only its line endings differ from the lock's"
-MEND_LINES = (
-    "commit your own changes, if any, and run `git config core.autocrlf false`, "
-    "`git rm -rq --cached .`, `git reset -q --hard`; or clone again with `git clone -c core.autocrlf=false`."
-)
+#: folders in which nothing lies but what is sealed and what is named here, and nothing is a link
+CLOSED = ("src", "selfcheck", "figures", "paper", "archive")
+#: {pattern of files that are not sealed: why they may be there}; ``*`` is of one folder's names, ``**`` of any depth
+EXPECTED = {
+    "**/__pycache__/*.pyc": "byte code that Python keeps, and no command reads",
+    "**/*.staging": "what a killed process was writing; removed by the next that writes there",
+    "**/.DS_Store": "a desktop's own",
+    "src/*.egg-info/*": "what an installation notes",
+    "selfcheck/checks.lock": "the lock",
+    "selfcheck/evidence/**/*.json": "records, in a chain of their own",
+    "selfcheck/local/**": "runs that no paper reads",
+    "figures/*.pdf": "drawn from records", "figures/*.png": "drawn from records",
+    "figures/figures.json": "which records each figure was drawn from",
+    "paper/numbers.tex": "made from records", "paper/paper.pdf": "made from records",
+    "paper/build/**/*": "what pdflatex leaves, run by hand",
+    "paper/proofs/*.vo*": "what coqc leaves", "paper/proofs/*.glob": "what coqc leaves",
+    "paper/proofs/.*.aux": "what coqc leaves", "paper/proofs/.*.cache": "what coqc leaves",
+    "archive/*.json": "what binds the outputs",
+}  # fmt: skip
 
 
 def claims(root: Path = ROOT) -> list[dict[str, Any]]:
@@ -63,46 +79,61 @@ def locked(root: Path = ROOT) -> dict[str, str]:
     return tomlkit.parse((root / LOCK).read_text("utf-8")).unwrap()["files"]
 
 
-def only_line_endings(data: bytes, digest: str) -> bool:
-    """Whether these bytes have this SHA-256 once lines end otherwise: an editor, an archive or git converted them."""
-    bare = data.replace(b"\r\n", b"\n")
-    return digest in (hashlib.sha256(x).hexdigest() for x in (bare, bare.replace(b"\n", b"\r\n")))
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a file's posix path is one of a pattern's, which says each folder, or ``**`` for any number of them."""
+
+    def fits(parts: list[str], wanted: list[str]) -> bool:
+        if not wanted:
+            return not parts
+        if wanted[0] == "**":
+            return any(fits(parts[i:], wanted[1:]) for i in range(len(parts) + 1))
+        return bool(parts) and fnmatchcase(parts[0], wanted[0]) and fits(parts[1:], wanted[1:])
+
+    return fits(name.split("/"), pattern.split("/"))
 
 
-def _changed(path: Path, name: str, digest: str) -> str | None:
-    """In words, how a sealed file is not what the lock says."""
-    if not path.is_file():
-        return f"{name}: missing, locked as {digest}"
-    actual = sha256(path)
-    if actual == digest:
-        return None
-    if only_line_endings(path.read_bytes(), digest):
-        return f"{name}: {LINE_ENDINGS}"
-    return f"{name}: locked as {digest}, is {actual}"
+def _unexpected(root: Path, files: dict[str, str]) -> Iterator[str]:
+    """One sentence for every link in a closed folder, and every file that is neither sealed nor expected."""
+    for closed in CLOSED:
+        if (root / closed).is_symlink():
+            yield f"{closed}: a symbolic link; allowed is a folder of this tree"
+        for folder, folders, names in os.walk(root / closed):
+            for entry in sorted([*folders, *names]):
+                path = Path(folder, entry)
+                name = path.relative_to(root).as_posix()
+                if path.is_symlink():
+                    yield f"{name}: a symbolic link; allowed are files of this tree"
+                elif entry in names and not (name in files or any(_matches(name, x) for x in (*EXPECTED, *SEALED))):
+                    yield f"{name}: not sealed, and nothing that is expected here; remove it"
 
 
 def differences(root: Path = ROOT) -> list[str]:
-    """One sentence for every sealed file that is changed, missing or not in the lock."""
+    """One sentence for every sealed file that is changed, missing or not in the lock, and for what does not belong."""
     try:
         locked = tomlkit.parse((root / LOCK).read_text("utf-8")).unwrap()
-        files, pinned = locked["files"], locked["subjects"]
-    except (OSError, KeyError, tomlkit.exceptions.TOMLKitError) as error:
+        files, pinned = dict(locked["files"]), dict(locked["subjects"])
+    except (OSError, KeyError, TypeError, ValueError, tomlkit.exceptions.TOMLKitError) as error:
         return [f"{LOCK}: unreadable ({error}); restore it, or seal again with `nox -s seal`"]
-    found = [x for name, digest in files.items() if (x := _changed(root / name, name, digest))]
+    found = isolated.changed(files, root)
     found += [f"{n}: not in the lock" for n in expand(SEALED, root) if n not in files]
+    found += _unexpected(root, files)
+    here = isolated.finder()
+    if root == ROOT and here is not None and here.lock not in ("", sha256(root / LOCK)):
+        found.append(f"{LOCK}: written again since this process began")
     if not found and pinned != {s["file"]: s["sha256"] for s in subjects(root).values()}:
         found.append("selfcheck/inputs/subjects.toml: its subjects differ from the lock's")
     return found
 
 
-def verify(root: Path = ROOT) -> None:
-    """Raises SelfcheckError naming every file that differs from the lock."""
-    found = differences(root)
-    if not found:
-        return
-    converted = [x for x in found if x.endswith(LINE_ENDINGS)]
-    lines, mend = "\n  ".join(found), ["If you meant the change, look at it and run `nox -s seal`."]
-    if converted:
-        mend = [f"Where line endings differ ({len(converted)} of {len(found)}), something rewrote them: {MEND_LINES}"]
-        mend += ["For the others, if you meant the change, look at it and run `nox -s seal`."] * (found != converted)
-    raise SelfcheckError(f"the seal is broken, nothing was run:\n  {lines}\n" + "\n".join(mend))
+def verify(root: Path = ROOT, consequence: str = "nothing was run") -> None:
+    """Compare the tree with the lock, and the loaded modules with the tree.
+
+    Args:
+        consequence: what a difference means for what was asked, in words.
+
+    Raises:
+        SelfcheckError: naming every difference.
+    """
+    found = differences(root) + (isolated.foreign() if root == ROOT else [])
+    if found:
+        raise SelfcheckError(isolated.broken(found, consequence))

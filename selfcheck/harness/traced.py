@@ -1,4 +1,4 @@
-"""``python -m selfcheck.harness.traced -c CODE ...``: as ``python -c``, and says in a file what it depends on."""
+"""Isolated, ``selfcheck.harness.traced -c CODE ...``: as ``python -c``, and says in a file what it depends on."""
 
 from __future__ import annotations
 

@@ -19,13 +19,13 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from .. import isolated
 from .digests import without_docstring
 from .files import ROOT, SelfcheckError
 from .references import references
@@ -57,7 +57,7 @@ def install() -> None:
     """Trace every module of the project that is imported from now on, and every file that is opened.
 
     Raises:
-        SelfcheckError: if one is loaded already: it would run unseen.
+        SelfcheckError: if one is loaded already: it would run unseen; or in a process that is not isolated.
     """
     global _installed
     if _installed:
@@ -67,7 +67,10 @@ def install() -> None:
             where = place(getattr(module, "__file__", None) or "") or ""
             if where.startswith(TRACED) and not where.endswith("__init__.py"):
                 raise SelfcheckError(f"{name} was imported before it could be traced")
-    sys.meta_path.insert(0, _Finder())
+    finder = isolated.finder()
+    if finder is None:
+        raise SelfcheckError("code is traced in isolated processes only; selfcheck.harness.children.run starts one")
+    finder.loader = _loader
     sys.addaudithook(_opened)
     _installed = True
 
@@ -112,37 +115,25 @@ def clear_caches() -> None:
                         x.cache_clear()
 
 
-class _Finder:
-    """Hands modules of the project to a loader that traces them."""
-
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name.split(".")[0] not in ("qaxis", "selfcheck"):
-            return None
-        for finder in sys.meta_path:
-            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
-                where = place(spec.origin) if spec.origin and isinstance(spec.loader, SourceFileLoader) else None
-                if where and where.startswith(TRACED):
-                    spec.loader = _Loader(name, str(spec.origin), where)
-                return spec
-        return None
+def _loader(name: str, path: str, check: Callable[[str, bytes], None]) -> isolated.Source:
+    """What loads a module of the project: traced, if its place is one of those."""
+    where = place(path) or ""
+    return (_Loader if where.startswith(TRACED) else isolated.Source)(name, path, check)
 
 
-class _Loader(SourceFileLoader):
-    """Compiles a module with its functions reporting themselves; nothing of it reaches the cache of byte code."""
+class _Loader(isolated.Source):
+    """Compiles a module with its functions reporting themselves."""
 
-    def __init__(self, name: str, path: str, where: str) -> None:
-        super().__init__(name, path)
-        self.where = where
-
-    def get_code(self, fullname: str) -> CodeType:
-        tree = _Reporting().visit(ast.parse(self.get_data(self.path), self.path))
-        return compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
+    def source_to_code(self, data: Any, path: Any, **_: Any) -> CodeType:  # type: ignore[override]
+        tree = _Reporting().visit(ast.parse(data, path))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__dict__["__ran__"] = functools.partial(RAN.add, self.where)
+        where = place(self.path) or ""
+        module.__dict__["__ran__"] = functools.partial(RAN.add, where)
         with apart() as found:
             super().exec_module(module)
-        IMPORTED[self.where] = frozenset(found - {self.where})
+        IMPORTED[where] = frozenset(found - {where})
         for item in list(vars(module).values()):
             if isinstance(item, type) and item.__module__ == module.__name__:
                 _report_construction(item, module.__dict__["__ran__"])

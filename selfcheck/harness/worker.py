@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .. import isolated
 from . import seal, tracing
 from .digests import digest
 from .evidence import check_file
@@ -74,16 +75,13 @@ class Worker:
 
     def prepare(self, options: Options) -> None:
         """Have this tree's own code measured, traced from its first import on."""
-        sys.path[:0] = [str(ROOT / "src")]
         tracing.install()
         import torch
 
-        import qaxis
+        import qaxis  # noqa: F401
 
         from .claim import Context
 
-        if not str(qaxis.__file__).startswith(str(ROOT / "src")):
-            raise SelfcheckError(f"qaxis is imported from {qaxis.__file__}, which is not sealed")
         if options.device != "cpu" and not (options.device.startswith("cuda") and torch.cuda.is_available()):
             raise SelfcheckError(f"--device={options.device!r}: allowed is cpu, or cuda where torch sees a GPU")
         self.device = f"{platform.system()} {platform.machine()} CPU"
@@ -117,10 +115,11 @@ def run_claim(claim: dict[str, Any], context: Any, options: Options, device: str
 
     Raises:
         NotRunError: if this machine cannot measure it.
-        SelfcheckError: if a subject cannot be used, or a file that it depends on is not what the seal says.
+        SelfcheckError: if a subject cannot be used, or the tree is not what the seal says, before or after.
     """
     from .claim import NotRunError
 
+    seal.verify(consequence=f"{claim['id']} was not measured")
     started = time.perf_counter()
     tracing.clear_caches()
     with tracing.apart() as ran:
@@ -130,8 +129,11 @@ def run_claim(claim: dict[str, Any], context: Any, options: Options, device: str
             result = dict(vars(check(context)))
         except (SelfcheckError, NotRunError):
             raise
+        except isolated.Refused as error:
+            raise SelfcheckError(str(error)) from error
         except Exception as error:
             result = {**UNFINISHED, "passed": False, "verdict": f"{type(error).__name__}: {error}"[:500]}
+    seal.verify(consequence=f"what was measured of {claim['id']} is not kept")
     subjects = context.kept["subjects"][0].digests if "subjects" in context.kept else None
     depends = sealed_digests(tracing.dependencies({*ran, check_file(claim)}))
     seconds = time.perf_counter() - started
