@@ -15,8 +15,8 @@ from .citation import SPDX
 from .listing import MANIFEST
 from .tree import CRATE, SBOM, STATEMENT, Tree
 
-#: the newest version of the format that has a validator's profile
-VERSION = "1.2"
+#: of the format: the one whose terms come with the library, so that a validator needs no network
+VERSION = "1.3"
 PDF = "paper/paper.pdf"
 #: files that are described one by one: name, what it is, its media type
 FILES = (
@@ -53,17 +53,15 @@ def render(tree: Tree, made: dict[str, bytes], root: Path = ROOT) -> bytes:
             crate.add_dataset(dest_path=folder, properties={"name": about})
     for name, about, media in FILES:
         if name in files:
-            crate.add_file(dest_path=name, properties=_file(name, files[name], about, media))
+            crate.add_file(dest_path=name, properties=_file(files[name], about, media))
     for name, about in ((MANIFEST, "SHA-256 of every file but the statement"), (STATEMENT, "The in-toto statement")):
         crate.add_file(dest_path=name, properties={"name": about, "encodingFormat": "text/plain"})
-    for licence in said["licence"]:
-        crate.add_file(
-            dest_path=licence["file"], properties=_file(licence["file"], files[licence["file"]], "A licence", "text/plain")
-        )
     for file in crate.data_entities:
-        if file.id not in ("./", CRATE):
-            text = file.id.startswith(DATA) and not file.id.endswith("/")
-            file["license"] = licences["CC-BY-4.0" if text else "MIT"]
+        if not file.id.endswith("/"):
+            file["license"] = licences["CC-BY-4.0" if file.id.startswith(DATA) else "MIT"]
+    for licence in said["licence"]:
+        name = licence["file"]
+        crate.add_file(dest_path=name, properties=_file(files[name], f"The licence {licence['id']}", "text/plain"))
     _describe(crate, said, newest, authors, list(licences.values()), tree.swhid, root)
     graph = crate.metadata.generate()
     graph["@graph"].sort(key=lambda entity: (entity["@id"] not in (CRATE, "./"), entity["@id"]))
@@ -89,7 +87,7 @@ def _licence(licence: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _file(name: str, data: bytes, about: str, media: str) -> dict[str, Any]:
+def _file(data: bytes, about: str, media: str) -> dict[str, Any]:
     return {
         "name": about, "encodingFormat": media, "contentSize": str(len(data)), "sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
