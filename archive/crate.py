@@ -116,8 +116,8 @@ def _describe(
                 endTime=newest)  # fmt: skip
     made["instrument"] = software
     made["object"] = [x for name in ("paper/paper.tex", evidence.DEFAULT, evidence.GPU) if (x := crate.get(name))]
-    made["result"] = [crate.get(PDF)]
-    top["mentions"] = [made]
+    made["result"] = crate.get(PDF)
+    top["mentions"] = made
 
 
 def _value(crate: Any, identifier: str, name: str, value: str) -> Any:

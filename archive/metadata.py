@@ -14,7 +14,18 @@ SOURCE = "archive/metadata.toml"
 #: DOIs of Zenodo, the archive that .zenodo.json is for
 DOI = re.compile(r"10\.5281/zenodo\.[1-9][0-9]{0,11}")
 ORCID = re.compile(r"(\d{4}-){3}\d{3}[\dX]")
-NEEDED = ("title", "version", "description", "keywords", "doi", "repository", "author", "preprint", "companion", "licence")
+NEEDED = (
+    "title",
+    "version",
+    "description",
+    "keywords",
+    "doi",
+    "repository",
+    "author",
+    "preprint",
+    "companion",
+    "licence",
+)
 
 
 def load(root: Path = ROOT) -> dict[str, Any]:

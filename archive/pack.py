@@ -43,7 +43,9 @@ def collected(root: Path = ROOT) -> tuple[tree.Tree, dict[str, bytes]]:
     seal.verify(root)
     rows, intact = verify.report(root)
     if not intact:
-        raise SelfcheckError("outputs are not what the evidence gives; `nox -s verify` says which, and what renews them")
+        raise SelfcheckError(
+            "outputs are not what the evidence gives; `nox -s verify` says which, and what renews them"
+        )
     if wrong := metadata.differences(root):
         raise SelfcheckError("\n  ".join(wrong))
     found = tree.read(root)

@@ -19,7 +19,9 @@ UNSIGNED = "unsigned: no signature; whoever made this archive is not known"
 def _ssh_keygen(*words: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     program = shutil.which("ssh-keygen")
     if program is None:
-        raise SelfcheckError("no ssh-keygen on the PATH, which signs and verifies; it comes with OpenSSH (8.1 or newer)")
+        raise SelfcheckError(
+            "no ssh-keygen on the PATH, which signs and verifies; it comes with OpenSSH (8.1 or newer)"
+        )
     return subprocess.run([program, *words], input=data, capture_output=True)
 
 

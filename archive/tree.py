@@ -6,7 +6,7 @@ import hashlib
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from selfcheck.harness.files import SelfcheckError
@@ -66,14 +66,9 @@ def read(root: Path) -> Tree:
     """The tracked files under ``root``, from git where it is a repository, else as an unpacked archive.
 
     Raises:
-        SelfcheckError: if it is neither, if a tracked file is not as committed, is a link, or has the name of
-            something that is made, or if the files are not those of the commit.
+        SelfcheckError: if it is neither, or the files are not those of the commit.
     """
-    found = _from_git(root) if (root / ".git").exists() else _from_archive(root)
-    if taken := sorted(set(MADE) & set(found.files)):
-        raise SelfcheckError(f"{', '.join(taken)}: tracked by git, but made for each archive; allowed is another name")
-    check_commit(found)
-    return found
+    return from_git(root) if (root / ".git").exists() else from_archive(root)
 
 
 def check_commit(tree: Tree) -> None:
@@ -97,7 +92,12 @@ def _git(root: Path, *words: str) -> bytes:
         raise SelfcheckError(f"git {words[0]} stopped: {error.stderr.decode(errors='replace').strip()}") from error
 
 
-def _from_git(root: Path) -> Tree:
+def from_git(root: Path) -> Tree:
+    """The tracked files of a git repository.
+
+    Raises:
+        SelfcheckError: naming those that are not as committed, are no plain files, or have a name that is made.
+    """
     changed = _git(root, "status", "--porcelain", "-z", "--untracked-files=no").decode()
     if changed:
         names = [entry[3:] for entry in changed.split("\0") if entry[2:3] == " "]
@@ -109,19 +109,33 @@ def _from_git(root: Path) -> Tree:
     odd = sorted(name for name, mode in modes.items() if mode not in ("100644", "100755"))
     if odd:
         raise SelfcheckError(f"{', '.join(odd)}: not a plain file; allowed are files only, no links and no submodules")
+    if taken := sorted(set(MADE) & set(modes)):
+        raise SelfcheckError(f"{', '.join(taken)}: tracked by git, but made for each archive; allowed is another name")
     files = {name: (root / name).read_bytes() for name in sorted(modes)}
     commit = _git(root, "cat-file", "commit", "HEAD").decode()
-    return Tree(files, frozenset(name for name, mode in modes.items() if mode == "100755"), commit)
+    found = Tree(files, frozenset(name for name, mode in modes.items() if mode == "100755"), commit)
+    check_commit(found)
+    return found
 
 
-def _from_archive(root: Path) -> Tree:
+def from_archive(root: Path) -> Tree:
+    """The tracked files of an unpacked archive, by its list and its statement.
+
+    Raises:
+        SelfcheckError: if it is none, or naming the files that are not as they were unpacked.
+    """
     if not (root / listing.MANIFEST).is_file():
-        raise SelfcheckError(f"{root}: neither a git repository nor an unpacked archive ({listing.MANIFEST} is missing)")
+        raise SelfcheckError(
+            f"{root}: neither a git repository nor an unpacked archive ({listing.MANIFEST} is missing)"
+        )
+    # The statement is about a tree: imported here, as it imports this module.
     from . import statement
 
     listed = listing.read(root)
     if wrong := listing.wrong(root, listed):
         raise SelfcheckError("not as it was unpacked:\n  " + "\n  ".join(wrong))
     said: dict[str, Any] = statement.read(root)["predicate"]["source"]
-    files = {name: (root / PurePosixPath(name)).read_bytes() for name in sorted(listed) if name not in MADE}
-    return Tree(files, frozenset(said["executable"]), said["commit"])
+    files = {name: (root / name).read_bytes() for name in sorted(listed) if name not in MADE}
+    found = Tree(files, frozenset(said["executable"]), said["commit"])
+    check_commit(found)
+    return found
