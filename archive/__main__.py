@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -79,18 +80,20 @@ def check_command(file: Path, no_selfcheck: bool, only: tuple[str, ...], allowed
     asked = check.Asked(allowed_signers.resolve(), not no_selfcheck, only)
     steps = check.check(file.resolve(), asked, click.echo)
     for step in steps:
-        click.echo(f"{'ok   ' if step.ok else 'WRONG'} {step.name:<20} " + ("\n" + 27 * " ").join(step.said))
+        click.echo(f"{'ok   ' if step.ok else 'WRONG'} {step.name:<20} " + step.said.replace("\n", "\n" + 27 * " "))
     if wrong := [step.name for step in steps if not step.ok]:
         raise SelfcheckError(f"{file}: wrong in {', '.join(wrong)}")
 
 
 @main.command("validate")
-@click.argument("folder", type=Path)
-def validate_command(folder: Path) -> None:
-    """Show the metadata of an unpacked archive to the tools that read them."""
+@click.argument("file", type=Path)
+def validate_command(file: Path) -> None:
+    """Show the metadata of an archive, packed or unpacked, to the tools that read them."""
     from . import validate
+    from .unpack import unpack
 
-    click.echo("\n".join(validate.run(folder)))
+    with tempfile.TemporaryDirectory(prefix="qaxis-archive-") as folder:
+        click.echo("\n".join(validate.run(file if file.is_dir() else unpack(file, Path(folder) / "unpacked"))))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from selfcheck.harness import seal
@@ -28,14 +28,14 @@ UNTRUSTED = (
 KEPT = ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LD_LIBRARY_PATH", "NUMBER_OF_PROCESSORS")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
     """One row of the table."""
 
     name: str
     ok: bool
     #: what was found, or everything that is wrong
-    said: list[str] = field(default_factory=list)
+    said: str
 
 
 @dataclass(frozen=True)
@@ -56,92 +56,110 @@ def check(file: Path, asked: Asked, say: Callable[[str], None] = lambda line: No
     """
     with tempfile.TemporaryDirectory(prefix="qaxis-archive-") as folder:
         root, away = unpack(file, Path(folder) / "unpacked"), Path(folder)
-        steps = list(_intact(root, asked))
-        if all(step.ok for step in steps):
-            say(UNTRUSTED)
-            steps += _rerun(root, file, away, asked, say)
-        else:
-            steps.append(Step("the archive's code", False, ["not run: what is above is wrong"]))
-    return steps
+        steps = integrity(root, asked.allowed_signers)
+        if not all(step.ok for step in steps):
+            return [*steps, Step("the archive's code", False, "not run: what is above is wrong")]
+        say(UNTRUSTED)
+        return [*steps, *_rerun(root, file, away, asked, say)]
 
 
-def _step(name: str, work: Callable[[], list[str]], good: str = "") -> Step:
-    """A step that finds nothing wrong, or says all that is."""
+def _step(name: str, work: Callable[[], str]) -> Step:
+    """A step that says what it found, or what is wrong."""
     try:
-        wrong = work()
+        return Step(name, True, work())
     except SelfcheckError as error:
-        wrong = [str(error)]
-    return Step(name, not wrong, wrong or [good])
+        return Step(name, False, str(error))
 
 
-def _intact(root: Path, asked: Asked) -> Iterator[Step]:
-    """What the code here finds out about the files."""
+def _refuse(wrong: list[str]) -> None:
+    if wrong:
+        raise SelfcheckError("\n".join(wrong))
 
-    def listed() -> list[str]:
+
+def integrity(root: Path, allowed: Path) -> list[Step]:
+    """What the code here finds out about an unpacked archive, without running any of its own."""
+
+    def listed() -> str:
         names = listing.read(root)
-        return [*listing.wrong(root, names), *listing.unlisted(root, names, (tree.STATEMENT, tree.SIGNATURE))]
+        _refuse([*listing.wrong(root, names), *listing.unlisted(root, names, (tree.STATEMENT, tree.SIGNATURE))])
+        return f"{len(names)} files as listed, and no other"
 
-    yield _step(listing.MANIFEST, listed, "every file is as listed, and no other is there")
-    yield _step(tree.STATEMENT, lambda: statement.wrong(root), "is about these files")
+    def stated() -> str:
+        _refuse(statement.wrong(root))
+        return "about these files"
 
-    def from_commit() -> list[str]:
+    def committed() -> str:
         found = tree.from_archive(root)
-        said.append(f"{found.swhid}, commit {found.revision}")
-        return []
+        return f"{found.swhid}, of commit {found.revision}"
 
-    said: list[str] = []
-    step = _step("source tree", from_commit)
-    yield Step(step.name, step.ok, said or step.said)
-    try:
-        yield Step("signature", True, [signing.verify(root, asked.allowed_signers)])
-    except SelfcheckError as error:
-        yield Step("signature", False, [str(error)])
-    yield _step("seal", lambda: seal.differences(root), "every sealed file is as locked")
+    def sealed() -> str:
+        seal.verify(root)
+        return "every sealed file is as locked"
+
+    return [
+        _step(listing.MANIFEST, listed),
+        _step(tree.STATEMENT, stated),
+        _step("source tree", committed),
+        _step("signature", lambda: signing.verify(root, allowed)),
+        _step("seal", sealed),
+    ]
 
 
-def _rerun(root: Path, file: Path, away: Path, asked: Asked, say: Callable[[str], None]) -> Iterator[Step]:
-    """What the archive's own code says, draws, builds and measures."""
+def _rerun(root: Path, file: Path, away: Path, asked: Asked, say: Callable[[str], None]) -> list[Step]:
+    """What the archive's own code says, draws, builds, packs and measures."""
     drawn, measured, packed = away / "drawn", away / "measured", away / "packed"
 
-    def run(*words: str) -> list[str]:
+    def run(*words: str) -> None:
         say(f"python -m {' '.join(words)}")
-        return _run(root, away, *words)
+        _run(root, away, *words)
 
-    yield _step("archive verify", lambda: run("archive", "verify"), "every output is what its manifest says")
-    figures = _step("figures", lambda: run("figures", "--output", str(drawn)))
-    yield _compared(figures, root, drawn) if figures.ok else figures
-    # It reads the figures that were just drawn, not those that came with the archive.
-    paper = _step("paper", lambda: run("paper", "--output", str(drawn)))
-    yield _compared(paper, root, drawn) if paper.ok else paper
-    again = _step("packed again", lambda: run("archive", "pack", "--output", str(packed)))
-    yield _same_file(again, file, packed) if again.ok else again
-    if asked.selfcheck:
+    def verified() -> str:
+        run("archive", "verify")
+        return "every output is what its manifest says"
+
+    def redrawn(program: str) -> str:
+        run(program, "--output", str(drawn))
+        return _compared(root, drawn, program)
+
+    def packed_again() -> str:
+        run("archive", "pack", "--output", str(packed))
+        _refuse([] if _same(file, packed) else ["its own code packs another file"])
+        return "byte for byte the same file"
+
+    def measured_again() -> str:
         only = [word for claim in asked.only for word in ("--only", claim)]
-        words = ("selfcheck", "run", "--quick", "--output", str(measured), *only)
-        yield _step("self-check, quick", lambda: run(*words), "every claim that was run passed")
+        run("selfcheck", "run", "--quick", "--output", str(measured), *only)
+        return f"passed: {', '.join(asked.only) or 'every claim that needs no GPU'}"
+
+    steps = [_step("archive verify", verified), _step("figures", lambda: redrawn("figures"))]
+    # The paper reads the figures that were just drawn, not those that came with the archive.
+    steps += [_step("paper", lambda: redrawn("paper")), _step("packed again", packed_again)]
+    return [*steps, _step("self-check, quick", measured_again)] if asked.selfcheck else steps
 
 
-def _compared(step: Step, root: Path, drawn: Path) -> Step:
-    """What a step redrew into its folder, byte for byte against what came with the archive."""
-    made = sorted(p.relative_to(drawn).as_posix() for p in (drawn / step.name).rglob("*") if p.is_file())
-    wrong = [f"{name}: redrawn, it is not the file of the archive" for name in made if not _equal(root, drawn, name)]
-    if not made:
-        wrong = ["nothing was made"]
-    return Step(step.name, not wrong, wrong or [f"{len(made)} files redrawn, byte for byte those of the archive"])
+def _compared(root: Path, drawn: Path, program: str) -> str:
+    """What was redrawn, byte for byte against what came with the archive."""
+    made = sorted(p.relative_to(drawn).as_posix() for p in (drawn / program).rglob("*") if p.is_file())
+    _refuse([] if made else ["nothing was made"])
+    _refuse([f"{x}: redrawn, it is another file than the archive's" for x in made if not _equal(root, drawn, x)])
+    return f"redrawn byte for byte: {len(made)} files"
 
 
 def _equal(root: Path, drawn: Path, name: str) -> bool:
     return (root / name).is_file() and sha256(root / name) == sha256(drawn / name)
 
 
-def _same_file(step: Step, file: Path, packed: Path) -> Step:
+def _same(file: Path, packed: Path) -> bool:
     made = list(packed.glob("*.tar.gz"))
-    same = len(made) == 1 and sha256(made[0]) == sha256(file)
-    return Step(step.name, same, ["byte for byte the same file" if same else "its own code packs another file"])
+    return len(made) == 1 and sha256(made[0]) == sha256(file)
 
 
-def _run(root: Path, away: Path, *words: str) -> list[str]:
-    """Run a module of the archive where it was unpacked, knowing of nothing else; its last words if it fails."""
+def _run(root: Path, away: Path, *words: str) -> None:
+    """Run a module of the archive where it was unpacked, knowing of nothing else.
+
+    Raises:
+        SelfcheckError: with its last words, if it fails.
+    """
     home = away / "home"
     home.mkdir(exist_ok=True)
     env = {name: os.environ[name] for name in KEPT if name in os.environ}
@@ -151,6 +169,6 @@ def _run(root: Path, away: Path, *words: str) -> list[str]:
         [sys.executable, "-m", *words], cwd=root, env=env, capture_output=True, text=True, encoding="utf-8",
         errors="replace", stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    if not done.returncode:
-        return []
-    return [f"exit {done.returncode}", *(done.stdout + done.stderr).strip().splitlines()[-25:]]
+    if done.returncode:
+        last = (done.stdout + done.stderr).strip().splitlines()[-25:]
+        raise SelfcheckError("\n".join([f"exit {done.returncode}", *last]))

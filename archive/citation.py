@@ -136,8 +136,8 @@ def zenodo(said: dict[str, Any], root: Path) -> bytes:
         "version": said["version"],
         "description": f"<p>{said['description']}</p>",
         "creators": [
-            {"name": f"{author['family']}, {author['given']}"} | ({"orcid": author["orcid"]} if "orcid" in author else {})
-            for author in said["author"]
+            {"name": f"{x['family']}, {x['given']}"} | ({"orcid": x["orcid"]} if "orcid" in x else {})
+            for x in said["author"]
         ],
         "access_right": "open",
         "license": first["id"],

@@ -34,8 +34,9 @@ FILES = (
     (SBOM, "What the package is installed with (CycloneDX)", "application/vnd.cyclonedx+json"),
 )  # fmt: skip
 FOLDERS = {
-    "src/": "The library", "selfcheck/": "The self-check and its evidence", "figures/": "The figures and what draws them",
-    "paper/": "The paper and what builds it", "tests/": "Tests of what is not a claim",
+    "src/": "The library", "selfcheck/": "The self-check and its evidence",
+    "figures/": "The figures and what draws them", "paper/": "The paper and what builds it",
+    "tests/": "Tests of what is not a claim",
 }  # fmt: skip
 DATA = ("selfcheck/evidence/", "paper/", "figures/", "README", "CITATION", "codemeta")
 
@@ -89,7 +90,8 @@ def _licence(licence: dict[str, str]) -> dict[str, Any]:
 
 def _file(data: bytes, about: str, media: str) -> dict[str, Any]:
     return {
-        "name": about, "encodingFormat": media, "contentSize": str(len(data)), "sha256": hashlib.sha256(data).hexdigest(),
+        "name": about, "encodingFormat": media, "contentSize": str(len(data)),
+        "sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
 
 

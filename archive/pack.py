@@ -41,7 +41,7 @@ def collected(root: Path = ROOT) -> tuple[tree.Tree, dict[str, bytes]]:
     from . import sbom, verify
 
     seal.verify(root)
-    rows, intact = verify.report(root)
+    _, intact = verify.report(root)
     if not intact:
         raise SelfcheckError(
             "outputs are not what the evidence gives; `nox -s verify` says which, and what renews them"
