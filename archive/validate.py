@@ -16,7 +16,7 @@ from selfcheck.harness.files import ROOT, SelfcheckError
 
 from . import crate
 
-SCHEMAS = {".zenodo.json": "archive/zenodo.schema.json", "codemeta.json": "archive/codemeta.schema.json"}
+SCHEMAS = {".zenodo.json": "archive/schemas/zenodo.json", "codemeta.json": "archive/schemas/codemeta.json"}
 
 
 def run(folder: Path) -> list[str]:
