@@ -164,7 +164,7 @@ def _run(root: Path, away: Path, *words: str) -> None:
     home.mkdir(exist_ok=True)
     env = {name: os.environ[name] for name in KEPT if name in os.environ}
     env |= {"HOME": str(home), "USERPROFILE": str(home), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+            "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", *words], cwd=root, env=env, capture_output=True, text=True, encoding="utf-8",
         errors="replace", stdin=subprocess.DEVNULL,
