@@ -52,7 +52,7 @@ def pack_command(output: Path) -> None:
     from . import pack
 
     made, packed, plain = pack.pack(output)
-    click.echo(f"{packed}  {made}\n{plain}  the .tar inside\n{signing.verify(ROOT, ROOT / signing.ALLOWED)}")
+    click.echo(f"{packed}  {made}\n{plain}  the .tar inside\n{signing.described(ROOT, ROOT / signing.ALLOWED)}")
 
 
 @main.command("unpack")

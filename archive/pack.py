@@ -73,4 +73,5 @@ def state(key: Path | None, root: Path = ROOT) -> list[str]:
     if key is None:
         return [f"wrote {tree.STATEMENT}, {signing.UNSIGNED}"]
     signing.sign(key, root)
-    return [f"wrote {tree.STATEMENT}", f"signed it: {tree.SIGNATURE}; `nox -s archive` packs both"]
+    said = signing.described(root, root / signing.ALLOWED)
+    return [f"wrote {tree.STATEMENT} and {tree.SIGNATURE}, which `nox -s archive` packs", said]
