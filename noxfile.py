@@ -21,9 +21,9 @@ def install(session: nox.Session, *lists: str, options: tuple[str, ...] = ()) ->
         session.install("--require-hashes", *options, *files)
     except nox.command.CommandFailed:
         session.error(
-            f'pip, above, could not install requirements/{{{",".join(lists)}}}.txt. "No matching distribution": the '
-            f"package has no wheel for this machine ({sys.platform}, {platform.machine()}); the lists are for {PLATFORMS}. "
-            '"Do not match the hashes": the index gave another file than the one that was locked; do not use it.'
+            f"requirements/{{{','.join(lists)}}}.txt could not be installed; pip says why, above. 'No matching "
+            f"distribution': no wheel for this machine ({sys.platform} {platform.machine()}); the lists are for "
+            f"{PLATFORMS}. 'Do not match the hashes': the index gave another file than the locked one; do not use it."
         )
 
 

@@ -24,7 +24,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 #: environments with the library, and so with a torch from torch.txt or torch-cpu.txt: extras of pyproject.toml
 WITH_LIBRARY = {
     "selfcheck": ["selfcheck"],
-    "tests": ["tests", "figures", "archive"],
+    "tests": ["tests", "figures", "archive", "nox"],
     "lint": ["lint", "selfcheck", "figures", "archive"],
 }
 #: environments that read evidence, without torch
@@ -85,7 +85,7 @@ def project() -> dict[str, list[str]]:
 def packages(extras: Iterable[str]) -> list[str]:
     """What these extras ask for, those they name among themselves (`qaxis[selfcheck]`) included."""
     lists = project()["optional-dependencies"]
-    asked = []
+    asked: list[str] = []
     for extra in extras:
         for line in lists[extra]:  # type: ignore[call-overload]
             inner = Requirement(line)

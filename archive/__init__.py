@@ -1,0 +1,1 @@
+"""The archive: what binds and packs everything that the project gives out. Downstream of all else."""
