@@ -15,7 +15,7 @@ SEALED = (
     "src/qaxis/**/*.py", "src/qaxis/**/*.cu*", "src/qaxis/**/*.hpp",
     "selfcheck/**/*.py", "selfcheck/*.toml", "selfcheck/inputs/*.toml",
     "selfcheck/golden.json",
-    "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "constraints*.txt",
+    "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "paper/proofs/*.toml", "constraints*.txt",
     "pyproject.toml", "noxfile.py",
 )  # fmt: skip
 
