@@ -158,6 +158,12 @@ MUTANTS = (
     Mutant("proofs", "zero query allowed", PROOF, "Corollary query_axis_top : forall dim q keys n k, nonzero dim q ->", "Corollary query_axis_top : forall dim q keys n k,"),
     Mutant("proofs", "a step assumed", PROOF, "Proof. intros. apply same_order_top. now apply query_axis_order. Qed.", "Admitted."),
     Mutant("proofs", "tie rule not strict", PROOF, "(s i = s j /\\ (i < j)%nat)", "(s i = s j /\\ (i <= j)%nat)"),
+    Mutant("test_proofs.py::test_an_attack_on_the_proofs_is_refused", "what a definition stands for is not compared", "selfcheck/checks/proofs.py", 'if name in said.bodies and name not in UNPRINTED:', "if False:"),
+    Mutant("test_proofs.py::test_an_attack_on_the_proofs_is_refused", "a statement's type is not compared", "selfcheck/checks/proofs.py", "if fields.get(what) != was.get(what):", 'if what != "type" and fields.get(what) != was.get(what):'),
+    Mutant("test_proofs.py::test_an_attack_on_the_proofs_is_refused", "objects that are not pinned pass", "selfcheck/checks/coq.py", "    if set(types) != set(names):\n", "    if False:\n"),
+    Mutant("test_proofs.py::test_answers_that_are_not_understood_are_refused", "what is not understood of assumptions is passed over", "selfcheck/checks/coq.py", "        if found is None:\n            raise RefusedError(f\"{name}: Print Assumptions says {entry", "        if found is None:\n            continue\n            raise RefusedError(f\"{name}: Print Assumptions says {entry"),
+    Mutant("test_proofs.py::test_the_checker_alone_finds_what_is_unsafe", "coqchk's unsafe fixpoints pass", "selfcheck/checks/coq.py", "        if sections.get(title) != expected.get(title):", '        if "unsafe" not in title and sections.get(title) != expected.get(title):'),
+    Mutant("test_proofs.py::test_the_axioms_that_coqchk_names_are_the_pinned_ones", "any axiom that coqchk names passes", "selfcheck/checks/proofs.py", "    if not alone and {short", "    if False and {short"),
     # Floating point
     Mutant("fp-order", "bound forgets the depth of the tree", "src/qaxis/arithmetic/rounding.py", "gamma(levels + 3)", "gamma(1)"),
     Mutant("fp-order", "products rounded to bfloat16", ARITHMETIC, "return tree_sum(q * k)", "return tree_sum((q * k).bfloat16().float())"),

@@ -504,7 +504,7 @@ def test_evidence_renews_what_is_due_and_resumes(tree):
 
 def test_two_jobs_measure_what_one_does_and_a_crash_is_a_failed_claim(tree):
     crash = "    import ctypes, warnings\n    warnings.warn('a library warns')\n    ctypes.string_at(0)\n"
-    edit(tree, "selfcheck/checks/proofs.py", "    compiler = shutil", f"{crash}    compiler = shutil")
+    edit(tree, "selfcheck/checks/proofs.py", "    found = asking", f"{crash}    found = asking")
     seal.seal(tree)
     claims = [x for name in ("thm1-stops", "thm1-extends", "proofs") for x in ("--only", name)]
     found = []

@@ -2,7 +2,7 @@
    axis u = q/|q| is ranking them by <q, k>, ties included, and every top-k set is the same.
 
    Vectors are functions nat -> R of which the first [dim] entries count. Keys are numbered; a tie goes
-   to the lower number. Checked by `coqc QueryAxis.v`; the end of the file prints the axioms in use. *)
+   to the lower number. Checked by `coqc QueryAxis.v`. What it proves is pinned in statements.toml. *)
 
 Require Import Reals Lra Lia Psatz List Sorted PeanoNat Compare_dec.
 Import ListNotations.
