@@ -1,0 +1,169 @@
+"""Outputs bound to the evidence: what `verify` says of each file and claim, and README's numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from archive import manifest, metadata, readme, roots, verify
+from figures import drawn
+from paper import numbers
+from selfcheck.harness import digests, evidence, seal, versions
+from selfcheck.harness.files import ROOT, SelfcheckError
+
+KEPT = ("README.md", "CONTRIBUTING.md", "THREATS.md", "LICENSE-CODE.txt", "LICENSE-TEXT-DATA.txt", "examples")
+
+
+def renewed(record: dict, claim: dict, tree: Path) -> dict:
+    """A committed record as if it had been measured with the tree as it is."""
+    depends = {name: digests.digest(tree, name) for name in record["depends"]}
+    said = {name: claim[name] for name in ("statement", "status", "check")}
+    return {**record, **said, "depends": {name: x for name, x in depends.items() if x} | _check(claim, tree)}
+
+
+def _check(claim: dict, tree: Path) -> dict[str, str]:
+    name = evidence.check_file(claim)
+    return {name: str(digests.digest(tree, name))}
+
+
+@pytest.fixture
+def bound(tree: Path) -> Path:
+    """A sealed tree with believable evidence of every claim, and everything that is made from it."""
+    for name in KEPT:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tree / name)
+    claims = {claim["id"]: claim for claim in seal.claims(tree)}
+    for name in (evidence.DEFAULT, evidence.GPU):
+        records = json.loads((ROOT / name).read_text("utf-8"))["records"]
+        one = [renewed(r, claims[r["claim"]], tree) for r in records if "H200" not in r["device"]]
+        evidence.write(tree / name, one)
+    seal.seal(tree)
+    bind(tree)
+    return tree
+
+
+def bind(tree: Path) -> None:
+    """What figures and paper leave, but for drawing and typesetting."""
+    records = evidence.accepted(tree)
+    ledger = {}
+    for name in drawn.included((tree / "paper/paper.tex").read_text("utf-8")):
+        watched = drawn.Watched(records)
+        watched["thm1"]
+        ledger[name] = drawn.entry(name, watched, tree)
+    drawn.write(ledger, tree)
+    (tree / numbers.TARGET).write_text(numbers.render(records, tree), "utf-8", newline="\n")
+    text = (tree / readme.README).read_text("utf-8")
+    (tree / readme.README).write_text(readme.render(text, records, tree), "utf-8", newline="\n")
+    metadata.write(tree)
+    manifest.write({}, roots.content_root(tree), tree)
+
+
+def words(tree: Path) -> dict[str, str]:
+    """Of every row that is not as it should be, its word."""
+    rows, intact = verify.report(tree)
+    found = {row.name: row.word for row in rows if not row.good}
+    assert intact == (set(found.values()) <= {verify.NOT_RUN})
+    return found
+
+
+def test_a_tree_in_order_is_intact_and_what_one_more_card_would_add_is_said(bound):
+    assert words(bound) == {"golden-gpu on H200": "not run"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["figures/entropy.pdf", "figures/stages.png", "figures/figures.json", "paper/paper.pdf", "paper/numbers.tex",
+     "README.md", "examples/reviewer.py", "CITATION.cff", "codemeta.json", "LICENSE-CODE.txt", "THREATS.md"],
+)  # fmt: skip
+def test_an_edited_output_is_named(bound, name):
+    with (bound / name).open("ab") as stream:
+        stream.write(b" ")
+    assert words(bound)[name] == "edited"
+
+
+def test_a_missing_and_an_added_output_are_named(bound):
+    (bound / "figures/entropy.png").unlink()
+    (bound / "examples/more.py").write_text("")
+    assert {"figures/entropy.png": "edited", "examples/more.py": "edited"}.items() <= words(bound).items()
+
+
+def test_a_number_that_was_bound_but_is_not_of_the_evidence_is_stale(bound):
+    """Whoever edits and binds again has the manifest on their side, and not the evidence."""
+    for name, old, new in (
+        ("README.md", "<!--qx content-->", "<!--qx content-->0"),
+        ("paper/numbers.tex", "\\qxset{", "\\qxset{ "),
+        ("CITATION.cff", "sha256:", "sha256:0"),
+    ):
+        path = bound / name
+        path.write_text(path.read_text("utf-8").replace(old, new, 1), "utf-8", newline="\n")
+    manifest.write({}, "0" * 64, bound)
+    assert words(bound) == {
+        "golden-gpu on H200": "not run", "numbers of README.md": "stale", "numbers.tex of this evidence": "stale",
+        "content root": "stale", "CITATION.cff, codemeta.json, .zenodo.json": "stale",
+    }  # fmt: skip
+
+
+def test_evidence_is_said_to_be_forged_edited_stale_or_not_run(bound):
+    path = bound / evidence.DEFAULT
+    before = path.read_text("utf-8")
+    document = json.loads(before)
+    document["records"][0]["seconds"] += 1
+    path.write_text(json.dumps(document))
+    assert words(bound)[evidence.DEFAULT] == "forged"
+    path.write_text(before.replace('"records"', '"record"'))
+    assert words(bound)[evidence.DEFAULT] == "edited"
+    path.unlink()
+    assert words(bound)[evidence.DEFAULT] == "not run"
+    evidence.write(path, document["records"][1:])
+    assert words(bound)[document["records"][0]["claim"]] == "not run"
+    records = [{**r, "versions": {**r["versions"], "torch": "1.0"}} for r in document["records"]]
+    evidence.write(path, records)
+    found = words(bound)
+    assert {found[r["claim"]] for r in records} == {"stale"} and versions.CPU_LIST
+    evidence.write(path, [{**r, "passed": False} for r in document["records"]])
+    assert words(bound)[document["records"][3]["claim"]] == "failed"
+
+
+def test_a_broken_seal_is_named_file_by_file_and_stops_nothing_from_being_said(bound):
+    (bound / "paper/paper.tex").write_text("We also prove P = NP.")
+    (bound / "src/tomlkit.py").write_text("")
+    assert {"paper/paper.tex": "edited", "src/tomlkit.py": "edited"}.items() <= words(bound).items()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "files": 3}', "\x00", '{"a": NaN}'])
+def test_what_is_no_manifest_is_said_to_be_none(bound, text):
+    (bound / manifest.MANIFEST).write_text(text)
+    assert words(bound)[manifest.MANIFEST] == "edited"
+
+
+def test_a_number_of_the_readme_is_written_as_the_evidence_has_it(bound):
+    records = evidence.accepted(bound)
+    said = readme.render("<!--qx kv-formats.int8_ratio .3f-->9<!--/--> <!--qx claims.cpu-->x<!--/-->", records, bound)
+    value = records["kv-formats"]["values"]["int8_ratio"]["value"]
+    assert said.startswith(f"<!--qx kv-formats.int8_ratio .3f-->{value:.3f}<!--/-->") and "Twenty-one" in said
+    with pytest.raises(SelfcheckError, match="no-such"):
+        readme.render("<!--qx no-such.value-->1<!--/-->", records, bound)
+    assert [readme.in_words(n) for n in (7, 20, 41)] == ["Seven", "Twenty", "Forty-one"]
+
+
+def test_what_goes_to_tex_is_text(bound):
+    """A record's text reaches TeX escaped, whatever it says."""
+    records = evidence.accepted(bound)
+    hostile = r"\input{/etc/hostname} $x^2_1$ & # % ~ {}"
+    for claim in ("golden", "flag-off", "families", "ablation"):
+        for row in records[claim]["data"]["rows"]:
+            row.update({k: hostile for k, x in row.items() if isinstance(x, str)})
+    for record in records.values():
+        record["device"], record["versions"] = hostile, {"python": hostile}
+    records["proofs"]["data"]["coq"] = hostile
+    assert r"\input" not in numbers.render(records, bound).replace(r"\textbackslash{}input", "")
+
+
+def test_a_record_without_what_is_shown_of_it_is_named_in_a_sentence(bound):
+    records = evidence.accepted(bound)
+    records["kv-speed"]["data"]["rows"][0].pop("dense")
+    with pytest.raises(SelfcheckError, match=r"table caches .*KeyError"):
+        numbers.render(records, bound)
