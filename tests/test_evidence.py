@@ -25,7 +25,7 @@ from selfcheck.harness.run import Options
 from .test_harness import alive_in, command, ran, records, write_both
 
 CLAIMS = {claim["id"]: claim for claim in seal.claims()}
-COMMITTED = [*evidence.read(ROOT / evidence.DEFAULT), *evidence.read(ROOT / evidence.GPU)]
+COMMITTED = evidence.committed()
 
 
 def committed(claim: str) -> dict:
