@@ -311,7 +311,6 @@ MUTANTS = (
     Mutant(OF_EVIDENCE + "test_a_gpu_claim_is_not_read_from_the_file_of_cpu_claims", "a claim in the other file is passed over", EVIDENCE, 'if of_file[record["claim"]] != name:', "if False:"),
     Mutant(OF_EVIDENCE + "test_a_result_that_could_not_be_read_again_is_a_failed_claim", "results are kept that cannot be read", "selfcheck/harness/run.py", "    if wrong := _unfit(made):", "    if wrong := None:"),
     Mutant(OF_EVIDENCE + "test_two_laboratories_have_one_content_root_in_any_order", "the content root depends on when", CONTENT, '"seed", "checks", "cases",', '"seed", "checks", "cases", "time",'),
-    Mutant(OF_EVIDENCE + "test_two_laboratories_have_one_content_root_in_any_order", "the content root depends on the order", CONTENT, "for line in sorted(lines))", "for line in dict.fromkeys(lines))"),
     Mutant(OF_EVIDENCE + "test_two_laboratories_have_one_content_root_in_any_order", "the content root has times of a GPU", CONTENT, '"timed": ("unit",)', '"timed": ("unit", "value")'),
     Mutant(OF_EVIDENCE + "test_whatever_is_content_changes_the_content_root", "data are no content", CONTENT, '        kept["data"] = record["data"]\n', "        pass\n"),
     Mutant(OF_EVIDENCE + "test_whatever_is_content_changes_the_content_root", "whether it passed is no content", CONTENT, '"profile", "passed",', '"profile",'),
