@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .content import claim_of, content
-from .files import ROOT, source
-from .records import DEFAULT, GPU, Record, card, read
+from .files import ROOT
+from .records import Record, card
 from .states import State, judge
 
 #: what a comparison may find
@@ -30,11 +30,6 @@ class Row:
     repeats: str
     word: str
     why: str = ""
-
-
-def committed(root: Path = ROOT) -> list[Record]:
-    """The records of the tree. Raises as ``read``."""
-    return [record for name in (DEFAULT, GPU) for record in read(source(name, root), root)]
 
 
 def compare(theirs: list[Record], ours: list[Record], root: Path = ROOT) -> list[Row]:

@@ -17,7 +17,7 @@ import jsonschema
 from jsonschema.exceptions import best_match
 
 from . import seal
-from .files import ROOT, SelfcheckError, write_atomic
+from .files import ROOT, SelfcheckError, source, write_atomic
 from .strict import parse, shown
 
 Record = dict[str, Any]
@@ -76,6 +76,11 @@ def read(path: Path, root: Path = ROOT, *, retired: bool = False) -> list[Record
     if chain(records) != (document["links"], document["root"]):
         raise SelfcheckError(f"{path}: the hash chain does not hold, a record was edited; {MEND}")
     return _of_claims(path, records, {claim["id"]: claim for claim in seal.claims(root)}, retired)
+
+
+def committed(root: Path = ROOT) -> list[Record]:
+    """The records of the tree. Raises as ``read``."""
+    return [record for name in (DEFAULT, GPU) for record in read(source(name, root), root)]
 
 
 def load(path: Path) -> dict[str, Record]:
