@@ -132,8 +132,8 @@ def wheel(folder: Path, text: str) -> Path:
 
 def pip(folder: Path, listed: str) -> subprocess.CompletedProcess[str]:
     (folder / "list.txt").write_text(listed)
-    command = [sys.executable, "-m", "pip", "install", "--require-hashes", "--no-index", "--find-links", str(folder),
-               "--target", str(folder / "there"), "-r", str(folder / "list.txt")]  # fmt: skip
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--require-hashes", "--no-index"]
+    command += ["--find-links", str(folder), "-r", str(folder / "list.txt")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     return subprocess.run(command, capture_output=True, text=True, env={**environment, "PIP_CONFIG_FILE": os.devnull})
 
@@ -147,7 +147,8 @@ def test_another_file_than_the_locked_one_is_not_installed(tmp_path: Path):
     refused = pip(tmp_path, listed)
     assert refused.returncode and "DO NOT MATCH THE HASHES" in refused.stderr
     path.write_bytes(data)
-    assert pip(tmp_path, listed).returncode == 0 and (tmp_path / "there/qaxis_probe.py").read_text() == "x = 1"
+    accepted = pip(tmp_path, listed)
+    assert accepted.returncode == 0 and "Would install qaxis-probe-1.0" in accepted.stdout
 
 
 class Session:
