@@ -270,7 +270,6 @@ def test_lists_are_all_written_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_the_bill_of_materials_has_every_package_once():
     sbom = pytest.importorskip("archive.sbom")
     text = sbom.render()
-    assert text == sbom.render()
     found = {(c["name"], c["version"]): c for c in json.loads(text)["components"]}
     wanted = {(canonicalize_name(line.name), line.version) for lines in LISTS.values() for line in lines}
     assert set(found) == wanted and len(json.loads(text)["components"]) == len(wanted)
@@ -287,11 +286,11 @@ def test_the_bill_of_materials_has_every_package_once():
 def test_the_bill_of_materials_is_of_its_content(tmp_path: Path):
     sbom = pytest.importorskip("archive.sbom")
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
-    assert sbom.render(tmp_path) == sbom.render()
+    first = sbom.render(tmp_path)
+    assert first == sbom.render()
     path = tmp_path / "requirements/tex.txt"
     path.write_text(path.read_text("utf-8").replace(LISTS["tex"][0].hashes[0], "0" * 64), "utf-8")
-    serials = {json.loads(sbom.render(root))["serialNumber"] for root in (ROOT, tmp_path)}
-    assert len(serials) == 2
+    assert json.loads(sbom.render(tmp_path))["serialNumber"] != json.loads(first)["serialNumber"]
     shutil.rmtree(tmp_path / "requirements")
     with pytest.raises(SelfcheckError, match="no lists of requirements"):
         sbom.render(tmp_path)
