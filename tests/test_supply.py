@@ -319,12 +319,14 @@ def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path: Path, monkeypatc
         path.mkdir()
         (path / "file").write_text("x")
     (temporary / "qaxis-link").symlink_to(kept[2], target_is_directory=True)
-    for path in (*gone, *kept, young[1]):
+    link = tree / "selfcheck/evidence/tmplink.staging"
+    link.symlink_to(kept[0])
+    for path in (*gone, *kept, young[1], link):
         old(path)
     (young[1] / "file").write_text("in use")
     assert sorted(leftovers.remove(tree, output)) == sorted(gone)
     assert not any(path.exists() for path in gone)
-    assert all(path.exists() for path in (*kept, *young, temporary / "qaxis-link", kept[2] / "file"))
+    assert all(path.exists() for path in (*kept, *young, link, temporary / "qaxis-link", kept[2] / "file"))
     assert leftovers.remove(tree, output) == []
 
 
