@@ -20,7 +20,7 @@ SEALED = (
     "selfcheck/*.json",
     "figures/*.py", "paper/*.py", "paper/paper.tex", "paper/proofs/*.v", "paper/proofs/*.toml",
     "archive/**/*.py", "archive/schemas/*.json", "archive/*.toml", "archive/allowed_signers",
-    "constraints*.txt", "requirements/*.txt", "pyproject.toml", "noxfile.py", ".gitattributes",
+    "constraints*.txt", "requirements/*.txt", "requirements/*.py", "pyproject.toml", "noxfile.py", ".gitattributes",
 )  # fmt: skip
 #: folders in which nothing lies but what is sealed and what is named here, and nothing is a link
 CLOSED = ("src", "selfcheck", "figures", "paper", "archive")
