@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,14 +35,6 @@ def source(name: str, root: Path = ROOT, output: Path | None = None) -> Path:
     """Where ``name`` is read: what was written below ``output`` stands for the tree's."""
     written = target(name, root, output)
     return written if written.exists() else root / name
-
-
-def clear_staging(folder: Path) -> None:
-    """Remove what processes that were killed left of ``write_atomic``: older than any write takes, so not another's."""
-    for path in folder.glob("tmp*.staging"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > 3600:
-                path.unlink()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -23,7 +23,7 @@ SEALED = (
     "constraints*.txt", "requirements/*.txt", "requirements/*.py", "pyproject.toml", "noxfile.py", ".gitattributes",
 )  # fmt: skip
 #: folders in which nothing lies but what is sealed and what is named here, and nothing is a link
-CLOSED = ("src", "selfcheck", "figures", "paper", "archive")
+CLOSED = ("src", "selfcheck", "figures", "paper", "archive", "requirements")
 #: {pattern of files that are not sealed: why they may be there}; ``*`` is of one folder's names, ``**`` of any depth
 EXPECTED = {
     "**/__pycache__/*.pyc": "byte code that Python keeps, and no command reads",
@@ -39,7 +39,7 @@ EXPECTED = {
     "paper/build/**/*": "what pdflatex leaves, run by hand",
     "paper/proofs/*.vo*": "what coqc leaves", "paper/proofs/*.glob": "what coqc leaves",
     "paper/proofs/.*.aux": "what coqc leaves", "paper/proofs/.*.cache": "what coqc leaves",
-    "archive/*.json": "what binds the outputs",
+    "archive/*.json": "what binds the outputs", "archive/allowed_signers": "keys, whose owners anybody may ask",
 }  # fmt: skip
 
 

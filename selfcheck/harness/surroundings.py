@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .files import SelfcheckError, clear_staging
+from .files import SelfcheckError
 
 OUTPUT_HELP = "Write below FOLDER, laid out as this tree is, instead of into the tree."
 
@@ -40,7 +40,6 @@ def check_writable(*paths: Path) -> None:
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            clear_staging(path.parent)
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".staging"):
                 pass
             if path.is_dir():
