@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from selfcheck import isolated
+
+if __name__ == "__main__":
+    isolated.enter("archive")
+
 import sys
 import tempfile
 from pathlib import Path
