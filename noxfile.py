@@ -97,6 +97,14 @@ def paper(session: nox.Session) -> None:
     except nox.command.CommandFailed:
         session.warn("requirements/tex.txt could not be installed; a pdflatex on the PATH will be used")
     session.run("python", "-m", "paper", *output(session))
+    session.run("python", "-m", "archive", "bind", *output(session))
+
+
+@nox.session
+def verify(session: nox.Session) -> None:
+    """Say of every file and claim whether it is intact, stale or edited, and what mends it. Reads only."""
+    install(session, "figures")
+    session.run("python", "-m", "archive", "verify", *session.posargs)
 
 
 @nox.session

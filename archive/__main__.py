@@ -1,4 +1,4 @@
-"""Command line: ``python -m archive [metadata|doi|statement|pack|unpack|check|validate]``; nox calls it."""
+"""Command line: ``python -m archive [bind|verify|metadata|doi|statement|pack|unpack|check|validate]``; nox calls it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from selfcheck.harness import surroundings
 from selfcheck.harness.files import ROOT, SelfcheckError
 
 from . import signing
@@ -21,6 +22,33 @@ from . import signing
 @click.group()
 def main() -> None:
     """What describes, binds, signs and packs this package."""
+
+
+@main.command("bind")
+@click.option("--output", metavar="FOLDER", type=Path, help=surroundings.OUTPUT_HELP)
+def bind_command(output: Path | None) -> None:
+    """Write what speaks of the evidence (README.md's numbers, metadata), and the manifest over every output."""
+    from . import bind
+
+    click.echo(f"bound in {bind.bind(output=surroundings.absolute(output))}")
+
+
+@main.command("verify")
+@click.option("--root", type=Path, default=ROOT, metavar="FOLDER", help="Another tree, read by the code of this one.")
+def verify_command(root: Path) -> None:
+    """Say of every file and claim whether it is intact, stale, edited, forged or not run, and what mends it."""
+    from . import verify
+
+    rows, intact = verify.report(root.resolve())
+    shown = [row for row in rows if not row.good] if not intact else rows
+    wide = max(len(row.name) for row in shown)
+    for row in shown:
+        said = f"{row.name:<{wide}}  {row.word:<8} {row.why}".rstrip()
+        click.echo(said + (f"\n{'':<{wide}}  -> {row.mend}" if row.mend and not row.good else ""))
+    words = [row.word for row in rows]
+    click.echo(", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words)))
+    if not intact:
+        raise SelfcheckError(f"{root}: not intact")
 
 
 @main.command("metadata")

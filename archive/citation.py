@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from . import roots
+from .roots import Basis
 
 ABOUT_ROOT = "Content root of the evidence (what was measured, without times, hosts and durations)"
 SPDX = "https://spdx.org/licenses/"
-
-
-def content_root(root: Path) -> str:
-    """The content root as an identifier."""
-    return f"sha256:{roots.content_root(root)}"
 
 
 def _pretty(document: dict[str, Any]) -> bytes:
@@ -31,10 +25,10 @@ def _cff_authors(said: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def cff(said: dict[str, Any], root: Path) -> bytes:
+def cff(said: dict[str, Any], basis: Basis) -> bytes:
     """CITATION.cff (Citation File Format 1.2.0)."""
     preprint, companion = said["preprint"], said["companion"]
-    identifiers = [{"type": "other", "value": content_root(root), "description": ABOUT_ROOT}]
+    identifiers = [{"type": "other", "value": basis.identifier, "description": ABOUT_ROOT}]
     document: dict[str, Any] = {
         "cff-version": "1.2.0",
         "message": "If you use this package, please cite the preprint.",
@@ -88,11 +82,11 @@ def _persons(said: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def codemeta(said: dict[str, Any], root: Path) -> bytes:
+def codemeta(said: dict[str, Any], basis: Basis) -> bytes:
     """codemeta.json (CodeMeta 3.0)."""
     preprint, companion = said["preprint"], said["companion"]
     identifiers: list[Any] = [
-        {"@type": "PropertyValue", "propertyID": "content root", "value": content_root(root), "description": ABOUT_ROOT}
+        {"@type": "PropertyValue", "propertyID": "content root", "value": basis.identifier, "description": ABOUT_ROOT}
     ]
     if said["doi"]:
         identifiers.insert(0, f"https://doi.org/{said['doi']}")
@@ -109,7 +103,7 @@ def codemeta(said: dict[str, Any], root: Path) -> bytes:
         "keywords": said["keywords"],
         "programmingLanguage": ["Python", "Triton", "CUDA C++", "Coq"],
         "runtimePlatform": "Python 3.10 or newer",
-        "dateModified": roots.newest(root).date().isoformat(),
+        "dateModified": basis.date.isoformat(),
         "readme": "README.md",
         "referencePublication": {
             "@type": "ScholarlyArticle",
@@ -122,7 +116,7 @@ def codemeta(said: dict[str, Any], root: Path) -> bytes:
     return _pretty(document)
 
 
-def zenodo(said: dict[str, Any], root: Path) -> bytes:
+def zenodo(said: dict[str, Any], basis: Basis) -> bytes:
     """.zenodo.json (the metadata of a deposit, as Zenodo documents them).
 
     Without a DOI even once there is one: Zenodo mints its own, and takes a DOI here for another publisher's.
@@ -142,7 +136,7 @@ def zenodo(said: dict[str, Any], root: Path) -> bytes:
         "access_right": "open",
         "license": first["id"],
         "keywords": said["keywords"],
-        "notes": f"{licences}. {ABOUT_ROOT}: {content_root(root)}.",
+        "notes": f"{licences}. {ABOUT_ROOT}: {basis.identifier}.",
         "related_identifiers": [
             {"scheme": "doi", "identifier": said["companion"]["doi"], "relation": "references"},
         ],

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomlkit
 
-from selfcheck.harness.files import ROOT, SelfcheckError, write_atomic
+from selfcheck.harness.files import ROOT, SelfcheckError, target, write_atomic
 
 SOURCE = "archive/metadata.toml"
 #: DOIs of Zenodo, the archive that .zenodo.json is for
@@ -81,24 +81,24 @@ def set_doi(minted: str, root: Path = ROOT) -> list[str]:
     return [SOURCE, *write(root)]
 
 
-def rendered(root: Path = ROOT) -> dict[str, bytes]:
-    """The files made from metadata.toml and the evidence, by name."""
+def rendered(root: Path = ROOT, output: Path | None = None) -> dict[str, bytes]:
+    """The files made from metadata.toml and the evidence, by name. Evidence below ``output`` stands for the tree's."""
     # Imported here: only what writes or compares these files needs a writer of YAML.
-    from . import citation
+    from . import citation, roots
 
-    said = load(root)
+    said, basis = load(root), roots.basis(root, output)
     return {
-        "CITATION.cff": citation.cff(said, root),
-        "codemeta.json": citation.codemeta(said, root),
-        ".zenodo.json": citation.zenodo(said, root),
+        "CITATION.cff": citation.cff(said, basis),
+        "codemeta.json": citation.codemeta(said, basis),
+        ".zenodo.json": citation.zenodo(said, basis),
     }
 
 
-def write(root: Path = ROOT) -> list[str]:
-    """Write what differs; returns the names of all."""
-    files = rendered(root)
+def write(root: Path = ROOT, output: Path | None = None) -> list[str]:
+    """Write them into the tree, or below ``output``; returns their names."""
+    files = rendered(root, output)
     for name, data in files.items():
-        write_atomic(root / name, data)
+        write_atomic(target(name, root, output), data)
     return list(files)
 
 

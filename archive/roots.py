@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selfcheck.harness import evidence
-from selfcheck.harness.files import SelfcheckError
+from selfcheck.harness.files import ROOT, SelfcheckError
 
 FILES = (evidence.DEFAULT, evidence.GPU)
 
 
-def records(root: Path) -> list[dict[str, Any]]:
-    """Every committed record. Raises SelfcheckError if a file of evidence cannot be read."""
-    return [record for name in FILES for record in evidence.read(root / name)]
+@dataclass(frozen=True)
+class Basis:
+    """What everything that is made from the evidence says of it."""
+
+    content_root: str
+    #: when the newest record was made
+    date: datetime.date
+
+    @property
+    def identifier(self) -> str:
+        return f"sha256:{self.content_root}"
 
 
-def content_root(root: Path) -> str:
-    """The root of what the evidence says, without when, where and how fast it was made."""
-    made = getattr(evidence, "content_root", _without_circumstances)
-    return made(records(root))
+def basis(root: Path = ROOT, output: Path | None = None) -> Basis:
+    """Root and date of the evidence that may be believed.
+
+    Raises:
+        SelfcheckError: if there is none, or a file of evidence cannot be read.
+    """
+    return Basis(content_root(root, output), newest(root, output).date())
 
 
-def _without_circumstances(found: list[dict[str, Any]]) -> str:
-    """Stands in for evidence.content_root where there is none."""
-    apart = ("time", "seconds", "host", "command", "versions", "machine", "run")
-    return evidence.chain([{k: v for k, v in record.items() if k not in apart} for record in found])[1]
+def content_root(root: Path = ROOT, output: Path | None = None) -> str:
+    """The root of what the evidence that may be believed says, without when, where and how fast it was made."""
+    return evidence.content_root(evidence.fresh(root, output), root)
 
 
-def chain_roots(root: Path) -> dict[str, str]:
+def chain_roots(root: Path = ROOT) -> dict[str, str]:
     """The root of the chain of each file of evidence, which is over times and hosts too."""
-    return {name: evidence.chain(evidence.read(root / name))[1] for name in FILES}
+    return {name: evidence.chain(evidence.read(root / name, root))[1] for name in FILES}
 
 
-def newest(root: Path) -> datetime.datetime:
+def newest(root: Path = ROOT, output: Path | None = None) -> datetime.datetime:
     """When the newest record was made, in UTC: the date of everything that is made from the evidence."""
-    times = [record["time"] for record in records(root)]
+    times = [record["time"] for record in evidence.fresh(root, output)]
     if not times:
         raise SelfcheckError(f"{root}: no evidence, so nothing to date the archive by; run `nox -s selfcheck` first")
     return max(datetime.datetime.fromisoformat(time).astimezone(datetime.timezone.utc) for time in times)

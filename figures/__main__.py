@@ -66,7 +66,9 @@ def draw(records: dict[str, dict[str, Any]], folder: Path, output: Path | None) 
     ledger = {}
     for name in FIGURES:
         watched = drawn.Watched(records)
-        save(importlib.import_module(f".{name}", __package__).draw(watched), folder, name)
+        with evidence.understood(f"figures/{name}.pdf"):
+            figure = importlib.import_module(f".{name}", __package__).draw(watched)
+        save(figure, folder, name)
         ledger[name] = drawn.entry(name, watched, output=output)
         print(f"figures/{name}.pdf, figures/{name}.png")
     return ledger

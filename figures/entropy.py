@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .style import BLUE, GREY, ORANGE, WIDTH
+from .style import BLUE, GREEN, GREY, ORANGE, WIDTH
 
 
 def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
@@ -17,6 +17,8 @@ def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
     lengths, rows = record["data"]["lengths"], record["data"]["entropy"]
     alpha, beta = record["values"]["alpha"]["value"], record["values"]["beta"]["value"]
     mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    longer = evidence["entropy-range"]["data"]
+    beyond = [sum(column) / len(longer["entropy"]) for column in zip(*longer["entropy"], strict=True)]
     fit = [alpha * math.log(n) + beta for n in lengths]
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7), layout="constrained")
     for axis, change in ((left, lambda h: h), (right, math.exp)):
@@ -24,9 +26,11 @@ def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
             label = "one article" if i == 0 else None
             axis.plot(lengths, [change(h) for h in row], color=GREY, linewidth=0.6, label=label)
         axis.plot(lengths, [change(h) for h in mean], "o", color=BLUE, markersize=4, label="mean")
+        axis.plot(longer["lengths"], [change(h) for h in beyond], "s", color=GREEN, markersize=3,
+                  markerfacecolor="none", label="mean, longer articles")  # fmt: skip
         axis.plot(lengths, [change(h) for h in fit], color=ORANGE, linewidth=1.4, label=rf"fit, $\alpha$ = {alpha:.3f}")
         axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.set_xticks(longer["lengths"], [str(n) for n in longer["lengths"]], fontsize=7)
         axis.minorticks_off()
         axis.set_xlabel("context length $N$ (tokens)")
     left.set_ylabel("mean entropy $H_N$ (nats)")

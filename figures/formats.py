@@ -29,7 +29,8 @@ BESIDE = {
 
 
 def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
-    rows = [r for r in evidence["kv-formats"]["data"]["rows"] if r["protocol"] == "decoding"]
+    every = evidence["kv-formats"]["data"]["rows"]
+    rows = [r for r in every if r["protocol"] == "decoding"]
     claim = next(c for c in seal.claims() if c["id"] == "kv-formats")
     ratio, cost = (float(x) for x in re.findall(r"[\d.]+", claim["published"])[:2])
     figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")
@@ -40,6 +41,10 @@ def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
         ends = [[r["change"] - r["low"] for r in shown], [r["high"] - r["change"] for r in shown]]
         axis.errorbar([r["ratio"] for r in shown], [r["change"] for r in shown], yerr=ends, fmt=mark, color=colour,
                       label=label, markersize=4.5, linewidth=0.9)  # fmt: skip
+    whole = [r for r in every if r["protocol"] != "decoding"]
+    ends = [[r["change"] - r["low"] for r in whole], [r["high"] - r["change"] for r in whole]]
+    axis.errorbar([r["ratio"] for r in whole], [r["change"] for r in whole], yerr=ends, fmt="o", color=BLUE,
+                  markerfacecolor="none", label="this cache, whole windows", markersize=4.5, linewidth=0.9)  # fmt: skip
     axis.plot([ratio], [cost], "*", color=ORANGE, markersize=11, label="published")
     for r in rows:
         name, place = r["format"], (r["ratio"], r["change"])

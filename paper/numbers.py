@@ -6,11 +6,15 @@ import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from selfcheck.harness import evidence, seal
+from selfcheck.harness.files import ROOT
 
 PLATFORMS = ("NumPy", "PyTorch CPU", "PyTorch CUDA", "Triton interpreter", "Triton GPU")
+#: what of the versions stands in the table of evidence
+SHORT = ("python", "torch", "triton", "transformers")
 WAYS = {"keys": "keys", "codes": "codes", "cache": "INT8 cache"}
 Records = dict[str, dict[str, Any]]
 
@@ -52,7 +56,7 @@ def escape(text: str) -> str:
     return "".join(table.get(c, c) for c in re.split("(>=|.)", text))
 
 
-def macros(records: Records) -> dict[str, str]:
+def macros(records: Records, root: Path = ROOT) -> dict[str, str]:
     """Every macro: values, interval ends, counts, published numbers, and where they were measured."""
     out: dict[str, str] = {}
     for claim, record in records.items():
@@ -67,20 +71,28 @@ def macros(records: Records) -> dict[str, str]:
         cards = [record["device"], *(other["device"] for other in record.get("other_cards", []))]
         out[f"{claim}.device"] = escape(" and ".join(cards))
         out[f"{claim}.status"] = escape(record["status"])
-    for claim_entry in [*seal.claims(), *seal.reported()]:
+    for claim_entry in [*seal.claims(root), *seal.reported(root)]:
         out[f"{claim_entry['id']}.published"] = escape(claim_entry["published"])
-    for kind, subject in seal.subjects().items():
+    for kind, subject in seal.subjects(root).items():
         out[f"{kind}.name"] = escape(subject["name"])
         out[f"{kind}.requirement"] = escape(subject["requirement"])
-        out[f"{kind}.sha"] = subject["sha256"][:16]
-    out |= {f"table.{name}": r"\\".join(rows(records)) for name, rows in TABLES.items()}
-    out["proofs.version"] = escape(records["proofs"]["data"]["coq"])
+        out[f"{kind}.sha"] = escape(subject["sha256"][:16])
+    for name, rows in TABLES.items():
+        with evidence.understood(f"table {name} of the paper"):
+            out[f"table.{name}"] = r"\\".join(rows(records))
+    with evidence.understood("proofs"):
+        out["proofs.version"] = escape(records["proofs"]["data"]["coq"])
     out["checks.total"] = thousands(sum(len(set(r["checks"])) for r in records.values()))
     for name, claim in (("versions", "thm1"), ("gpu.versions", "golden-gpu")):
-        out[name] = escape(", ".join(f"{k} {v}" for k, v in records[claim]["versions"].items()))
-    out["root"] = evidence.chain(list(records.values()))[1][:16]
-    out["date"] = max(record["time"] for record in records.values())[:10]
+        out[name] = escape(_versions(records[claim]))
+    out["content.whole"] = evidence.content_root(evidence.every(records), root)
+    out["content"] = out["content.whole"][:16]
+    out["date"] = escape(max(record["time"] for record in records.values())[:10])
     return out
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["versions"].items())
 
 
 # ---- Bodies of the tables whose rows are data: one TeX row an entry ---------------------------
@@ -104,8 +116,8 @@ def _bits(records: Records) -> list[str]:
         shares = " & ".join(f"{equal[p]}/{here['cases']}" for p in PLATFORMS)
         gap, differ = max(here["gap"], gpu["gap"]), here["differ"] + gpu["differ"]
         rows.append(
-            f"{here['dtype']} & {escape(here['shapes'])} & {shares} & {gap:g} & {differ} & "
-            f"\\texttt{{{here['sha256'][:12]}}}"
+            f"{escape(here['dtype'])} & {escape(here['shapes'])} & {shares} & {gap:g} & {differ} & "
+            f"\\texttt{{{escape(here['sha256'][:12])}}}"
         )
     return rows
 
@@ -114,13 +126,13 @@ def _changes(records: Records) -> list[str]:
     rows = []
     for r in records["fp-real"]["data"]["rows"]:
         shares = " & ".join(show("fp-real.share", 100 * r[other] / r["queries"]) for other in ("unit", "bf16"))
-        rows.append(f"{r['dtype']} & {thousands(r['queries'])} & {shares}")
+        rows.append(f"{escape(r['dtype'])} & {thousands(r['queries'])} & {shares}")
     return rows
 
 
 def _flags(records: Records) -> list[str]:
     return [
-        f"{place} & {r['dtype']} & {r['implementation']} & "
+        f"{place} & {escape(r['dtype'])} & {escape(r['implementation'])} & "
         + " & ".join(f"{r['gaps'][use]:g}" for use in records[claim]["data"]["uses"])
         for claim, place in (("flag-off", "CPU"), ("flag-off-gpu", "GPU"))
         for r in records[claim]["data"]["rows"]
@@ -170,12 +182,14 @@ def _caches(records: Records) -> list[str]:
     for r in records["kv-speed"]["data"]["rows"]:
         name = r["cache"]
         held = " & ".join(f"{memory[f'{name}_{what}']['value'] / 2**20:.1f}" for what in ("kept", "prompt", "steps"))
-        costs = ["--", "--"]
+        costs = ["--"] * 3
         if name in together:
-            costs = [show("kv-combined.change", together[name][what]["change"]) for what in ("sum", "both")]
+            costs = [show("kv-combined.change", together[name][what]["change"]) for what in ("sum", "both", "beyond")]
+            ends = [show("kv-combined.change", together[name]["beyond"][end]) for end in ("low", "high")]
+            costs[-1] += f" [{', '.join(ends)}]"
         rows.append(
-            f"{name.replace('int', 'INT')} & {held} & {r['dense']:.1f} & {r['qaxis']:.1f} & {r['agreed']:.0f} & "
-            + " & ".join(costs)
+            f"{escape(name.replace('int', 'INT'))} & {held} & "
+            f"{r['dense']:.1f} & {r['qaxis']:.1f} & {r['agreed']:.0f} & {' & '.join(costs)}"
         )
     return rows
 
@@ -209,8 +223,8 @@ def _certified(records: Records) -> list[str]:
         cuda = f"{r['took']:.0f}" if r["took"] != r["triton"] else "--"
         rows.append(
             f"{r['batch']} & {thousands(r['n'])} & {thousands(r['k_eff'])} & {WAYS[r['way']]} & {escape(r['best'])} & "
-            f"{r['dense']:.0f} & {r['triton']:.0f} & {cuda} & {r['ratio']:.2f} & {r['floor']:.0f} & "
-            f"{thousands(round(r['rescored']))}"
+            f"{r['dense']:.0f} & {r['dense_8bit']:.0f} & {r['triton']:.0f} & {cuda} & {r['ratio']:.2f} & "
+            f"{r['floor']:.0f} & {thousands(round(r['rescored']))}"
         )
     return rows
 
@@ -226,15 +240,30 @@ def _approximate(records: Records) -> list[str]:
     return rows
 
 
+def _evidence(records: Records) -> list[str]:
+    """Where and when each claim was measured, by the newest run or before it."""
+    every = evidence.every(records)
+    newest = max(r.get("run", "") for r in every)
+    return [
+        f"{escape(r['claim'])} & {'this run' if newest and r.get('run') == newest else 'committed'} & "
+        f"{escape(r['time'][:10])} & {escape(r['device'])} & {escape(_versions_in_short(r))}"
+        for r in every
+    ]
+
+
+def _versions_in_short(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {record['versions'][name]}" for name in SHORT if name in record["versions"])
+
+
 TABLES: dict[str, Callable[[Records], list[str]]] = {
     "stops": _stops, "ablation": _ablation, "bits": _bits, "changes": _changes, "flags": _flags,
     "families": _families, "architectures": _architectures, "speed": _speed, "caches": _caches, "formats": _formats,
-    "formatlengths": _format_lengths, "certified": _certified, "approximate": _approximate,
+    "formatlengths": _format_lengths, "certified": _certified, "approximate": _approximate, "evidence": _evidence,
 }  # fmt: skip
 
 
-def render(records: Records) -> str:
-    lines = [rf"\qxset{{{key}}}{{{text}}}" for key, text in sorted(macros(records).items())]
+def render(records: Records, root: Path = ROOT) -> str:
+    lines = [rf"\qxset{{{key}}}{{{text}}}" for key, text in sorted(macros(records, root).items())]
     return "% Generated from selfcheck/evidence by paper/numbers.py; do not edit.\n" + "\n".join(lines) + "\n"
 
 

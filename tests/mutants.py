@@ -86,6 +86,7 @@ DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_s
 EVIDENCE, TRACING = "selfcheck/harness/states.py", "selfcheck/harness/tracing.py"
 RECORDS, KEEPING = "selfcheck/harness/records.py", "selfcheck/harness/keeping.py"
 MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py"
+ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "paper/tex.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
@@ -281,10 +282,10 @@ MUTANTS = (
     Mutant(GENERATION + "test_falling_back_is_counted_and_strict_mode_raises", "strict mode silent", ENABLE, "    raise RuntimeError(", "    RuntimeError("),
     Mutant(GENERATION + "test_a_compiled_decode_step_gives_the_same_bits_and_leaves_attention_alone", "attention handed to the compiler", MODELS, "@torch.compiler.disable(", "@(lambda reason: lambda f: f)("),
     # Harness
-    Mutant(HARNESS + "test_one_changed_byte_is_named_and_nothing_runs", "stale lock entry passes", "selfcheck/harness/seal.py", "    if actual == digest:", "    if True:"),
+    Mutant(HARNESS + "test_one_changed_byte_is_named_and_nothing_runs", "stale lock entry passes", ISOLATED, "    if actual == digest:", "    if True:"),
     Mutant(MACHINES + "test_a_clone_that_converts_line_endings_keeps_every_byte", "git may convert line endings", ".gitattributes", "* -text", "# -text"),
-    Mutant(MACHINES + "test_a_changed_byte_among_converted_lines_is_a_change", "any change passes for line endings", "selfcheck/harness/seal.py", "    if only_line_endings(path.read_bytes(), digest):", "    if True:"),
-    Mutant(MACHINES + "test_converted_line_endings_are_named_as_such_and_mended_as_said", "line endings are a change as any", "selfcheck/harness/seal.py", "    if only_line_endings(path.read_bytes(), digest):", "    if False:"),
+    Mutant(MACHINES + "test_a_changed_byte_among_converted_lines_is_a_change", "any change passes for line endings", ISOLATED, "    if digest in (hashlib", "    if True or digest in (hashlib"),
+    Mutant(MACHINES + "test_converted_line_endings_are_named_as_such_and_mended_as_said", "line endings are a change as any", ISOLATED, "    if digest in (hashlib", "    if False and digest in (hashlib"),
     Mutant(MACHINES + "test_a_target_that_cannot_be_written_is_named_before_anything_is_measured", "measured first, written never", "selfcheck/__main__.py", "    surroundings.check_writable(*targets(options))\n", ""),
     Mutant(MACHINES + "test_a_tree_of_another_user_is_noticed", "writing is not tried", PRECAUTIONS, 'with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".staging"):', "if True:"),
     Mutant(MACHINES + "test_output_elsewhere_leaves_the_tree_and_is_found_by_what_reads_evidence", "written into the tree all the same", KEEPING, "path, merged = target(name, root, folder),", "path, merged = target(name, root),"),
@@ -322,6 +323,33 @@ MUTANTS = (
     Mutant("test_archive.py::test_what_an_archive_cannot_make_again_is_wrong", "what is redrawn is not compared", "archive/check.py", 'return (root / name).is_file() and sha256(root / name) == sha256(drawn / name)', 'return (root / name).is_file()'),
     Mutant("test_archive.py::test_what_is_no_doi_of_this_package_is_refused", "anything that begins as a DOI is one", "archive/metadata.py", 'if not DOI.fullmatch(minted):', 'if not DOI.match(minted):'),
     Mutant("test_archive.py::test_committed_metadata_is_what_its_source_and_the_evidence_give", "metadata written by hand pass", "archive/citation.py", '"abstract": said["description"],', '"abstract": said["title"],'),
+    # Isolation
+    Mutant(ISOLATION + "test_nothing_outside_the_tree_stands_in_for_it", "byte code is read", ISOLATED, "        return self.source_to_code(data, self.path)", "        return super().get_code(fullname)"),
+    Mutant(ISOLATION + "test_nothing_outside_the_tree_stands_in_for_it", "sitecustomize runs", ISOLATED, "    site.execsitecustomize = site.execusercustomize = lambda: None  # type: ignore[attr-defined]\n", ""),
+    Mutant(ISOLATION + "test_nothing_outside_the_tree_stands_in_for_it", "src stays a place of modules", ISOLATED, "if entry and Path(entry).resolve() not in ours]", "if entry]"),
+    Mutant(ISOLATION + "test_variables_that_reach_into_a_library_are_dropped_and_the_machines_are_kept", "variables passed on", ISOLATED, "if not DROPPED.match(name)}", "if name}"),
+    Mutant(ISOLATION + "test_a_run_without_assertions_is_refused", "-O accepted", ISOLATED, "    if sys.flags.optimize:", "    if False:"),
+    Mutant(ISOLATION + "test_the_bytes_that_are_compiled_are_checked_each_time", "bytes compiled unseen", ISOLATED, "            if wrong:\n", "            if False:\n"),
+    Mutant(ISOLATION + "test_the_bytes_that_are_compiled_are_checked_each_time", "other finders asked for what the tree lacks", ISOLATED, "            raise ModuleNotFoundError(f", "            return None and ModuleNotFoundError(f"),
+    Mutant(ISOLATION + "test_what_is_compiled_is_what_is_sealed", "any lock for a child", ISOLATED, '    if option and option != f"--lock={digest}":', "    if False:"),
+    Mutant(ISOLATION + "test_a_module_is_one_file_of_the_tree", "links followed", ISOLATED, "        if step.is_symlink():", "        if False:"),
+    Mutant(ISOLATION + "test_a_module_is_one_file_of_the_tree", "a folder beside a module", ISOLATED, "    if file.is_file() and path.exists():", "    if False:"),
+    Mutant(ISOLATION + "test_loaded_modules_are_the_trees", "modules from elsewhere", ISOLATED, " or Path(file) != expected:", ":"),
+    Mutant(ISOLATION + "test_what_does_not_belong_in_a_sealed_folder_is_named", "anything may lie beside", "selfcheck/harness/seal.py", "    found += _unexpected(root, files)\n", ""),
+    Mutant(ISOLATION + "test_links_are_named_though_the_bytes_are_the_same", "links in a folder pass", "selfcheck/harness/seal.py", "                if path.is_symlink():", "                if False:"),
+    Mutant(ISOLATION + "test_every_file_that_a_number_rests_on_is_sealed", "how git hands files out is not sealed", "selfcheck/harness/seal.py", ', "noxfile.py", ".gitattributes",', ', "noxfile.py",'),
+    Mutant(ISOLATION + "test_an_edit_during_a_run_keeps_no_record", "sealed again during a run", "selfcheck/harness/seal.py", 'here.lock not in ("", sha256(root / LOCK)):', "False:"),
+    Mutant(ISOLATION + "test_an_edit_during_a_run_keeps_no_record", "an edit while a claim is measured", "selfcheck/harness/worker.py", """    seal.verify(consequence=f"what was measured of {claim['id']} is not kept")\n""", ""),
+    Mutant(ISOLATION + "test_leftovers_of_a_killed_write_are_removed_and_a_write_under_way_is_not", "another's write removed", "selfcheck/harness/files.py", "            if time.time() - path.stat().st_mtime > 3600:", "            if True:"),
+    Mutant(ISOLATION + "test_no_check_rests_on_an_assertion_that_python_may_leave_out", "a check asserts", THEOREM, "    if first != second:\n", "    assert first == second\n    if first != second:\n"),
+    Mutant(ISOLATION + "test_nox_stops_at_the_first_error", "nox goes on after an error", "noxfile.py", "nox.options.stop_on_first_error = True", "nox.options.stop_on_first_error = False"),
+    Mutant(ISOLATION + "test_figures_and_paper_verify_the_seal_first", "figures drawn under any seal", "figures/__main__.py", "    seal.verify()\n", ""),
+    Mutant(ISOLATION + "test_figures_and_paper_verify_the_seal_first", "paper built under any seal", "paper/__main__.py", "    seal.verify()\n", ""),
+    Mutant(ISOLATION + "test_a_users_settings_change_no_byte_of_a_figure", "a user's matplotlibrc", "figures/__main__.py", 'os.environ["MPLCONFIGDIR"] = folder\n        os.chdir(folder)  # It is looked at first, when matplotlib is imported.\n        try:\n            import matplotlib\n\n            with matplotlib.rc_context():\n                matplotlib.rcdefaults()\n', 'os.environ.setdefault("MPLCONFIGDIR", "")\n        try:\n            import matplotlib\n\n            with matplotlib.rc_context():\n'),
+    Mutant(ISOLATION + "test_pdflatex_sees_no_style_but_its_own", "TeX with the user's variables", TEX, "        env = {**environment(Path(home)),", "        env = {**os.environ,"),
+    Mutant(ISOLATION + "test_pdflatex_reads_and_writes_in_its_folder_only", "TeX reads anything", TEX, "        if strangers := _read_elsewhere(folder, Path(home)):", "        if False:"),
+    Mutant(ISOLATION + "test_pdflatex_reads_and_writes_in_its_folder_only", "TeX runs programs", TEX, '"-no-shell-escape"', '"-shell-escape"'),
+    Mutant(ISOLATION + "test_the_paper_is_dated_by_no_wrong_clock", "any date", TEX, "    if not DATES[0].timestamp() <= epoch < DATES[1].timestamp():", "    if False:"),
 )  # fmt: skip
 
 

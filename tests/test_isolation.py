@@ -91,7 +91,16 @@ def test_nothing_outside_the_tree_stands_in_for_it(probed, tmp_path_factory):
     (probed / "src/sitecustomize.py").write_text(PLANTED)
     hostile = {"PYTHONPATH": f"{elsewhere}{os.pathsep}{probed / 'src'}", "PYTHONSTARTUP": str(elsewhere / "startup.py")}
     kept = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1", "LD_PRELOAD": ""}
-    code, out, err = ran(probed, "tests.probe", "a", "--b", cwd=elsewhere, env={**os.environ, **hostile, **kept})
+    # As after an editable installation, whose .pth file names src.
+    script = str(probed / "selfcheck/isolated.py")
+    start = (
+        f"import runpy, sys; sys.path.append({str(probed / 'src')!r}); runpy.run_path({script!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-X", "utf8", "-c", start, "tests.probe", "a", "--b"],
+        cwd=elsewhere, env={**os.environ, **hostile, **kept}, capture_output=True, text=True,
+    )  # fmt: skip
+    code, out, err = done.returncode, done.stdout, done.stderr
     assert code == 0 and err == "", err
     found = json.loads(out)
     assert found["qaxis"] == str(probed / "src/qaxis/__init__.py") and found["digests"] == str(probed / TARGET)
@@ -345,11 +354,12 @@ def test_nox_stops_at_the_first_error():
     ("program", "name", "old", "new"),
     [("paper", "paper/paper.tex", "\\section{Limitations}", "\\section{Limitations} We also prove P = NP."),
      ("paper", "paper/numbers.py", "def render(", "def render (", ),
+     ("figures", "figures/matplotlibrc", "", "x"), ("paper", "paper/graphicx.sty", "", "x"),
      ("figures", "figures/selector.py", "def draw(", "def draw ("), ("figures", "selfcheck/checks.toml", "id", "id ")],
 )  # fmt: skip
 def test_figures_and_paper_verify_the_seal_first(tree, program, name, old, new):
     seal.seal(tree)
-    text = (tree / name).read_text("utf-8")
+    text = (tree / name).read_text("utf-8") if old else ""
     assert old in text
     (tree / name).write_text(text.replace(old, new, 1), "utf-8")
     code, out, err = started(tree, program)

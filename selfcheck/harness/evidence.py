@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .content import content, content_digest, content_root
-from .records import DEFAULT, GPU, SCHEMA, card, chain, family, load, malformed, read, record_digest, write
-from .states import State, accepted, check_file, judge, mixed_tables, renewal, stale_files, states
+from .records import DEFAULT, GPU, SCHEMA, card, chain, every, family, load, malformed, read, record_digest, write
+from .states import State, accepted, check_file, fresh, judge, mixed_tables, renewal, stale_files, states, understood
 
 __all__ = [
     "DEFAULT", "GPU", "SCHEMA", "State", "accepted", "card", "chain", "check_file", "content", "content_digest",
-    "content_root", "family", "judge", "load", "malformed", "mixed_tables", "read", "record_digest", "renewal",
-    "stale_files", "states", "write",
+    "content_root", "every", "family", "fresh", "judge", "load", "malformed", "mixed_tables", "read", "record_digest",
+    "renewal", "stale_files", "states", "understood", "write",
 ]  # fmt: skip

@@ -94,6 +94,11 @@ def by_claim(records: Iterable[Record]) -> dict[str, Record]:
     return out
 
 
+def every(records: dict[str, Record]) -> list[Record]:
+    """What ``by_claim`` put in order, as a list again."""
+    return [one for record in records.values() for one in (record, *record.get("other_cards", []))]
+
+
 def family(device: str, claim: dict[str, Any]) -> str:
     """Which of a claim's cards a device is; for another device, or a claim that names none, its own name."""
     return next((card for card in claim.get("cards", []) if card in device), device)

@@ -6,8 +6,10 @@ list, or when no run of the self-check would have written it. Figures and paper 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,22 @@ def mixed_tables(found: list[State]) -> dict[str, dict[str, list[str]]]:
         if "table" in state.claim and state.record is not None:
             out.setdefault(state.claim["table"], {}).setdefault(state.device, []).append(state.claim["id"])
     return {table: devices for table, devices in out.items() if len(devices) > 1}
+
+
+def fresh(root: Path = ROOT, output: Path | None = None) -> list[Record]:
+    """Every record that may be believed, of each card. Raises as ``states``."""
+    return [s.record for s in states(root, output) if s.word == "fresh" and s.record is not None]
+
+
+@contextlib.contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Say in a sentence that records lack what is made of them, whatever it was that they lack."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise SelfcheckError(
+            f"{what}: a record has not what is shown of it ({type(error).__name__}: {error}); measure the claim again"
+        ) from error
 
 
 def _another_card_speaks(state: State, found: list[State]) -> bool:
