@@ -40,8 +40,6 @@ EXPECTED = {
     "paper/proofs/*.vo*": "what coqc leaves", "paper/proofs/*.glob": "what coqc leaves",
     "paper/proofs/.*.aux": "what coqc leaves", "paper/proofs/.*.cache": "what coqc leaves",
     "archive/*.json": "what binds the outputs",
-    "archive/metadata.toml": "who and what is cited; bound by what binds the outputs",
-    "archive/allowed_signers": "whose signatures count; whoever checks an archive uses a list of their own",
 }  # fmt: skip
 
 
