@@ -27,7 +27,9 @@ COPIED = (
     "figures",
     "paper",
     "archive",
+    "requirements",
     "tests",
+    ".ci",
     "constraints.txt",
     "constraints-gpu.txt",
     "pyproject.toml",
@@ -87,9 +89,31 @@ EVIDENCE, TRACING = "selfcheck/harness/states.py", "selfcheck/harness/tracing.py
 RECORDS, KEEPING = "selfcheck/harness/records.py", "selfcheck/harness/keeping.py"
 MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py"
 ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "paper/tex.py"
+SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
+SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
+    # What everything is installed from
+    Mutant(SUPPLY + "test_every_list_has_the_versions_of_the_constraints", "a list has another version", "requirements/selfcheck.txt", "\ntokenizers==0.23.3", "\ntokenizers==0.23.2"),
+    Mutant(SUPPLY + "test_records_made_with_a_list_are_not_stale", "a list has another version of what evidence names", "requirements/torch-cpu.txt", "\ntorch==2.13.0+cpu", "\ntorch==2.12.1+cpu"),
+    Mutant(SUPPLY + "test_every_list_has_what_its_environment_asks_for", "lists not made anew after a change of pyproject.toml", "pyproject.toml", '"scipy>=1.15"', '"scipy>=1.19"'),
+    Mutant(SUPPLY + "test_only_what_runs_the_library_needs_torch", "NVIDIA's libraries in an environment without CUDA", "requirements/lint.txt", "\nnumpy==2.2.6 ", "\nnvidia-cublas==2.2.6 "),
+    Mutant(SUPPLY + "test_lists_name_no_index_and_no_folder", "a list names an index", "requirements/tex.txt", "# To be installed", "--index-url https://example.org/simple\n# To be installed"),
+    Mutant(SUPPLY + "test_a_line_without_version_or_digest_is_named", "lines without a digest pass", LISTS, "if not digests or any(", "if any("),
+    Mutant(SUPPLY + "test_every_install_is_by_hash_or_named_here", "installs without hashes", "noxfile.py", 'session.install("--require-hashes", *options', "session.install(*options"),
+    Mutant(SUPPLY + "test_torch_is_the_cpu_build_where_an_index_has_one", "always the CUDA build", "noxfile.py", 'if "+cpu" in str(found)', "if False"),
+    Mutant(SUPPLY + "test_gpu_evidence_has_its_own_versions_and_no_other_run_does", "tests of cuda take GPU evidence's versions", "noxfile.py", 'project(session, "tests")\n    session.run("pytest"', 'project(session, "tests", gpu=on_gpu(session))\n    session.run("pytest"'),
+    Mutant(SUPPLY + "test_a_list_that_does_not_fit_a_machine_says_so", "no word on machines that have no wheel", "noxfile.py", "    except nox.command.CommandFailed:\n        session.error(", "    except nox.command.CommandFailed:\n        raise\n        session.error("),
+    Mutant(SUPPLY + "test_cpu_builds_stay_where_their_index_is_out_of_reach", "CPU builds of another release kept", "requirements/lock.py", "not in before:\n            raise", "not in before:\n            pass"),
+    Mutant(SUPPLY + "test_a_cpu_build_that_changed_on_its_index_stops", "CPU builds that changed on their index are taken", "requirements/lock.py", "if lost := sorted(", "if False and sorted("),
+    Mutant(SUPPLY + "test_the_bill_of_materials_is_of_its_content", "a bill of materials with the time in it", SBOM, '    document["metadata"].pop("timestamp")\n', ""),
+    Mutant(SUPPLY + "test_the_bill_of_materials_has_every_package_once", "a component says one environment only", SBOM, "for environment, _ in uses}", "for environment, _ in uses[:1]}"),
+    Mutant(SUPPLY + "test_the_bill_of_materials_is_of_its_content", "one serial number for every content", SBOM, "uuid.uuid5(NAMESPACE, content)", 'uuid.uuid5(NAMESPACE, "")'),
+    Mutant(SUPPLY + "test_leftovers_of_killed_runs_go_and_nothing_else", "what runs are using is removed", LEFTOVERS, " and _age(path) > OLD", ""),
+    Mutant(SUPPLY + "test_leftovers_of_killed_runs_go_and_nothing_else", "the age of a folder is not that of its files", LEFTOVERS, "for x in (path, *inside))", "for x in (path,))"),
+    Mutant(SUPPLY + "test_leftovers_of_killed_runs_go_and_nothing_else", "links are taken for leftovers", LEFTOVERS, " if not path.is_symlink()]", "]"),
+    Mutant(SUPPLY + "test_leftovers_of_another_user_stay", "another user's folders are removed", LEFTOVERS, "if _is_ours(path) and ", "if "),
     # Losses, observing, threads
     Mutant("test_losses.py::test_losses_are_those_of_the_models_own_logits", "losses take the hidden states straight to the head", OWN, "logits = _logits(remembering(**arguments, logits_to_keep=torch.arange(start, stop)))", "logits = model.get_output_embeddings()(model.base_model(input_ids).last_hidden_state[:, start:stop])"),
     Mutant("test_losses.py::test_losses_are_those_of_the_models_own_logits", "layers run again for every slice", OWN, "            if i == len(returned):\n                returned.append(real(*args, **kwargs))\n", "            returned.append(real(*args, **kwargs))\n"),
