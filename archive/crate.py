@@ -13,10 +13,8 @@ from selfcheck.harness.files import ROOT
 from . import metadata, roots
 from .citation import SPDX
 from .listing import MANIFEST
-from .tree import CRATE, SBOM, STATEMENT, Tree
+from .tree import CRATE, CRATE_VERSION, SBOM, STATEMENT, Tree
 
-#: of the format: the one whose terms come with the library, so that a validator needs no network
-VERSION = "1.3"
 PDF = "paper/paper.pdf"
 #: files that are described one by one: name, what it is, its media type
 FILES = (
@@ -46,7 +44,7 @@ def render(tree: Tree, made: dict[str, bytes], root: Path = ROOT) -> bytes:
     from rocrate.rocrate import ROCrate
 
     said, newest, files = metadata.load(root), roots.newest(root).isoformat(), {**tree.files, **made}
-    crate = ROCrate(version=VERSION)
+    crate = ROCrate(version=CRATE_VERSION)
     authors = [_add(crate, **_person(author, number)) for number, author in enumerate(said["author"], 1)]
     licences = {x["id"]: _add(crate, **_licence(x)) for x in said["licence"]}
     for folder, about in FOLDERS.items():

@@ -49,7 +49,7 @@ def collected(root: Path = ROOT) -> tuple[tree.Tree, dict[str, bytes]]:
     if wrong := metadata.differences(root):
         raise SelfcheckError("\n  ".join(wrong))
     found = tree.read(root)
-    return found, contents(found, sbom.render(), root)
+    return found, contents(found, sbom.render(root), root)
 
 
 def pack(output: Path, root: Path = ROOT) -> tuple[Path, str, str]:

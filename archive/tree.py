@@ -15,6 +15,8 @@ from . import listing
 
 #: what is made beside the tracked files, in the order in which each can name those before it
 SBOM, CRATE, STATEMENT, SIGNATURE = "sbom.cdx.json", "ro-crate-metadata.json", "statement.json", "statement.json.sig"
+#: of the RO-Crate format: the one whose terms come with the library, so that a validator needs no network
+CRATE_VERSION = "1.3"
 MADE = (SBOM, CRATE, listing.MANIFEST, STATEMENT, SIGNATURE)
 COMMIT = re.compile(r"tree ([0-9a-f]{40})\n")
 

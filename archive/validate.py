@@ -14,7 +14,7 @@ from typing import Any
 
 from selfcheck.harness.files import ROOT, SelfcheckError
 
-from . import crate
+from .tree import CRATE, CRATE_VERSION
 
 SCHEMAS = {".zenodo.json": "archive/schemas/zenodo.json", "codemeta.json": "archive/schemas/codemeta.json"}
 
@@ -35,9 +35,9 @@ def run(folder: Path) -> list[str]:
         _keep_context(Path(cache) / "http")
         commands = {
             "CITATION.cff": [_program("cffconvert"), "--validate", "-i", str(folder / "CITATION.cff")],
-            crate.CRATE: [
+            CRATE: [
                 _program("rocrate-validator"), "-y", "validate", "--offline", "--cache-path", f"{cache}/http",
-                "-p", f"ro-crate-{crate.VERSION}", "-l", "required", "-v", "--no-paging", str(folder),
+                "-p", f"ro-crate-{CRATE_VERSION}", "-l", "required", "-v", "--no-paging", str(folder),
             ],
         }  # fmt: skip
         for name, command in commands.items():
@@ -86,4 +86,4 @@ def _keep_context(cache: Path) -> None:
 
     with requests_cache.CachedSession(str(cache), expire_after=-1) as session:
         session.mount("https://", Packaged())
-        session.get(f"https://w3id.org/ro/crate/{crate.VERSION}/context")
+        session.get(f"https://w3id.org/ro/crate/{CRATE_VERSION}/context")

@@ -71,6 +71,9 @@ def lists() -> dict[str, str]:
         made[name] = HEAD + wheels(text) + text
     for name, asked in TOOLS.items():
         made[name] = HEAD + resolve(name, asked)
+    for name, asked in APART.items():
+        text = resolve(name, asked, constraints=())
+        made[name] = HEAD + wheels(text) + text
     for name, asked in BARE.items():
         made[name] = HEAD + "# To be installed with --no-deps.\n" + resolve(name, asked, "--no-deps")
     made[TORCH_CPU] = torch_cpu(made[TORCH])
@@ -129,7 +132,13 @@ def wheels(text: str) -> str:
     return "\n".join(["--only-binary :all:", *(f"--no-binary {name}" for name in source)]) + "\n"
 
 
-def resolve(name: str, asked: list[str], *options: str, leave_out: Iterable[str] = ()) -> str:
+def resolve(
+    name: str,
+    asked: list[str],
+    *options: str,
+    leave_out: Iterable[str] = (),
+    constraints: tuple[str, ...] = ("--constraints", str(CONSTRAINTS)),
+) -> str:
     """The lines of one list. Of several versions that are allowed, uv keeps that of the file as it is.
 
     Raises:
@@ -141,7 +150,7 @@ def resolve(name: str, asked: list[str], *options: str, leave_out: Iterable[str]
             shutil.copy(before, output)
         command = [
             "uv", "pip", "compile", "-", "--quiet", "--no-python-downloads", "--universal", "--python-version", "3.10",
-            "--generate-hashes", "--constraints", str(CONSTRAINTS), "--no-header", "--no-annotate",
+            "--generate-hashes", *constraints, "--no-header", "--no-annotate",
             "--no-emit-index-url", "--no-emit-find-links", "--only-binary", ":all:",
             *(word for package in SOURCE_ONLY for word in ("--no-binary", package)),
             *(word for package in sorted(leave_out) for word in ("--no-emit-package", package)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import hashlib
 import io
@@ -10,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomlkit
 
-from archive import check, listing, metadata, pack, signing, statement, tarball, tree, unpack, validate
+from archive import check, listing, metadata, pack, roots, signing, statement, tarball, tree, unpack, validate
 from selfcheck.harness import seal
 from selfcheck.harness.files import ROOT, SelfcheckError
 
@@ -57,6 +60,23 @@ def commit(folder: Path) -> None:
     git(folder, "add", "-A")
     git(folder, "update-index", "--chmod=+x", ".ci/run")
     git(folder, "commit", "-qm", "A commit, with an umlaut: ä")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def believed() -> Iterator[None]:
+    """Roots and a date for the small tree, whose evidence nobody would believe; the real tree keeps its own."""
+    said = {
+        "content_root": "0" * 64, "chain_roots": {"selfcheck/evidence/gpu.json": "1" * 64},
+        "newest": datetime.datetime(2026, 6, 1, tzinfo=datetime.timezone.utc),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in said.items():
+            patch.setattr(roots, name, _elsewhere(getattr(roots, name), value))
+        yield
+
+
+def _elsewhere(real: Callable[..., Any], value: Any) -> Callable[..., Any]:
+    return lambda root=ROOT, *rest, **named: real(root, *rest, **named) if root == ROOT else value
 
 
 @pytest.fixture(scope="module")
