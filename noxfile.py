@@ -13,6 +13,8 @@ nox.options.error_on_missing_interpreters = True
 
 #: versions of GPU evidence; those of CPU evidence are constraints.txt's, and with hashes requirements/'s
 GPU = "constraints-gpu.txt"
+#: the project's programs in an interpreter of their own, as `python -m PROGRAM` starts itself again
+ISOLATED = ("python", "-I", "-S", "-X", "utf8", "selfcheck/isolated.py")
 PLATFORMS = "CPython 3.10 to 3.13 on Linux (x86-64, aarch64), macOS (arm64) and Windows (x86-64)"
 
 
@@ -63,28 +65,28 @@ def output(session: nox.Session) -> list[str]:
 def selfcheck(session: nox.Session) -> None:
     """Verify the seal, measure every claim, write evidence. Options: --quick --only --output --model ..."""
     project(session, "selfcheck", gpu=on_gpu(session))
-    session.run("python", "-m", "selfcheck", "run", *session.posargs)
+    session.run(*ISOLATED, "selfcheck", "run", *session.posargs)
 
 
 @nox.session
 def evidence(session: nox.Session) -> None:
     """Renew what is stale, and resume. Options: --device cuda (needs Python 3.12) --minutes --only --jobs."""
     project(session, "selfcheck", gpu=on_gpu(session))
-    session.run("python", "-m", "selfcheck", "evidence", *session.posargs)
+    session.run(*ISOLATED, "selfcheck", "evidence", *session.posargs)
 
 
 @nox.session
 def status(session: nox.Session) -> None:
     """Say of every claim whether its evidence is fresh, and which command renews it. Options: --depends --strict."""
     install(session, "figures")
-    session.run("python", "-m", "selfcheck", "status", *session.posargs)
+    session.run(*ISOLATED, "selfcheck", "status", *session.posargs)
 
 
 @nox.session
 def figures(session: nox.Session) -> None:
     """Redraw figures/*.pdf and *.png from the evidence. Options: --output."""
     install(session, "figures")
-    session.run("python", "-m", "figures", *output(session))
+    session.run(*ISOLATED, "figures", *output(session))
 
 
 @nox.session
@@ -96,22 +98,22 @@ def paper(session: nox.Session) -> None:
         session.run_install("python", "-m", "pip", "install", "-q", *tex, silent=True)
     except nox.command.CommandFailed:
         session.warn("requirements/tex.txt could not be installed; a pdflatex on the PATH will be used")
-    session.run("python", "-m", "paper", *output(session))
-    session.run("python", "-m", "archive", "bind", *output(session))
+    session.run(*ISOLATED, "paper", *output(session))
+    session.run(*ISOLATED, "archive", "bind", *output(session))
 
 
 @nox.session
 def verify(session: nox.Session) -> None:
     """Say of every file and claim whether it is intact, stale or edited, and what mends it. Reads only."""
     install(session, "figures")
-    session.run("python", "-m", "archive", "verify", *session.posargs)
+    session.run(*ISOLATED, "archive", "verify", *session.posargs)
 
 
 @nox.session
 def proofs(session: nox.Session) -> None:
     """Have Coq check the proofs in paper/proofs and record it. Without coqc: says how to install it, passes nothing."""
     project(session, "selfcheck")
-    session.run("python", "-m", "selfcheck", "run", "--only", "proofs", *session.posargs)
+    session.run(*ISOLATED, "selfcheck", "run", "--only", "proofs", *session.posargs)
 
 
 @nox.session
@@ -174,14 +176,14 @@ def examples(session: nox.Session) -> None:
 def seal(session: nox.Session) -> None:
     """Seal: write selfcheck/checks.lock over the files as they are. Do this after a change you meant."""
     install(session, "figures")
-    session.run("python", "-m", "selfcheck", "seal")
+    session.run(*ISOLATED, "selfcheck", "seal")
 
 
 @nox.session
 def archive(session: nox.Session) -> None:
     """Pack a reproducible qaxis-VERSION.tar.gz of the commit, with metadata, statement and SBOM. Options: --output."""
     install(session, "archive")
-    session.run("python", "-m", "archive", "pack", *session.posargs)
+    session.run(*ISOLATED, "archive", "pack", *session.posargs)
 
 
 @nox.session(name="verify-archive")
@@ -193,21 +195,21 @@ def verify_archive(session: nox.Session) -> None:
     install(session, "selfcheck", torch(session), options=("--no-build-isolation",))
     install(session, "archive")
     install(session, "subjects", "tex", options=("--no-deps",))
-    session.run("python", "-m", "archive", "check", *session.posargs)
+    session.run(*ISOLATED, "archive", "check", *session.posargs)
 
 
 @nox.session
 def statement(session: nox.Session) -> None:
     """Write statement.json: what belongs together. Options: --sign KEYFILE (a private SSH key)."""
     install(session, "archive")
-    session.run("python", "-m", "archive", "statement", *session.posargs)
+    session.run(*ISOLATED, "archive", "statement", *session.posargs)
 
 
 @nox.session
 def doi(session: nox.Session) -> None:
     """Fill in a DOI once it is minted, everywhere: nox -s doi -- 10.5281/zenodo.NUMBER."""
     install(session, "archive")
-    session.run("python", "-m", "archive", "doi", *session.posargs)
+    session.run(*ISOLATED, "archive", "doi", *session.posargs)
 
 
 @nox.session
@@ -216,7 +218,7 @@ def validate(session: nox.Session) -> None:
     if len(session.posargs) != 1:
         session.error("which archive? nox -s validate -- FILE")
     install(session, "validate")
-    session.run("python", "-m", "archive", "validate", *session.posargs)
+    session.run(*ISOLATED, "archive", "validate", *session.posargs)
 
 
 @nox.session

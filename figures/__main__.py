@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from selfcheck.harness import evidence, seal, surroundings
+from selfcheck.harness import evidence, leftovers, seal, surroundings
 from selfcheck.harness.files import SelfcheckError, target
 
 from . import drawn
@@ -50,6 +50,7 @@ def main(output: Path | None) -> None:
     folder = target("figures", output=output)
     surroundings.check_writable(folder / "figures.json")
     surroundings.settle()
+    leftovers.remove(output=output)
     with nobodys_settings():
         ledger = draw(records, folder, output)
     seal.verify(consequence="the figures are not of the sealed files")

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from figures import drawn
-from selfcheck.harness import evidence, seal, surroundings
+from selfcheck.harness import evidence, leftovers, seal, surroundings
 from selfcheck.harness.files import ROOT, SelfcheckError, source, target, write_atomic
 
 from . import numbers, tex
@@ -29,6 +29,7 @@ def build(output: Path | None) -> Path:
     said, made = target(numbers.TARGET, output=output), target("paper/paper.pdf", output=output)
     surroundings.check_writable(said, made)
     surroundings.settle()
+    leftovers.remove(output=output)
     epoch = tex.date(int(datetime.datetime.fromisoformat(max(r["time"] for r in records.values())).timestamp()))
     write_atomic(said, numbers.render(records).encode())
     with tempfile.TemporaryDirectory(prefix="qaxis-paper-") as folder:

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from .harness import comparing, evidence, renew, seal, surroundings, tables, versions
+from .harness import comparing, evidence, leftovers, renew, seal, surroundings, tables, versions
 from .harness.display import Lines, console
 from .harness.files import ROOT, SelfcheckError, target
 from .harness.jobs import Pool, cores
@@ -26,6 +26,8 @@ from .harness.keeping import Kept, check_kept
 from .harness.run import Options, attested, destination, gpu_destination, targets
 
 Claim = dict[str, Any]
+#: what it means that the tree is another one after a run
+CHANGED = "files changed while claims were measured; records of before are kept"
 #: what this process has written, for whoever stops it
 KEPT = Kept()
 
@@ -65,6 +67,7 @@ def _begin(options: Options, only: tuple[str, ...], jobs: int | None) -> None:
     surroundings.check_writable(*targets(options))
     check_kept(options)
     surroundings.settle()
+    leftovers.remove(output=options.folder)
 
 
 def _elsewhere(options: Options) -> list[str]:
@@ -172,6 +175,7 @@ def run(only: tuple[str, ...], jobs: int | None, **asked: Any) -> None:
     with Lines(len(wanted)) as lines, Pool(options, jobs, lines).open() as pool:
         pool.done = lambda record: KEPT.keep(record, options)
         made = {r["claim"]: r for r in pool.run(_in_order(wanted, evidence.states(output=options.folder), jobs))}
+    seal.verify(consequence=CHANGED)
     records = [made[c["id"]] for c in wanted if c["id"] in made]
     states = evidence.states(output=options.folder)
     rows = [s for s in states if s.claim["id"] in made or not only or s.claim["id"] in only]
@@ -236,6 +240,7 @@ def evidence_command(
         with Lines(len(timed)) as lines, Pool(options, 1, lines).open() as pool:
             pool.not_run = missed
             records += _renewed(pool, timed, clock)
+    seal.verify(consequence=CHANGED)
     left = [s for s in evidence.states(output=folder) if s.word != "fresh" and s.on_gpu == on_gpu]
     console.print(f"{len(records)} claims measured in {(time.monotonic() - clock.began) / 60:.1f} minutes; "
                   f"left: {', '.join(state.name for state in left) or 'none'}")  # fmt: skip
@@ -252,6 +257,7 @@ def evidence_command(
 @click.option("--depends", is_flag=True, help="Show the files that each record depends on as well.")
 def status(strict: bool, depends: bool) -> None:
     """Say of every claim whether its evidence is fresh, and what renews it."""
+    seal.verify(consequence="so nothing is said of evidence; `nox -s verify` says what else is wrong")
     states = evidence.states()
     console.print(tables.states(states))
     if depends:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from .. import isolated
 from .files import ROOT, SelfcheckError
@@ -52,14 +52,13 @@ class Job:
     def order(self, **words: Any) -> None:
         # A worker that just died has closed its end; the reader says so.
         with contextlib.suppress(OSError):
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps(words) + "\n")
-            self.process.stdin.flush()
+            stdin = cast(IO[str], self.process.stdin)
+            stdin.write(json.dumps(words) + "\n")
+            stdin.flush()
 
     def dismiss(self) -> None:
         with contextlib.suppress(OSError):
-            assert self.process.stdin is not None
-            self.process.stdin.close()
+            cast(IO[str], self.process.stdin).close()
 
     def notes(self) -> str:
         """What the worker, or a library in it, printed since this was asked last."""
@@ -145,8 +144,7 @@ class Pool:
         return job
 
     def _read(self, job: Job) -> None:
-        assert job.process.stdout is not None
-        for line in job.process.stdout:
+        for line in cast(IO[str], job.process.stdout):
             self.messages.put((job, json.loads(line)))
         self.messages.put((job, {"gone": job.process.wait()}))
 
@@ -221,8 +219,7 @@ class Pool:
             self._next(job)
 
     def _finish(self, job: Job, said: dict[str, Any]) -> None:
-        assert job.claim is not None
-        claim, job.claim = job.claim, None
+        claim, job.claim = cast(Claim, job.claim), None
         made = said.get("record")
         if made is None:
             self.not_run.append(claim["id"])
