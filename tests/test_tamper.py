@@ -12,14 +12,12 @@ from .tamper.bench import NO_EFFECT, PASSES, Edit, judged
 
 #: rows of commands that take a second each, one of every kind that needs no outputs made anew
 QUICK = (
-    "paper/paper.tex changed", "src/qaxis/more.py added", "lock emptied", "package paper/numbers/ beside paper/numbers.py",
-    "selfcheck/checks a link", "paper/graphicx.sty added", "PYTHONOPTIMIZE=2", "measured in 2102", "a record dropped",
+    "paper/paper.tex changed", "src/qaxis/more.py added", "lock emptied", "selfcheck/checks a link", "measured in 2102",
+    "package paper/numbers/ beside paper/numbers.py", "paper/graphicx.sty added", "python -O", "a record dropped",
     "src/qaxis/decode/cuda.py changed and sealed",
 )  # fmt: skip
 READ = [edit for edit in table.EDITS if edit.command is records.read]
-QUICKLY = [
-    edit for edit in table.EDITS if edit.name in QUICK and edit.command == "paper" or edit.name == "PYTHONOPTIMIZE=2"
-]
+QUICKLY = [edit for edit in table.EDITS if edit.name in QUICK and edit.command == "paper"]
 
 
 @pytest.fixture(scope="module")
