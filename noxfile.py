@@ -131,6 +131,14 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session
+def tamper(session: nox.Session) -> None:
+    """Edit tree, surroundings and archive on purpose and see what catches each (5 minutes). Options: words of rows."""
+    project(session, "tests")
+    session.install("--no-deps", "-r", "requirements/tex.txt")
+    session.run("python", "-m", "tests.tamper", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style (ruff) and types (mypy)."""
     project(session, "lint")
