@@ -74,7 +74,6 @@ def checked(change: Callable[[Files], Files | bytes]) -> Callable[[Path], tuple[
         """unpacking it, and `archive check` before any of its code runs"""
         from archive import check, signing
         from archive.unpack import unpack
-
         from selfcheck.harness.files import SelfcheckError
 
         folder = acts.beside(tree)
