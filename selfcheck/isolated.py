@@ -292,7 +292,9 @@ def main() -> None:
         sys.argv[:] = words
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     except Refused as error:
-        sys.exit(f"{words[0]}: {error}")
+        # What says what is wrong was itself changed: then all that the lock says otherwise.
+        found = changed(read_lock()[1]) if words[:2] in SAYING else []
+        sys.exit(f"{words[0]}: {broken(found) if found else error}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in FOLDERS:
             raise
