@@ -37,5 +37,5 @@ def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
     right.set_yscale("log", base=2)
     right.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     right.set_ylabel("effective support $e^{H_N}$ (keys)")
-    left.legend(loc="upper left")
+    right.legend(loc="lower right", fontsize=7.5)
     return figure
