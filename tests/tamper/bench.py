@@ -114,7 +114,9 @@ def judged(edit: Edit, code: int, said: str, before: Any, after: Any, base: Any)
     found = re.search(edit.caught, said, re.DOTALL)
     if code == 0:
         return Outcome(edit, "FALSE PASS", last)
-    if found is None or TRACEBACK in said:
+    # Where an edit left the isolation out, nobody is there to shorten a refusal.
+    refused = re.search(r"^\S*Refused: ", said.strip().rpartition("\n")[2])
+    if found is None or (TRACEBACK in said and not refused):
         return Outcome(edit, "WRONG", last)
     line = next(x for x in said[: found.end()].splitlines()[::-1] if x.strip())
     return Outcome(edit, "caught" if after == before else "FALSE PASS", " ".join(line.split()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from selfcheck.harness import evidence, seal
 from selfcheck.harness.files import SelfcheckError
 
 from . import acts
-from .bench import Edit, rewrite
+from .bench import COMMANDS, NO_EFFECT, Edit, command, rewrite
 
 FORGED, FORM, LOST, STALE = "evidence: forged", "evidence: form", "evidence: chain and files", "evidence: stale"
 CPU, GPU = evidence.DEFAULT, evidence.GPU
@@ -114,7 +115,7 @@ def _form() -> list[Edit]:
         Edit(FORM, "a value that is text", changed(OF_GPU, GPU, values=_first_value(value="2 times")), "paper", "values"),
         Edit(FORM, "a value without unit", changed(OF_GPU, GPU, values=lambda v: {n: {"value": 1} for n in v}), "paper",
              "required|values"),
-        Edit(FORM, "TeX in a row", changed("thm1-stops", CPU, data=_injected), "paper", NO_TEX),
+        Edit(FORM, "TeX in a row, which is printed and not obeyed", changed("thm1-stops", CPU, data=_injected), printed, NO_EFFECT),
         Edit(FORM, "100,000 padded names", changed(OF_GPU, GPU, data=lambda d: {**d, **{f"x{i}": 0 for i in range(100000)}}),
              "paper", "data"),
         Edit(FORM, "a right-to-left mark in a verdict", changed(OF_GPU, GPU, verdict="a\u202eb"), "paper", "verdict"),
@@ -139,7 +140,12 @@ def _form() -> list[Edit]:
     return rows
 
 
-NO_TEX = "default.json|thm1-stops|not believed|TeX"
+def printed(tree: Path) -> tuple[int, str]:
+    """python -m paper"""
+    there = Path(shutil.copytree(tree, acts.beside(tree) / "there"))
+    code, said = command(there, COMMANDS["paper"])
+    text = (there / "paper/numbers.tex").read_text("utf-8")
+    return code or int(r"\input{/etc" in text or "textbackslash" not in text), said
 
 
 def _injected(data: Any) -> Any:
