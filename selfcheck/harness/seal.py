@@ -134,6 +134,10 @@ def verify(root: Path = ROOT, consequence: str = "nothing was run") -> None:
     Raises:
         SelfcheckError: naming every difference.
     """
-    found = differences(root) + (isolated.foreign() if root == ROOT else [])
+    found = differences(root)
+    try:
+        found += isolated.foreign() if root == ROOT else []
+    except isolated.Refused as error:
+        found.append(str(error))
     if found:
         raise SelfcheckError(isolated.broken(found, consequence))
