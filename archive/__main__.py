@@ -1,7 +1,5 @@
 """Command line: ``python -m archive [bind|verify|metadata|doi|statement|pack|unpack|check|validate]``; nox calls it."""
 
-from __future__ import annotations
-
 from selfcheck import isolated
 
 if __name__ == "__main__":

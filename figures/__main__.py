@@ -1,7 +1,5 @@
 """Redraw every figure from the accepted evidence."""
 
-from __future__ import annotations
-
 from selfcheck import isolated
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Build paper/paper.pdf from the accepted evidence; the same evidence gives the same bytes."""
 
-from __future__ import annotations
-
 from selfcheck import isolated
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Command line: ``python -m selfcheck [run|evidence|compare|status|seal|golden]``; nox calls it."""
 
-from __future__ import annotations
-
 from . import isolated
 
 if __name__ == "__main__":
@@ -282,7 +280,7 @@ def hear_every_interrupt() -> None:
         time.sleep(0.01)
         _thread.interrupt_main()
 
-    def report(unraisable: sys.UnraisableHookArgs) -> None:
+    def report(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             # Not a threading.Thread: the collector may have stopped the work inside one of its locks.
             _thread.start_new_thread(interrupt_again, ())

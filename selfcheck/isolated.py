@@ -8,23 +8,30 @@ environment's installed packages, ``LD_PRELOAD`` and what else belongs to the ma
 Standard library only, in one file: nothing else of the project is loaded before the finder is there.
 """
 
-from __future__ import annotations
+import os
+import sys
+
+# These two are loaded with Python itself. What else is imported here comes from Python's own folder: in a process that
+# is not isolated yet, the working directory and PYTHONPATH come first, and anything may lie there.
+BEFORE = list(sys.path)
+OWN = os.path.dirname(os.__file__)
+sys.path[:] = [entry for entry in BEFORE if entry.startswith(OWN)]
 
 import hashlib
 import importlib
 import importlib.util
 import io
 import linecache
-import os
 import re
 import runpy
 import site
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
+
+sys.path[:] = BEFORE
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = "selfcheck/checks.lock"
