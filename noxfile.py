@@ -104,7 +104,7 @@ def paper(session: nox.Session) -> None:
 
 @nox.session
 def verify(session: nox.Session) -> None:
-    """Say of every file and claim whether it is intact, stale or edited, and what mends it. Reads only."""
+    """Say of each sealed file, claim and output whether it is intact, stale or edited, and what mends it. Reads only."""
     install(session, "figures")
     session.run(*ISOLATED, "archive", "verify", *session.posargs)
 
@@ -125,7 +125,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Break the code on purpose, once per check, and see every fault caught (about 40 minutes)."""
+    """Break the code on purpose, once per fault, and see each noticed (over an hour)."""
     project(session, "tests")
     session.run("python", "-m", "tests.mutants")
 

@@ -28,7 +28,8 @@ def bind_command(output: Path | None) -> None:
     """Write what speaks of the evidence (README.md's numbers, metadata), and the manifest over every output."""
     from . import bind
 
-    click.echo(f"bound in {bind.bind(output=surroundings.absolute(output))}")
+    made = bind.bind(output=surroundings.absolute(output))
+    click.echo(f"bound in {made.path}\ncontent root {made.content_root} ({made.said})")
 
 
 @main.command("verify")
@@ -64,7 +65,7 @@ def doi_command(minted: str) -> None:
     from . import metadata
 
     click.echo("\n".join(f"wrote {name}" for name in metadata.set_doi(minted)))
-    click.echo("README.md and the paper read it from there: `nox -s paper`, then bind and seal what changed")
+    click.echo("now `nox -s seal paper`, commit, sign again if you sign, and pack")
 
 
 @main.command("statement")

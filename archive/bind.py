@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from paper import tex
 from selfcheck.harness import evidence, seal
-from selfcheck.harness.files import ROOT, source, target, write_atomic
+from selfcheck.harness.files import ROOT, SelfcheckError, source, target, write_atomic
 
 from . import manifest, metadata, readme, roots
 
 
-def bind(root: Path = ROOT, output: Path | None = None) -> Path:
+class Bound(NamedTuple):
+    """Where the manifest lies, and the content root that it has."""
+
+    path: Path
+    content_root: str
+    #: whether that is the one of the manifest before
+    said: str
+
+
+def bind(root: Path = ROOT, output: Path | None = None) -> Bound:
     """Write README.md's numbers, the metadata and the manifest, into the tree or below ``output``.
 
     Raises:
@@ -22,4 +32,13 @@ def bind(root: Path = ROOT, output: Path | None = None) -> Path:
     text = source(readme.README, root, output).read_text("utf-8")
     write_atomic(target(readme.README, root, output), readme.render(text, records, root).encode())
     metadata.write(root, output)
-    return manifest.write({"pdflatex": tex.tex_identity()}, roots.content_root(root, output), root, output)
+    before, found = _before(root), roots.content_root(root, output)
+    said = "as before" if before == found else f"before: {before or 'none'}"
+    return Bound(manifest.write({"pdflatex": tex.tex_identity()}, found, root, output), found, said)
+
+
+def _before(root: Path) -> str:
+    try:
+        return manifest.read(root)["content_root"]
+    except SelfcheckError:
+        return ""

@@ -9,7 +9,7 @@ import yaml
 
 from .roots import Basis
 
-ABOUT_ROOT = "Content root of the evidence (what was measured, without times, hosts and durations)"
+ABOUT_ROOT = "Content root of the evidence (code, claims, verdicts and every value that repeats bit for bit)"
 SPDX = "https://spdx.org/licenses/"
 
 

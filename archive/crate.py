@@ -34,7 +34,9 @@ FILES = (
 FOLDERS = {
     "src/": "The library", "selfcheck/": "The self-check and its evidence",
     "figures/": "The figures and what draws them", "paper/": "The paper and what builds it",
-    "tests/": "Tests of what is not a claim",
+    "tests/": "Tests of what is not a claim", "archive/": "What binds, verifies, states and packs",
+    "requirements/": "Every package of every environment, by hash", "examples/": "Scripts to start from",
+    "benchmarks/": "Speed, and other packages beside this one",
 }  # fmt: skip
 DATA = ("selfcheck/evidence/", "paper/", "figures/", "README", "CITATION", "codemeta")
 
@@ -54,7 +56,8 @@ def render(tree: Tree, made: dict[str, bytes], root: Path = ROOT) -> bytes:
         if name in files:
             crate.add_file(dest_path=name, properties=_file(files[name], about, media))
     for name, about in ((MANIFEST, "SHA-256 of every file but the statement"), (STATEMENT, "The in-toto statement")):
-        crate.add_file(dest_path=name, properties={"name": about, "encodingFormat": "text/plain"})
+        media = "application/json" if name == STATEMENT else "text/plain"
+        crate.add_file(dest_path=name, properties={"name": about, "encodingFormat": media})
     for file in crate.data_entities:
         if not file.id.endswith("/"):
             file["license"] = licences["CC-BY-4.0" if file.id.startswith(DATA) else "MIT"]

@@ -11,8 +11,8 @@ from selfcheck.harness.files import ROOT, SelfcheckError, write_atomic
 from . import crate, listing, metadata, roots, statement, tarball, tree
 
 
-def contents(found: tree.Tree, sbom: bytes, root: Path = ROOT) -> dict[str, bytes]:
-    """Every file of the archive. The signature comes from the tree, if one lies there.
+def contents(found: tree.Tree, sbom: bytes, root: Path = ROOT, *, signed: bool = True) -> dict[str, bytes]:
+    """Every file of the archive. The signature comes from the tree, if one lies there and it is asked for.
 
     Raises:
         SelfcheckError: if that signature was made for another statement than this one.
@@ -21,9 +21,9 @@ def contents(found: tree.Tree, sbom: bytes, root: Path = ROOT) -> dict[str, byte
     made[tree.CRATE] = crate.render(found, made, root)
     made[listing.MANIFEST] = listing.render({**found.files, **made})
     made[tree.STATEMENT] = statement.render(found, made[listing.MANIFEST], root)
-    if (root / tree.SIGNATURE).exists():
-        signed = root / tree.STATEMENT
-        if not signed.is_file() or signed.read_bytes() != made[tree.STATEMENT]:
+    if signed and (root / tree.SIGNATURE).exists():
+        stated = root / tree.STATEMENT
+        if not stated.is_file() or stated.read_bytes() != made[tree.STATEMENT]:
             raise SelfcheckError(
                 f"{tree.SIGNATURE} was made for another state of the tree; sign again with "
                 "`nox -s statement -- --sign KEYFILE`, or delete it"
@@ -32,7 +32,7 @@ def contents(found: tree.Tree, sbom: bytes, root: Path = ROOT) -> dict[str, byte
     return {**found.files, **made}
 
 
-def collected(root: Path = ROOT) -> tuple[tree.Tree, dict[str, bytes]]:
+def collected(root: Path = ROOT, *, signed: bool = True) -> tuple[tree.Tree, dict[str, bytes]]:
     """The tree and every file of its archive, once seal, outputs and metadata are found as they should be.
 
     Raises:
@@ -44,12 +44,12 @@ def collected(root: Path = ROOT) -> tuple[tree.Tree, dict[str, bytes]]:
     _, intact = verify.report(root)
     if not intact:
         raise SelfcheckError(
-            "outputs are not what the evidence gives; `nox -s verify` says which, and what renews them"
+            "the tree is not intact; `nox -s verify` says what is stale, edited or missing, and what mends it"
         )
     if wrong := metadata.differences(root):
         raise SelfcheckError("\n  ".join(wrong))
     found = tree.read(root)
-    return found, contents(found, sbom.render(root), root)
+    return found, contents(found, sbom.render(root), root, signed=signed)
 
 
 def pack(output: Path, root: Path = ROOT) -> tuple[Path, str, str]:
@@ -67,11 +67,15 @@ def state(key: Path | None, root: Path = ROOT) -> list[str]:
     """Write the statement into the tree, signed if a key is given; says what was written."""
     from . import signing
 
+    if key is not None:
+        signing.check_key(key)
+    made = collected(root, signed=False)[1][tree.STATEMENT]
+    signature = signing.signature(key, made) if key is not None else None
+    # Only now: whatever was wrong until here left the former statement and its signature as they were.
     (root / tree.SIGNATURE).unlink(missing_ok=True)
-    _, files = collected(root)
-    write_atomic(root / tree.STATEMENT, files[tree.STATEMENT])
-    if key is None:
+    write_atomic(root / tree.STATEMENT, made)
+    if signature is None:
         return [f"wrote {tree.STATEMENT}, {signing.UNSIGNED}"]
-    signing.sign(key, root)
+    write_atomic(root / tree.SIGNATURE, signature)
     said = signing.described(root, root / signing.ALLOWED)
     return [f"wrote {tree.STATEMENT} and {tree.SIGNATURE}, which `nox -s archive` packs", said]

@@ -31,9 +31,15 @@ def facts(records: Records, root: Path = ROOT) -> dict[str, str]:
     on_gpu = sum(claim.get("where") == "gpu" for claim in claims)
     return {
         "content": evidence.content_root(evidence.every(records), root),
+        "speed.card": _card(records["certified-speed"]["device"]),
         "claims.cpu": in_words(len(claims) - on_gpu),
         "claims.gpu": in_words(on_gpu),
     }
+
+
+def _card(device: str) -> str:
+    """A card's common name: ``H100`` of ``NVIDIA H100 80GB HBM3``."""
+    return device.split()[1] if len(device.split()) > 1 else device
 
 
 def render(text: str, records: Records, root: Path = ROOT) -> str:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from selfcheck.harness.files import ROOT, SelfcheckError
+from selfcheck.harness.files import SelfcheckError
 
 from .tree import SIGNATURE, STATEMENT
 
@@ -29,20 +29,24 @@ def _said(done: subprocess.CompletedProcess[bytes]) -> str:
     return " ".join((done.stderr + done.stdout).decode(errors="replace").split())
 
 
-def sign(key: Path, root: Path = ROOT) -> Path:
-    """Sign the statement under ``root``; returns the file of the signature.
+def check_key(key: Path) -> None:
+    """Raises SelfcheckError if there is no such file."""
+    if not key.is_file():
+        raise SelfcheckError(f"--sign={str(key)!r}: allowed is the file of a private SSH key")
+
+
+def signature(key: Path, statement: bytes) -> bytes:
+    """The signature of a statement.
 
     Raises:
         SelfcheckError: if there is no such key, or ssh-keygen refuses it.
     """
-    if not key.is_file():
-        raise SelfcheckError(f"--sign={str(key)!r}: allowed is the file of a private SSH key")
+    check_key(key)
     # ssh-keygen asks before it overwrites; the data come by its input, so that it writes nothing itself.
-    done = _ssh_keygen("-Y", "sign", "-f", str(key), "-n", NAMESPACE, data=(root / STATEMENT).read_bytes())
+    done = _ssh_keygen("-Y", "sign", "-f", str(key), "-n", NAMESPACE, data=statement)
     if done.returncode:
         raise SelfcheckError(f"--sign={str(key)!r}: ssh-keygen refused: {_said(done)}")
-    (root / SIGNATURE).write_bytes(done.stdout)
-    return root / SIGNATURE
+    return done.stdout
 
 
 def verify(root: Path, allowed: Path) -> str:
@@ -54,16 +58,16 @@ def verify(root: Path, allowed: Path) -> str:
     Raises:
         SelfcheckError: if there is a signature and it is not a good one of a key in the list.
     """
-    signature = root / SIGNATURE
-    if not signature.exists():
+    made = root / SIGNATURE
+    if not made.exists():
         return UNSIGNED
-    found = _ssh_keygen("-Y", "find-principals", "-s", str(signature), "-f", str(allowed))
+    found = _ssh_keygen("-Y", "find-principals", "-s", str(made), "-f", str(allowed))
     principals = found.stdout.decode(errors="replace").split("\n")
     if found.returncode or not principals[0]:
         raise SelfcheckError(f"{SIGNATURE}: its key is not in {allowed}, so it shows nothing ({_said(found)})")
     who, data = principals[0], (root / STATEMENT).read_bytes()
     done = _ssh_keygen(
-        "-Y", "verify", "-f", str(allowed), "-I", who, "-n", NAMESPACE, "-s", str(signature), data=data
+        "-Y", "verify", "-f", str(allowed), "-I", who, "-n", NAMESPACE, "-s", str(made), data=data
     )  # fmt: skip
     if done.returncode:
         raise SelfcheckError(f"{SIGNATURE}: not a good signature of {STATEMENT} by {who} ({_said(done)})")

@@ -21,6 +21,8 @@ INTACT, STALE, EDITED, FORGED, NOT_RUN, FAILED = "intact", "stale", "edited", "f
 PAPER = "nox -s paper"
 #: rows of its own say what is wrong with it; measured again it is another file, and outputs are of the former
 MEASURED = (evidence.DEFAULT, evidence.GPU)
+#: where other parties' evidence lies
+ATTESTED = "selfcheck/evidence/attested"
 
 
 class Row(NamedTuple):
@@ -38,7 +40,13 @@ class Row(NamedTuple):
 
 
 def report(root: Path = ROOT) -> tuple[list[Row], bool]:
-    """Every row, and whether the tree is intact: nothing edited, stale or missing but what one more card would add."""
+    """Every row, and whether the tree is intact: nothing edited, stale or missing but what one more card would add.
+
+    Raises:
+        SelfcheckError: if there is no tree of this project.
+    """
+    if not (root / seal.LOCK).parent.is_dir():
+        raise SelfcheckError(f"{root}: no tree of this project, it has no {Path(seal.LOCK).parent}")
     rows = [*_sealed(root), *_evidence(root), *_claims(root), *_outputs(root)]
     if all(row.good for row in rows if row.word != NOT_RUN):
         rows += _generated(root)
@@ -54,13 +62,18 @@ def _card(row: Row) -> str:
 
 
 def _sealed(root: Path) -> list[Row]:
-    found = [Row(x.partition(": ")[0], EDITED, x.partition(": ")[2], "nox -s seal") for x in seal.differences(root)]
+    found = []
+    for sentence in seal.differences(root):
+        name, _, why = sentence.partition(": ")
+        mend = "remove it" if why.endswith("remove it") else f"git checkout {name}; or `nox -s seal`, if it was meant"
+        found.append(Row(name, EDITED, why, mend))
     return found or [Row(f"{len(seal.locked(root))} sealed files", INTACT, seal.LOCK)]
 
 
 def _evidence(root: Path) -> list[Row]:
     rows = []
-    for name in MEASURED:
+    attested = [f"{ATTESTED}/{path.name}" for path in sorted((root / ATTESTED).glob("*"))]
+    for name in (*MEASURED, *attested):
         try:
             rows.append(Row(name, INTACT, f"{len(evidence.read(root / name, root))} records in one chain"))
         except SelfcheckError as error:
@@ -76,7 +89,10 @@ def _claims(root: Path) -> list[Row]:
         found = evidence.states(root)
     except SelfcheckError:
         return []  # The row of the file says why.
-    rows = [Row(s.name, words[s.word], "; ".join(s.reasons), evidence.renewal(s)) for s in found]
+    rows = [
+        Row(s.name, words[s.word], "; ".join(x.removeprefix("stale, ") for x in s.reasons), evidence.renewal(s))
+        for s in found
+    ]
     for table, devices in evidence.mixed_tables(found).items():
         rows.append(Row(f"table {table}", STALE, f"from several cards: {', '.join(devices)}", "nox -s evidence"))
     return rows

@@ -189,7 +189,7 @@ def run(only: tuple[str, ...], jobs: int | None, **asked: Any) -> None:
 
 def _written(options: Options, wanted: list[Claim]) -> list[str]:
     """Where the evidence of a run lies, in sentences."""
-    said = [f"evidence {_shown(path)}, root {root}" for path, root in KEPT.roots.items()]
+    said = [f"evidence {_shown(path)}, chain root {root}" for path, root in KEPT.roots.items()]
     on_gpu = [c for c in wanted if c.get("where") == "gpu" and c["id"] in KEPT.claims]
     if on_gpu and gpu_destination(options) and (apart := versions.outside_here(True)):
         said.append(f"GPU claims are kept apart from the committed evidence: {', '.join(apart)}")

@@ -64,7 +64,7 @@ def content_digest(record: Record, root: Path = ROOT) -> str:
 
 
 def content_root(records: Sequence[Record], root: Path = ROOT) -> str:
-    """One hash over what was measured: equal for two sets of records that agree in content, in whatever order.
+    """One hash over what repeats of what was measured: equal for sets of records that agree in content, in any order.
 
     SHA-256 over the sorted lines ``record CLAIM CARD DIGEST`` and ``subject KIND DIGEST``.
     """
