@@ -104,7 +104,7 @@ def paper(session: nox.Session) -> None:
 
 @nox.session
 def verify(session: nox.Session) -> None:
-    """Say of each sealed file, claim and output whether it is intact, stale or edited, and what mends it. Reads only."""
+    """Say of each sealed file, claim and output whether it is intact, and what mends it. Reads only."""
     install(session, "figures")
     session.run(*ISOLATED, "archive", "verify", *session.posargs)
 
