@@ -48,11 +48,15 @@ def report(root: Path = ROOT) -> tuple[list[Row], bool]:
     if not (root / seal.LOCK).parent.is_dir():
         raise SelfcheckError(f"{root}: no tree of this project, it has no {Path(seal.LOCK).parent}")
     rows = [*_sealed(root), *_evidence(root), *_claims(root), *_outputs(root)]
-    if all(row.good for row in rows if row.word != NOT_RUN):
+    if not _missed(rows):
         rows += _generated(root)
-    spoken = {row.name.partition(" on ")[0] for row in rows if row.good}
-    missed = [row for row in rows if not row.good and not (row.word == NOT_RUN and _card(row) in spoken)]
-    return rows, not missed
+    return rows, not _missed(rows)
+
+
+def _missed(rows: list[Row]) -> list[Row]:
+    """The rows that are not as they should be. Of a claim's cards one has to speak; what another said may be old."""
+    spoken = {_card(row) for row in rows if row.good} - {""}
+    return [r for r in rows if not r.good and not (r.word in (NOT_RUN, STALE) and _card(r) in spoken)]
 
 
 def _card(row: Row) -> str:

@@ -20,8 +20,8 @@ from .files import ROOT, SEED, SelfcheckError, source
 from .records import DEFAULT, GPU, MEND, Record, by_claim, read
 
 #: devices as torch and the self-check name them, by where a claim is measured
-GPUS = r"(?!.*CPU)(NVIDIA|Tesla|Quadro|GeForce|TITAN|AMD) \S.*"
-CPUS = r"[A-Z][A-Za-z]+ \S+ CPU(, [1-9][0-9]* threads?)?"
+GPUS = r"(?!.*CPU)(NVIDIA|Tesla|Quadro|GeForce|TITAN|AMD) [\w .()/+-]+"
+CPUS = r"[A-Z][A-Za-z]+ [\w.-]+ CPU(, [1-9][0-9]* threads?)?"
 COMMANDS = r"python -m selfcheck (run|evidence)(?= |$)"
 #: before it nothing was measured
 FIRST = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
@@ -118,6 +118,8 @@ def unbelievable(record: Record, claim: dict[str, Any]) -> list[str]:
         said.append(f"a claim of {'a GPU' if on_gpu else 'a CPU'}, measured on {record['device']!r}")
     if record.get("check", claim["check"]) != claim["check"]:
         said.append(f"measured by {record['check']}, checks.toml has {claim['check']}")
+    if any(name is not None for name in record["names"].values()):
+        said.append(f"a run on other subjects by name, {record['names']}")
     if record["seed"] != SEED:
         said.append(f"seed {record['seed']}, allowed is {SEED}")
     if not re.match(COMMANDS, record["command"]):

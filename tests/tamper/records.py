@@ -67,7 +67,7 @@ def _forged() -> list[Edit]:
         gpu("quick run", "quick", profile="quick"),
         gpu("failed", "failed", passed=False),
         gpu("other subjects", "subjects", subjects={"model": other, "corpus": other}),
-        gpu("other model by name", "model|names|subjects", names={"model": "gpt2", "corpus": None}),
+        gpu("other model by name", "subjects by name", names={"model": "gpt2", "corpus": None}),
         gpu("measured by another check", "measured by", check="theorem:ranking"),
         gpu("no dependencies", "stale|depends", depends={}),
         gpu("a dependency left out", "stale",
