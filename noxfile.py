@@ -50,7 +50,10 @@ def torch(session: nox.Session) -> str:
 
 def on_gpu(session: nox.Session) -> bool:
     """Whether the records of this run are held to the versions of GPU evidence."""
-    return any("cuda" in word for word in session.posargs)
+    words = session.posargs
+    asked = [word.partition("=")[2] for word in words if word.startswith("--device=")]
+    asked += words[words.index("--device") + 1 :][:1] if "--device" in words else []
+    return any(device.startswith("cuda") for device in asked)
 
 
 def output(session: nox.Session) -> list[str]:

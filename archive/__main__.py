@@ -23,8 +23,8 @@ def main() -> None:
 
 
 @main.command("bind")
-@click.option("--output", metavar="FOLDER", type=Path, help=surroundings.OUTPUT_HELP)
-def bind_command(output: Path | None) -> None:
+@click.option("--output", metavar="FOLDER", help=surroundings.OUTPUT_HELP)
+def bind_command(output: str | None) -> None:
     """Write what speaks of the evidence (README.md's numbers, metadata), and the manifest over every output."""
     from . import bind
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from paper import tex
+from figures import drawn
+from paper import ledger, tex
 from selfcheck.harness import evidence, seal
-from selfcheck.harness.files import ROOT, SelfcheckError, source, target, write_atomic
+from selfcheck.harness.files import ROOT, SelfcheckError, target, write_atomic
 
 from . import manifest, metadata, readme, roots
 
@@ -29,8 +30,10 @@ def bind(root: Path = ROOT, output: Path | None = None) -> Bound:
     """
     seal.verify(root)
     records = evidence.accepted(root, output)
-    text = source(readme.README, root, output).read_text("utf-8")
-    write_atomic(target(readme.README, root, output), readme.render(text, records, root).encode())
+    drawn.check((root / ledger.TEX).read_text("utf-8"), records, root, output)
+    ledger.check(root, output)
+    written = readme.render(readme.text_of(root), records, root)
+    write_atomic(target(readme.README, root, output), written.encode())
     metadata.write(root, output)
     before, found = _before(root), roots.content_root(root, output)
     said = "as before" if before == found else f"before: {before or 'none'}"

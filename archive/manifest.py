@@ -21,6 +21,12 @@ BOUND = (
     "figures/*.pdf", "figures/*.png", "figures/figures.json", "paper/numbers.tex", "paper/paper.pdf",
     "README.md", "CONTRIBUTING.md", "THREATS.md", "examples/*.py", "benchmarks/*.md", "tests/*.md",
     "LICENSE-*.txt", "CITATION.cff", "codemeta.json", ".zenodo.json",
+    "benchmarks/*.json", "paper/paper.json", ".ci/run",
+)  # fmt: skip
+#: what has to be there to be bound
+NEEDED = (
+    "README.md", "CONTRIBUTING.md", "THREATS.md", "LICENSE-CODE.txt", "LICENSE-TEXT-DATA.txt", "CITATION.cff",
+    "codemeta.json", ".zenodo.json", "figures/figures.json", "paper/numbers.tex", "paper/paper.json", "paper/paper.pdf",
 )  # fmt: skip
 SEALS = (seal.LOCK, evidence.DEFAULT, evidence.GPU)
 
@@ -38,6 +44,8 @@ def render(tools: dict[str, Any], content_root: str, root: Path = ROOT, output: 
         tools: what typeset and drew them, by name.
         content_root: of the evidence that they are of.
     """
+    if missing := [name for name in NEEDED if not source(name, root, output).is_file()]:
+        raise SelfcheckError(f"{', '.join(missing)}: missing, and has to be bound; restore it with git, or make it")
     files = {name: sha256(source(name, root, output)) for name in names(root, output)}
     document = {"format": FORMAT, "content_root": content_root, "tools": tools, "files": files}
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()

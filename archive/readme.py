@@ -13,7 +13,9 @@ from selfcheck.harness import evidence, seal
 from selfcheck.harness.files import ROOT, SelfcheckError
 
 README = "README.md"
-MARKED = re.compile(r"<!--qx ([\w.-]+)(?: ([^\s>]+))?-->(.*?)<!--/-->", re.DOTALL)
+MARKED = re.compile(r"<!--qx ([\w.-]+)(?: ([^\s>]+))?-->((?:(?!<!--)[^\n])*)<!--/-->")
+#: what begins or ends a mark, whole or not
+BEGINS, ENDS = re.compile(r"<!--\s*qx"), re.compile(r"<!--\s*/")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
          "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")  # fmt: skip
 TENS = {2: "twenty", 3: "thirty", 4: "forty", 5: "fifty"}
@@ -23,6 +25,14 @@ def in_words(n: int) -> str:
     """A number below sixty as an English word, as it begins a sentence."""
     word = WORDS[n] if n < 20 else TENS[n // 10] + (f"-{WORDS[n % 10]}" if n % 10 else "")
     return word.capitalize()
+
+
+def text_of(root: Path = ROOT) -> str:
+    """README.md as it is. Raises SelfcheckError if it is missing or no UTF-8."""
+    try:
+        return (root / README).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SelfcheckError(f"{README}: unreadable ({error})") from None
 
 
 def facts(records: Records, root: Path = ROOT) -> dict[str, str]:
@@ -48,7 +58,13 @@ def render(text: str, records: Records, root: Path = ROOT) -> str:
     Raises:
         SelfcheckError: for a mark that names nothing.
     """
-    known = facts(records, root)
+    known, marks = facts(records, root), len(MARKED.findall(text))
+    begun, ended = len(BEGINS.findall(text)), len(ENDS.findall(text))
+    if not begun == ended == marks:
+        raise SelfcheckError(
+            f"{README}: {begun} marks begin and {ended} end, {marks} are whole: allowed is "
+            "<!--qx KEY FORMAT-->shown<!--/--> on one line"
+        )
 
     def written(mark: re.Match[str]) -> str:
         key, form = mark[1], mark[2] or ""

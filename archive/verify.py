@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from figures import drawn
-from paper import numbers
+from paper import ledger, numbers
 from selfcheck.harness import evidence, seal
 from selfcheck.harness.files import ROOT, SelfcheckError, sha256
 
@@ -71,6 +71,12 @@ def _sealed(root: Path) -> list[Row]:
         name, _, why = sentence.partition(": ")
         mend = "remove it" if why.endswith("remove it") else f"git checkout {name}; or `nox -s seal`, if it was meant"
         found.append(Row(name, EDITED, why, mend))
+    for asked in (seal.claims, seal.reported, seal.subjects):
+        try:
+            asked(root)
+        except SelfcheckError as error:
+            name, _, why = str(error).partition(": ")
+            found.append(Row(name, EDITED, why, f"git checkout {name}"))
     return found or [Row(f"{len(seal.locked(root))} sealed files", INTACT, seal.LOCK)]
 
 
@@ -91,8 +97,8 @@ def _claims(root: Path) -> list[Row]:
     words = {"fresh": INTACT, "stale": STALE, "missing": NOT_RUN, "failed": FAILED}
     try:
         found = evidence.states(root)
-    except SelfcheckError:
-        return []  # The row of the file says why.
+    except SelfcheckError as error:
+        return [Row("claims", NOT_RUN, f"not asked: {error}")]
     rows = [
         Row(s.name, words[s.word], "; ".join(x.removeprefix("stale, ") for x in s.reasons), evidence.renewal(s))
         for s in found
@@ -133,10 +139,9 @@ def _generated(root: Path) -> Iterator[Row]:
             lambda: _same(root / numbers.TARGET, numbers.render(records, root).encode()),
             PAPER,
         ),
+        "paper.pdf of this text": (lambda: ledger.check(root), PAPER),
         "numbers of README.md": (
-            lambda: _same(
-                root / readme.README, readme.render((root / readme.README).read_text("utf-8"), records, root).encode()
-            ),
+            lambda: _same(root / readme.README, readme.render(readme.text_of(root), records, root).encode()),
             PAPER,
         ),
         "content root": (lambda: _root(root), PAPER),

@@ -10,6 +10,7 @@ from typing import Any
 
 from selfcheck.harness import evidence
 from selfcheck.harness.files import ROOT, SelfcheckError, sha256, source, target, write_atomic
+from selfcheck.harness.strict import parse
 
 #: {figure: {"records": {claim: digest of its record}, "code": digests, "files": digests}}
 LEDGER = "figures/figures.json"
@@ -67,29 +68,52 @@ def check(tex: str, records: dict[str, dict[str, Any]], root: Path = ROOT, outpu
     Raises:
         SelfcheckError: naming every such figure and why.
     """
-    try:
-        ledger = json.loads(source(LEDGER, root, output).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise SelfcheckError(f"{LEDGER}: unreadable ({error}); run `nox -s figures` first") from None
-    found = [(name, why) for name in included(tex) for why in _wrong(name, ledger, records, root, output)]
-    wrong = [f"figures/{name}.pdf: {why}" for name, why in found]
+    ledger, folder = read(root, output), target("figures", root, output)
+    there = {path.stem for suffix in SUFFIXES for path in folder.glob(f"*.{suffix}")}
+    names = dict.fromkeys([*included(tex), *ledger, *sorted(there)])
+    found = [(name, why) for name in names for why in _wrong(name, ledger, records, root, output)]
+    wrong = [f"figures/{name}{why}" for name, why in found]
     if wrong:
         raise SelfcheckError("figures are not of this evidence:\n  " + "\n  ".join(wrong) + "\nRun `nox -s figures`.")
+
+
+def read(root: Path = ROOT, output: Path | None = None) -> dict[str, Any]:
+    """The ledger.
+
+    Raises:
+        SelfcheckError: if it cannot be read, or has not its form.
+    """
+    path = source(LEDGER, root, output)
+    try:
+        ledger = parse(path)
+    except (FileNotFoundError, SelfcheckError) as error:
+        raise SelfcheckError(f"{LEDGER}: unreadable ({error}); run `nox -s figures` first") from None
+    if not isinstance(ledger, dict) or not all(map(_formed, ledger.values())):
+        raise SelfcheckError(f"{LEDGER}: not a ledger of figures; run `nox -s figures` first")
+    return ledger
+
+
+def _formed(entry: Any) -> bool:
+    parts = [entry.get(name) for name in ("records", "code", "files")] if isinstance(entry, dict) else [None]
+    return all(isinstance(x, dict) and all(isinstance(d, str) for d in x.values()) for x in parts)
 
 
 def _wrong(
     name: str, ledger: dict[str, Any], records: dict[str, dict[str, Any]], root: Path, output: Path | None
 ) -> Iterator[str]:
     said = ledger.get(name)
-    path = source(f"figures/{name}.pdf", root, output)
-    if said is None or not path.is_file():
-        yield "missing" if said is not None else f"not in {LEDGER}"
+    if said is None:
+        yield f": not in {LEDGER}"
         return
-    if sha256(path) != said["files"]["pdf"]:
-        yield "not the file that was drawn"
+    for suffix in SUFFIXES:
+        path = source(f"figures/{name}.{suffix}", root, output)
+        if not path.is_file():
+            yield f".{suffix}: missing"
+        elif sha256(path) != said["files"].get(suffix):
+            yield f".{suffix}: not the file that was drawn"
     for claim, digest in said["records"].items():
         if claim not in records or evidence.record_digest(records[claim]) != digest:
-            yield f"drawn from other evidence of {claim}"
+            yield f": drawn from other evidence of {claim}"
     for code, digest in said["code"].items():
         if not (root / code).is_file() or sha256(root / code) != digest:
-            yield f"drawn before {code} changed"
+            yield f": drawn before {code} changed"

@@ -15,7 +15,7 @@ from figures import drawn
 from selfcheck.harness import evidence, leftovers, seal, surroundings
 from selfcheck.harness.files import ROOT, SelfcheckError, source, target, write_atomic
 
-from . import numbers, tex
+from . import ledger, numbers, tex
 
 
 def build(output: Path | None) -> Path:
@@ -33,13 +33,13 @@ def build(output: Path | None) -> Path:
     with tempfile.TemporaryDirectory(prefix="qaxis-paper-") as folder:
         # TeX reads and writes here only: not a tree that it cannot write, not a path that it might not understand.
         there = Path(folder)
-        copied = ["paper/paper.tex", numbers.TARGET, *(f"figures/{name}.pdf" for name in drawn.included(text))]
-        for name in copied:
+        for name in ledger.inputs():
             (there / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source(name, output=output), there / name)
         pdf = tex.compile_tex(there / "paper", epoch)
     seal.verify(consequence="the PDF is not written, as it is not of the sealed files")
     write_atomic(made, pdf)
+    ledger.write(output=output)
     return made
 
 

@@ -113,10 +113,10 @@ def _bits(records: Records) -> list[str]:
     rows = []
     for here, gpu in zip(records["golden"]["data"]["rows"], records["golden-gpu"]["data"]["rows"], strict=True):
         equal = {**gpu["equal"], **here["equal"]}
-        shares = " & ".join(f"{equal[p]}/{here['cases']}" for p in PLATFORMS)
+        shares = " & ".join(f"{equal[p]:d}/{here['cases']:d}" for p in PLATFORMS)
         gap, differ = max(here["gap"], gpu["gap"]), here["differ"] + gpu["differ"]
         rows.append(
-            f"{escape(here['dtype'])} & {escape(here['shapes'])} & {shares} & {gap:g} & {differ} & "
+            f"{escape(here['dtype'])} & {escape(here['shapes'])} & {shares} & {gap:g} & {differ:d} & "
             f"\\texttt{{{escape(here['sha256'][:12])}}}"
         )
     return rows
@@ -143,7 +143,7 @@ def _families(records: Records) -> list[str]:
     return [
         f"{escape(r['family'])} & {escape(r['particular'])} & {r['off']:g} & {r['every_key']:g} & "
         + " & ".join(show("families.ratio", r[what]) for what in ("dense", "decode"))
-        + f" & {r['wrong']} of {thousands(r['rows'])}"
+        + f" & {r['wrong']:d} of {thousands(r['rows'])}"
         for r in records["families"]["data"]["rows"]
     ]
 
@@ -202,7 +202,7 @@ def _formats(records: Records) -> list[str]:
         same = f"{r['same']:.1f}" if r["same"] is not None else "--"
         protocol = ", whole window" if r["protocol"] != "decoding" else ""
         rows.append(
-            f"{escape(r['format'])}{protocol} & {r['texts']} & {r['ratio']:.4f} & {percent} & [{low}, {high}] & "
+            f"{escape(r['format'])}{protocol} & {r['texts']:d} & {r['ratio']:.4f} & {percent} & [{low}, {high}] & "
             f"{r['gap']:.1f} & {r['top1']:.1f} & {same}"
         )
     return rows
@@ -222,9 +222,9 @@ def _certified(records: Records) -> list[str]:
         # Where the CUDA kernels do not run, the step is the Triton one.
         cuda = f"{r['took']:.0f}" if r["took"] != r["triton"] else "--"
         rows.append(
-            f"{r['batch']} & {thousands(r['n'])} & {thousands(r['k_eff'])} & {WAYS[r['way']]} & {escape(r['best'])} & "
-            f"{r['dense']:.0f} & {r['dense_8bit']:.0f} & {r['triton']:.0f} & {cuda} & {r['ratio']:.2f} & "
-            f"{r['floor']:.0f} & {thousands(round(r['rescored']))}"
+            f"{r['batch']:d} & {thousands(r['n'])} & {thousands(r['k_eff'])} & {WAYS[r['way']]} & "
+            f"{escape(r['best'])} & {r['dense']:.0f} & {r['dense_8bit']:.0f} & {r['triton']:.0f} & "
+            f"{cuda} & {r['ratio']:.2f} & {r['floor']:.0f} & {thousands(round(r['rescored']))}"
         )
     return rows
 

@@ -90,7 +90,14 @@ def _failures(records: list[dict[str, Any]], not_run: list[str], only: tuple[str
 
 def _folder(context: click.Context, option: click.Parameter, said: str | None) -> str | None:
     """FOLDER as a full path."""
-    return str(surroundings.absolute(said)) if said else None
+    return None if said is None else str(surroundings.absolute(said))
+
+
+def _subject(context: click.Context, option: click.Parameter, said: str | None) -> str | None:
+    """A name; empty, as a variable that is not set gives, it would mean the pinned subject."""
+    if said == "":
+        raise SelfcheckError(f"--{option.name}='': allowed is a name or a path")
+    return said
 
 
 def _name(context: click.Context, option: click.Parameter, said: str | None) -> str | None:
@@ -155,9 +162,12 @@ def golden_command() -> None:
 @main.command()
 @click.option("--quick", is_flag=True, help="A smaller run for a change in hand; the paper never accepts it.")
 @click.option("--only", multiple=True, metavar="CLAIM", help="Run this claim only; may be repeated.")
-@click.option("--model", metavar="NAME_OR_PATH", help="Another causal language model.")
+@click.option("--model", metavar="NAME_OR_PATH", callback=_subject, help="Another causal language model.")
 @click.option(
-    "--corpus", metavar="NAME_OR_PATH", help="Other texts: .bz2 dump, .txt, .json, .parquet, or a dataset name."
+    "--corpus",
+    metavar="NAME_OR_PATH",
+    callback=_subject,
+    help="Other texts: .bz2 dump, .txt, .json, .parquet, or a dataset name.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--jobs", type=int, help="Claims measured at once on a CPU; 2 where there are two cores.")

@@ -68,6 +68,8 @@ def read_lock(root: Path = ROOT) -> tuple[str, dict[str, str]]:
     """
     try:
         data = (root / LOCK).read_bytes()
+        if b"\r\n" in data:
+            raise Refused(broken([f"{LOCK}: {LINE_ENDINGS}"]))
         table = data.decode().partition("[files]\n")[2].partition("\n[")[0]
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"{LOCK}: unreadable ({error}); restore it, or seal again with `nox -s seal`") from None
@@ -302,6 +304,10 @@ def main() -> None:
         # What says what is wrong was itself changed: then all that the lock says otherwise.
         found = changed(read_lock()[1]) if words[:2] in SAYING else []
         sys.exit(f"{words[0]}: {broken(found) if found else error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{words[0]}: interrupted")
+    except OSError as error:  # A full disk, a closed terminal, a name that no system has.
+        sys.exit(f"{words[0]}: {error}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in FOLDERS:
             raise

@@ -122,7 +122,11 @@ def malformed(record: Any) -> str | None:
 @lru_cache(maxsize=2)
 def _validator(part: str) -> Any:
     """Checks a whole document, or one of the schema's parts."""
-    schema = json.loads((ROOT / SCHEMA).read_text("utf-8"))
+    try:
+        schema = json.loads((ROOT / SCHEMA).read_text("utf-8"))
+        schema["$defs"]["record"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SelfcheckError(f"{SCHEMA}: unreadable ({error}); restore it with git") from None
     if part:
         schema = {"$schema": schema["$schema"], "$defs": schema["$defs"], "$ref": f"#/$defs/{part}"}
     return jsonschema.Draft202012Validator(schema)

@@ -22,6 +22,15 @@ SEALED = (
     "archive/**/*.py", "archive/schemas/*.json", "archive/*.toml", "archive/allowed_signers",
     "constraints*.txt", "requirements/*.txt", "requirements/*.py", "pyproject.toml", "noxfile.py", ".gitattributes",
 )  # fmt: skip
+#: what every claim says, and files without which there is nothing to seal
+NEEDED = {"id", "statement", "status", "check", "published", "must", "repeats"}
+REQUIRED = (
+    "paper/paper.tex",
+    "selfcheck/golden.json",
+    "selfcheck/evidence.schema.json",
+    "constraints.txt",
+    "noxfile.py",
+)
 #: folders in which nothing lies but what is sealed and what is named here, and nothing is a link
 CLOSED = ("src", "selfcheck", "figures", "paper", "archive", "requirements")
 #: {pattern of files that are not sealed: why they may be there}; ``*`` is of one folder's names, ``**`` of any depth
@@ -31,11 +40,14 @@ EXPECTED = {
     "**/.DS_Store": "a desktop's own",
     "src/*.egg-info/*": "what an installation notes",
     "selfcheck/checks.lock": "the lock",
-    "selfcheck/evidence/**/*.json": "records, in a chain of their own",
+    "selfcheck/evidence/default.json": "records, in a chain of their own",
+    "selfcheck/evidence/gpu.json": "records, in a chain of their own",
+    "selfcheck/evidence/attested/*.json": "records of other parties",
     "selfcheck/local/**": "runs that no paper reads",
     "figures/*.pdf": "drawn from records", "figures/*.png": "drawn from records",
     "figures/figures.json": "which records each figure was drawn from",
     "paper/numbers.tex": "made from records", "paper/paper.pdf": "made from records",
+    "paper/paper.json": "what the PDF was typeset from",
     "paper/build/**/*": "what pdflatex leaves, run by hand",
     "paper/proofs/*.vo*": "what coqc leaves", "paper/proofs/*.glob": "what coqc leaves",
     "paper/proofs/.*.aux": "what coqc leaves", "paper/proofs/.*.cache": "what coqc leaves",
@@ -43,19 +55,42 @@ EXPECTED = {
 }  # fmt: skip
 
 
+#: what would shape an installation from this folder, or a run of its tests, and is not there
+SETUP = ("setup.py", "setup.cfg", "MANIFEST.in", "conftest.py", "tox.ini", "pytest.ini")
+CLAIMS, SUBJECTS = "selfcheck/checks.toml", "selfcheck/inputs/subjects.toml"
+
+
+def _table(root: Path, name: str, *keys: str) -> dict[str, Any]:
+    """A sealed TOML file.
+
+    Raises:
+        SelfcheckError: if it cannot be read, or lacks one of its tables.
+    """
+    try:
+        found = tomlkit.parse((root / name).read_text("utf-8")).unwrap()
+    except (OSError, UnicodeDecodeError, tomlkit.exceptions.TOMLKitError) as error:
+        raise SelfcheckError(f"{name}: unreadable ({error}); restore it with git") from None
+    if missing := [key for key in keys if not found.get(key)]:
+        raise SelfcheckError(f"{name}: has no {', '.join(missing)}; restore it with git")
+    return found
+
+
 def claims(root: Path = ROOT) -> list[dict[str, Any]]:
-    """The claims of checks.toml, in order."""
-    return tomlkit.parse((root / "selfcheck/checks.toml").read_text("utf-8")).unwrap()["claim"]
+    """The claims of checks.toml, in order. Raises SelfcheckError if there are none."""
+    found = _table(root, CLAIMS, "claim")["claim"]
+    if not all(isinstance(claim, dict) and NEEDED <= claim.keys() for claim in found):
+        raise SelfcheckError(f"{CLAIMS}: a claim lacks one of {', '.join(sorted(NEEDED))}")
+    return found
 
 
 def reported(root: Path = ROOT) -> list[dict[str, Any]]:
     """Published numbers that are not measured here."""
-    return tomlkit.parse((root / "selfcheck/checks.toml").read_text("utf-8")).unwrap()["reported"]
+    return _table(root, CLAIMS, "reported")["reported"]
 
 
 def subjects(root: Path = ROOT) -> dict[str, dict[str, str]]:
     """The pinned model and corpus of subjects.toml."""
-    return tomlkit.parse((root / "selfcheck/inputs/subjects.toml").read_text("utf-8")).unwrap()
+    return _table(root, SUBJECTS, "model", "corpus")
 
 
 def expand(patterns: tuple[str, ...] | list[str], root: Path = ROOT) -> list[str]:
@@ -66,6 +101,10 @@ def expand(patterns: tuple[str, ...] | list[str], root: Path = ROOT) -> list[str
 
 def seal(root: Path = ROOT) -> int:
     """Write the lock over what is there now; returns the number of files."""
+    # A lock over what no command can read would hold, and mean nothing.
+    claims(root), reported(root)
+    if missing := [name for name in REQUIRED if not (root / name).is_file()]:
+        raise SelfcheckError(f"not sealed, as {', '.join(missing)} is missing; restore it with git")
     document = tomlkit.document()
     document.add(tomlkit.comment("SHA-256 of every sealed file and subject; made by `nox -s seal`."))
     document["files"] = {name: sha256(root / name) for name in expand(SEALED, root)}
@@ -94,6 +133,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _unexpected(root: Path, files: dict[str, str]) -> Iterator[str]:
     """One sentence for every link in a closed folder, and every file that is neither sealed nor expected."""
+    for name in SETUP:
+        if (root / name).exists():
+            yield f"{name}: not sealed, and nothing that is expected here; remove it"
     for closed in CLOSED:
         if (root / closed).is_symlink():
             yield f"{closed}: a symbolic link; allowed is a folder of this tree"
@@ -110,7 +152,10 @@ def _unexpected(root: Path, files: dict[str, str]) -> Iterator[str]:
 def differences(root: Path = ROOT) -> list[str]:
     """One sentence for every sealed file that is changed, missing or not in the lock, and for what does not belong."""
     try:
-        locked = tomlkit.parse((root / LOCK).read_text("utf-8")).unwrap()
+        data = (root / LOCK).read_bytes()
+        if b"\r\n" in data:
+            return [f"{LOCK}: {LINE_ENDINGS}"]
+        locked = tomlkit.parse(data.decode()).unwrap()
         files, pinned = dict(locked["files"]), dict(locked["subjects"])
     except (OSError, KeyError, TypeError, ValueError, tomlkit.exceptions.TOMLKitError) as error:
         return [f"{LOCK}: unreadable ({error}); restore it, or seal again with `nox -s seal`"]

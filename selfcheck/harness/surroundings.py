@@ -14,21 +14,40 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .files import SelfcheckError
+from .files import ROOT, SelfcheckError
 
+#: folders of the tree in which nothing lies but what is sealed or expected
+SEALED = ("src", "selfcheck", "figures", "paper", "archive", "requirements")
 OUTPUT_HELP = "Write below FOLDER, laid out as this tree is, instead of into the tree."
 
 
 def output_option(program: str, description: str | None) -> Path | None:
     """FOLDER of ``--output FOLDER`` on the command line of a program that has no other option."""
     parser = argparse.ArgumentParser(f"python -m {program}", description=description)
-    parser.add_argument("--output", metavar="FOLDER", type=Path, help=OUTPUT_HELP)
+    parser.add_argument("--output", metavar="FOLDER", help=OUTPUT_HELP)
     return absolute(parser.parse_args().output)
 
 
 def absolute(folder: str | Path | None) -> Path | None:
-    """The same folder, whatever the working directory is later."""
-    return Path(folder).resolve() if folder else None
+    """The same folder, whatever the working directory is later.
+
+    Raises:
+        SelfcheckError: for an empty name, which a variable that is not set gives; for a folder of the sealed tree, in
+            which nothing else may lie; for what can be no folder.
+    """
+    if folder is None:
+        return None
+    if str(folder) in ("", "."):
+        raise SelfcheckError(f"--output={str(folder)!r}: allowed is a folder apart from the working directory")
+    try:
+        found = Path(folder).resolve()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SelfcheckError(f"--output={str(folder)!r}: no folder can have this name ({error})") from None
+    within = found.relative_to(ROOT).parts if found.is_relative_to(ROOT) else ("elsewhere",)
+    if not within or (within[0] in SEALED and within[:2] != ("selfcheck", "local")):
+        raise SelfcheckError(f"--output={str(folder)!r}: allowed is a folder apart from the sealed ones of this tree")
+    return found
 
 
 def check_writable(*paths: Path) -> None:
