@@ -17,6 +17,7 @@ BEFORE = list(sys.path)
 OWN = os.path.dirname(os.__file__)
 sys.path[:] = [entry for entry in BEFORE if entry.startswith(OWN)]
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -302,7 +303,10 @@ def main() -> None:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     except Refused as error:
         # What says what is wrong was itself changed: then all that the lock says otherwise.
-        found = changed(read_lock()[1]) if words[:2] in SAYING else []
+        found = []
+        if words[:2] in SAYING:
+            with contextlib.suppress(Refused):
+                found = changed(read_lock()[1])
         sys.exit(f"{words[0]}: {broken(found) if found else error}")
     except KeyboardInterrupt:
         sys.exit(f"{words[0]}: interrupted")
