@@ -6,6 +6,7 @@ numbers.tex, the PDF, the pages and examples that a reader meets. Written with t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,14 @@ def render(tools: dict[str, Any], content_root: str, root: Path = ROOT, output: 
         raise SelfcheckError(f"{', '.join(missing)}: missing, and has to be bound; restore it with git, or make it")
     files = {name: sha256(source(name, root, output)) for name in names(root, output)}
     document = {"format": FORMAT, "content_root": content_root, "tools": tools, "files": files}
+    document["digest"] = _digest(document)
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without this digest, so that an edit of any part of it is noticed."""
+    rest = {name: part for name, part in document.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write(tools: dict[str, Any], content_root: str, root: Path = ROOT, output: Path | None = None) -> Path:
@@ -76,6 +84,8 @@ def read(root: Path = ROOT) -> dict[str, Any]:
         and isinstance(said.get("files"), dict)
         and all(isinstance(digest, str) for digest in said["files"].values())
     )
+    if formed and said.get("digest") != _digest(said):
+        raise SelfcheckError(f"{MANIFEST}: edited, its own digest does not hold; `nox -s paper` writes it anew")
     if not formed:
         raise SelfcheckError(f"{MANIFEST}: not a manifest of this project's; `nox -s paper` writes it anew")
     return said

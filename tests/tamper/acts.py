@@ -28,10 +28,10 @@ def replaced(name: str, old: str, new: str) -> Act:
     return act
 
 
-def appended(name: str, text: str = "\n") -> Act:
+def appended(name: str, text: str | bytes = "\n") -> Act:
     def act(tree: Path) -> None:
         with (tree / name).open("ab") as stream:
-            stream.write(text.encode())
+            stream.write(text.encode() if isinstance(text, str) else text)
 
     return act
 

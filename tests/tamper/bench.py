@@ -28,6 +28,7 @@ COMMANDS = {
     "figures": ("figures",),
     "paper": ("paper",),
     "verify": ("archive", "verify"),
+    "bind": ("archive", "bind"),
     "self-check": ("selfcheck", "run", "--quick", "--only", "thm1-stops"),
 }
 #: instead of a pattern: outputs must be those of the tree without the edit; and: nothing notices, and nothing can

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import marshal
 import os
 import shutil
 from pathlib import Path
@@ -45,8 +47,17 @@ def _blind(tree: Path) -> None:
     acts.replaced("selfcheck/isolated.py", "        if self.locked is not None and name", "        if False and name")(
         tree
     )
-    acts.replaced("selfcheck/harness/seal.py", "    found = differences(root) + (", "    found = [] and (")(tree)
+    acts.replaced("selfcheck/harness/seal.py", "    found = differences(root)\n", "    found = []\n")(tree)
     acts.replaced("paper/paper.tex", r"\end{document}", "We also prove P=NP.\n" + r"\end{document}")(tree)
+
+
+def _first_stage(tree: Path) -> None:
+    """Byte code of isolated.py that isolates nothing and says what its owner likes."""
+    path = tree / importlib.util.cache_from_source("selfcheck/isolated.py")
+    path.parent.mkdir(exist_ok=True)
+    text = "import sys\ndef enter(program):\n    print('42 fresh')\n    sys.exit()\n"
+    code = marshal.dumps(compile(text, "selfcheck/isolated.py", "exec"))
+    path.write_bytes(importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8) + code)
 
 
 def _answers(tree: Path) -> dict[str, str]:
@@ -85,6 +96,9 @@ EDITS = [
          "digests say what was measured only if whoever wrote them was honest: the claim has to be measured again"),
     Edit(BEYOND, "the code that verifies, edited so that it does not", _blind, "paper", PASSES,
          "a tree cannot vouch for itself: verify with a copy of another origin, or check the signed archive"),
+    Edit(BEYOND, "byte code of isolated.py, under `python -m`", _first_stage, "status", PASSES,
+         "Python itself reads it before anything of this project runs; the commands of nox start isolated.py as a file, "
+         "of which no byte code is read"),
     Edit(BEYOND, "an interpreter that answers in the program's place", _answers, "status", PASSES,
          "what runs the check belongs to the machine; another machine, or nox's fresh environments, would not agree"),
     Edit(BEYOND, "a coqc of the same version that compiles another file", _fake_coq, proving.examine, PASSES,

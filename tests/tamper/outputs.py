@@ -8,6 +8,7 @@ from pathlib import Path
 from . import acts
 from .bench import NO_EFFECT, Edit
 
+TEX = "paper/paper.tex"
 OUTPUT, SUPPLY = "outputs", "supply chain"
 
 
@@ -29,10 +30,14 @@ def _bound() -> list[Edit]:
     return [
         *rows,
         Edit(
-            OUTPUT, "a number of README's table", acts.replaced("README.md", "| 1.6 |", "| 6.1 |"), "verify", "README"
+            OUTPUT,
+            "a number of README's table",
+            acts.replaced("README.md", ".1f-->1.6<!--/-->", ".1f-->6.1<!--/-->"),
+            "verify",
+            "README",
         ),
         Edit(OUTPUT, "manifest without its outputs", acts.written("archive/manifest.json", "{}"), "verify", "manifest"),
-        Edit(OUTPUT, "manifest edited", acts.flipped("archive/manifest.json", -40), "verify", "manifest|digest|edited"),
+        Edit(OUTPUT, "manifest edited", acts.flipped("archive/manifest.json", -40), "verify", "its own digest"),
     ]
 
 
@@ -44,11 +49,25 @@ def _read_again() -> list[Edit]:
         Edit(OUTPUT, "the figures' ledger emptied", acts.written("figures/figures.json", "{}"), "paper", "not in figures"),
         Edit(OUTPUT, "the figures' ledger unreadable", acts.written("figures/figures.json", "["), "paper", "unreadable"),
         Edit(OUTPUT, "the figures' ledger a list", acts.written("figures/figures.json", "[]"), "paper", "figures.json"),
+        Edit(OUTPUT, "another figure's PNG", _another_png, "paper", "entropy.png: not the file that was drawn"),
+        Edit(OUTPUT, "a figure that nobody drew", acts.written("figures/more.png", b"x"), "paper", "more: not in figures"),
+        Edit(OUTPUT, "text sealed, bound without a new PDF", acts.resealed(acts.appended(TEX, "% x")), "bind", f"other files: {TEX}"),
+        Edit(OUTPUT, "paper.pdf edited, then bound", acts.appended("paper/paper.pdf", " "), "bind", "other files: paper/paper.pdf"),
+        Edit(OUTPUT, "a figure edited, then bound", acts.appended("figures/entropy.png", " "), "bind", "not the file that was drawn"),
+        Edit(OUTPUT, "a licence missing, then bound", acts.removed("LICENSE-CODE.txt"), "bind", "LICENSE-CODE.txt: missing"),
+        Edit(OUTPUT, "a mark of README mistyped", acts.replaced("README.md", "<!--qx claims.gpu", "<!--qx  claims.gpu"), "bind", "marks begin"),
+        Edit(OUTPUT, "a mark of README without its end", acts.replaced("README.md", "<!--/-->", ""), "bind", "marks begin"),
+        Edit(OUTPUT, "README no UTF-8", acts.appended("README.md", b"\xff"), "bind", "README.md: unreadable"),
+        Edit(OUTPUT, "another party's evidence unreadable", acts.written("selfcheck/evidence/attested/x.json", "x"), "verify", "attested/x.json"),
         Edit(OUTPUT, "numbers.tex edited, then paper", acts.appended("paper/numbers.tex", r"\typeout{x}"), "paper", NO_EFFECT),
         Edit(OUTPUT, "paper.pdf edited, then paper", acts.appended("paper/paper.pdf", " "), "paper", NO_EFFECT),
         Edit(OUTPUT, "figures edited, then figures", acts.appended("figures/entropy.pdf", " "), "figures", NO_EFFECT),
         Edit(OUTPUT, "the ledger edited, then figures", _ledger, "figures", NO_EFFECT),
     ]  # fmt: skip
+
+
+def _another_png(tree: Path) -> None:
+    (tree / "figures/entropy.png").write_bytes((tree / "figures/stages.png").read_bytes())
 
 
 def _another(tree: Path) -> None:
@@ -64,6 +83,8 @@ def _supply() -> list[Edit]:
         file = f"requirements/{name}.txt"
         rows.append(Edit(SUPPLY, f"a version of {file}", acts.replaced(file, "==", "==9"), "status", file))
     pin = acts.replaced("noxfile.py", "--require-hashes", "--no-deps")
+    for name in ("setup.py", "setup.cfg", "conftest.py"):
+        rows.append(Edit(SUPPLY, f"{name} in the root", acts.written(name), "paper", f"{name}: not sealed"))
     return [*rows, Edit(SUPPLY, "nox installs without hashes", pin, "paper", "noxfile.py: locked as")]
 
 
