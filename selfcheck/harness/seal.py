@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,11 @@ SETUP = ("setup.py", "setup.cfg", "MANIFEST.in", "conftest.py", "tox.ini", "pyte
 CLAIMS, SUBJECTS = "selfcheck/checks.toml", "selfcheck/inputs/subjects.toml"
 
 
+@lru_cache(maxsize=8)
+def _parsed(data: bytes) -> dict[str, Any]:
+    return tomlkit.parse(data.decode()).unwrap()
+
+
 def _table(root: Path, name: str, *keys: str) -> dict[str, Any]:
     """A sealed TOML file.
 
@@ -67,7 +74,8 @@ def _table(root: Path, name: str, *keys: str) -> dict[str, Any]:
         SelfcheckError: if it cannot be read, or lacks one of its tables.
     """
     try:
-        found = tomlkit.parse((root / name).read_text("utf-8")).unwrap()
+        # A copy: whoever gets it may change it.
+        found = copy.deepcopy(_parsed((root / name).read_bytes()))
     except (OSError, UnicodeDecodeError, tomlkit.exceptions.TOMLKitError) as error:
         raise SelfcheckError(f"{name}: unreadable ({error}); restore it with git") from None
     if missing := [key for key in keys if not found.get(key)]:
