@@ -25,7 +25,7 @@ from selfcheck.harness.files import ROOT, SelfcheckError
 COPIED = (
     "archive/metadata.toml", "archive/allowed_signers", "LICENSE-CODE.txt", "LICENSE-TEXT-DATA.txt", ".gitignore",
     ".gitattributes", ".ci/run", "selfcheck/evidence/default.json", "selfcheck/evidence/gpu.json",
-    "selfcheck/checks.toml", "selfcheck/inputs/subjects.toml",
+    "selfcheck/checks.toml", "selfcheck/inputs/subjects.toml", "selfcheck/isolated.py",
 )  # fmt: skip
 #: programs in the place of the archive's own: what they do is said in the test
 PROGRAM = """
@@ -38,6 +38,12 @@ for name in {names}:
     made = there / name
     made.parent.mkdir(parents=True, exist_ok=True)
     made.write_bytes(pathlib.Path(name).read_bytes())
+"""
+MEASURES = """
+assert "--quick" in sys.argv, sys.argv
+made = there / "selfcheck/local/quick.json"
+made.parent.mkdir(parents=True)
+made.write_bytes(pathlib.Path("selfcheck/evidence/default.json").read_bytes())
 """
 #: packs the file that is being checked, which the test leaves where temporary files are
 PACKS = """
@@ -101,7 +107,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "figures/__main__.py": PROGRAM.format(does=REDRAWS.format(names=["figures/a.pdf"])),
         "paper/__main__.py": PROGRAM.format(does=REDRAWS.format(names=["paper/paper.pdf"])),
         "archive/__main__.py": PROGRAM.format(does=PACKS),
-        "selfcheck/__main__.py": PROGRAM.format(does="assert '--quick' in sys.argv, sys.argv"),
+        "selfcheck/__main__.py": PROGRAM.format(does=MEASURES),
+        **{f"{package}/__init__.py": "" for package in ("selfcheck", "figures", "paper", "archive")},
     }  # fmt: skip
     for name, text in made.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
