@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,9 @@ def read(root: Path) -> dict[str, Any]:
 def wrong(root: Path) -> list[str]:
     """In words, where the statement of an unpacked archive is not about the files beside it."""
     said = read(root)
-    named, source = [s["name"] for s in said["subject"]], said["predicate"]["source"]
+    named, source = Counter(s["name"] for s in said["subject"]), said["predicate"]["source"]
     subjects = {s["name"]: s["digest"] for s in said["subject"]}
-    out = [f"{STATEMENT}: names {name[:LONGEST]} {n} times" for name in subjects if (n := named.count(name)) > 1]
+    out = [f"{STATEMENT}: names {name[:LONGEST]} {n} times" for name, n in named.items() if n > 1]
     out += [
         f"{STATEMENT}: says nothing of {name}" for name in (*BOUND, MANIFEST) if "sha256" not in subjects.get(name, {})
     ]
