@@ -30,8 +30,8 @@ DOES_NOT_SAY = (
 )
 
 
-#: how the object of a commit is text: as UTF-8, or, where its message is not, byte by byte; both give it back exactly
-ENCODINGS = ("utf-8", "latin-1")
+#: the object of a commit is UTF-8, or, where its message is not and this is said, text byte by byte
+UTF8, BYTES = "utf-8", "latin-1"
 
 
 def _subject(name: str, **digest: str) -> dict[str, Any]:
@@ -73,12 +73,11 @@ def render(tree: Tree, manifest: bytes, root: Path = ROOT) -> bytes:
 
 
 def _commit_text(commit: bytes) -> dict[str, str]:
-    for encoding in ENCODINGS:
-        try:
-            return {"commit": commit.decode(encoding), "encoding": encoding}
-        except UnicodeDecodeError:
-            continue
-    raise AssertionError("latin-1 decodes every byte")
+    """The object as text that gives it back exactly."""
+    try:
+        return {"commit": commit.decode(UTF8)}
+    except UnicodeDecodeError:
+        return {"commit": commit.decode(BYTES), "encoding": BYTES}
 
 
 def commit_object(source: dict[str, Any]) -> bytes:
@@ -87,10 +86,11 @@ def commit_object(source: dict[str, Any]) -> bytes:
     Raises:
         SelfcheckError: if its text is not of the encoding that is said.
     """
+    encoding = source.get("encoding", UTF8)
     try:
-        return bytes(source["commit"].encode(source["encoding"]))
+        return bytes(source["commit"].encode(encoding))
     except UnicodeEncodeError as error:
-        raise SelfcheckError(f"{STATEMENT}: commit: not {source['encoding']}, as it says ({error.reason})") from error
+        raise SelfcheckError(f"{STATEMENT}: commit: not {encoding}, as it says ({error.reason})") from error
 
 
 def read(root: Path) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def read(root: Path) -> dict[str, Any]:
         formed = (
             (said["_type"], said["predicateType"]) == (TYPE, PREDICATE)
             and isinstance(source["commit"], str)
-            and source["encoding"] in ENCODINGS
+            and source.get("encoding", UTF8) in (UTF8, BYTES)
             and isinstance(source["executable"], list)
             and all(isinstance(name, str) for name in source["executable"])
             and all(isinstance(s["name"], str) and isinstance(s["digest"], dict) for s in said["subject"])

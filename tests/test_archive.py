@@ -200,15 +200,20 @@ def test_what_is_no_doi_of_this_package_is_refused(own: Path, doi: str) -> None:
     ("text", "by", "said"),
     [('orcid = "0009-0004-3712-6798"', 'orcid = "0009-0004-3712-6799"', "check digit"), ("title", "titel", "title"),
      ('doi = ""', 'doi = "soon"', "allowed is"), ('repository = ""', 'repository = "file:///a"', "https"),
-     ("[[author]]", "[[author", "unreadable"), ('version = "0.1.0"', 'version = "1/../../0"', "version = .*digits and dots"),
+     ("[[author]]", "[[author", "unreadable"),
+     ('version = "0.1.0"', 'version = "1/../../0"', "version = .*digits and dots"),
      ('version = "0.1.0"', "version = 0.1", "version = .*digits"), ('doi = ""', "doi = 1", "doi = '1': allowed is"),
      ('doi = ""', 'doi = false', "doi = 'False'"), ('orcid = "0009-0004-3712-6798"', "orcid = 9", "author.orcid = '9'"),
      ('orcid = "0009', 'orkid = "0009', "author.orkid = .*no such key"), ('given = "E."', "", "author.given missing"),
-     ('family = "Vyaltsev"', 'family = ["Vyaltsev"]', "author.family = .*one line"), ("month = 6", "month = 13", "month = '13'"),
+     ('family = "Vyaltsev"', 'family = ["Vyaltsev"]', "author.family = .*one line"),
+     ("month = 6", "month = 13", "month = '13'"),
      ("month = 6", "month = true", "month = 'True'"), ("year = 2026", 'year = "2026"', "preprint.year = '2026'"),
-     ("[preprint]", "[[preprint]]", "preprint = .*a table of"), ("[companion]", "[companions]", "companions = .*no such key"),
-     ('id = "MIT"', 'id = "ISC"', "MIT missing"), ('file = "LICENSE-CODE.txt"', 'file = "../a"', "licence.file = '../a'"),
-     ('covers = "code"', 'covers = ""', "licence.covers"), ("keywords = [", "keywords = [1, ", "keywords = .*list of texts"),
+     ("[preprint]", "[[preprint]]", "preprint = .*a table of"),
+     ("[companion]", "[companions]", "companions = .*no such key"),
+     ('id = "MIT"', 'id = "ISC"', "MIT missing"),
+     ('file = "LICENSE-CODE.txt"', 'file = "../a"', "licence.file = '../a'"),
+     ('covers = "code"', 'covers = ""', "licence.covers"),
+     ("keywords = [", "keywords = [1, ", "keywords = .*list of texts"),
      ("keywords = [", "keywords = []\nother = [", "other = .*no such key"), ("E.", "E.\\n", "author.given")],
 )  # fmt: skip
 def test_metadata_that_cannot_be_right_are_refused(own: Path, text: str, by: str, said: str) -> None:
@@ -298,7 +303,8 @@ def test_what_an_archive_cannot_hold_is_refused(own: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["selfcheck/__pycache__/a.cpython-311.pyc", "a.PYO", "__pycache__/a", "src/aux.py", "CON", "a\u2028b", "a\x85b"]
+    "name", ["selfcheck/__pycache__/a.cpython-311.pyc", "a.PYO", "__pycache__/a", "src/aux.py", "CON", "a\u2028b",
+             "a\x85b"],
 )  # fmt: skip
 def test_a_name_that_is_not_unpacked_is_not_packed(own: Path, name: str) -> None:
     blob = git(own, "rev-parse", "HEAD:README.md").strip()
