@@ -25,7 +25,13 @@ UNTRUSTED = (
     "it is as trustworthy as whoever made it."
 )
 #: what a child may know of its surroundings: where programs and temporary files are
-KEPT = ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LD_LIBRARY_PATH", "NUMBER_OF_PROCESSORS")
+KEPT = (
+    "PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP", "LD_LIBRARY_PATH", "NUMBER_OF_PROCESSORS", "PROCESSOR_ARCHITECTURE",
+)  # fmt: skip
+#: as the archive's own commands start: no byte code, no working directory and no settings of Python have a say
+ISOLATED = ("-I", "-S", "-X", "utf8", "selfcheck/isolated.py")
+#: what files that were made to break a step can raise in it
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ def _step(name: str, work: Callable[[], str]) -> Step:
         return Step(name, True, work())
     except SelfcheckError as error:
         return Step(name, False, str(error))
+    except BROKEN as error:
+        return Step(name, False, f"cannot be read as what it should be ({type(error).__name__}: {str(error)[:200]})")
 
 
 def _refuse(wrong: list[str]) -> None:
@@ -110,7 +118,7 @@ def _rerun(root: Path, file: Path, away: Path, asked: Asked, say: Callable[[str]
     drawn, measured, packed = away / "drawn", away / "measured", away / "packed"
 
     def run(*words: str) -> None:
-        say(f"python -m {' '.join(words)}")
+        say(f"python {' '.join((*ISOLATED, *words))}")
         _run(root, away, *words)
 
     def verified() -> str:
@@ -158,7 +166,7 @@ def _same(file: Path, packed: Path) -> bool:
 
 
 def _run(root: Path, away: Path, *words: str) -> None:
-    """Run a module of the archive where it was unpacked, knowing of nothing else.
+    """Run a program of the archive where it was unpacked, knowing of nothing else.
 
     Raises:
         SelfcheckError: with its last words, if it fails.
@@ -169,7 +177,7 @@ def _run(root: Path, away: Path, *words: str) -> None:
     env |= {"HOME": str(home), "USERPROFILE": str(home), "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1",
             "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=root, env=env, capture_output=True, text=True, encoding="utf-8",
+        [sys.executable, *ISOLATED, *words], cwd=root, env=env, capture_output=True, text=True, encoding="utf-8",
         errors="replace", stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if done.returncode:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfcheck.harness import evidence, seal
-from selfcheck.harness.files import ROOT
+from selfcheck.harness.files import ROOT, SelfcheckError
 
 from . import metadata, roots
 from .citation import SPDX
@@ -42,7 +42,11 @@ DATA = ("selfcheck/evidence/", "paper/", "figures/", "README", "CITATION", "code
 
 
 def render(tree: Tree, made: dict[str, bytes], root: Path = ROOT) -> bytes:
-    """The metadata of an archive of a tree's files and of those ``made`` beside it: the same bytes for the same."""
+    """The metadata of an archive of a tree's files and of those ``made`` beside it: the same bytes for the same.
+
+    Raises:
+        SelfcheckError: if metadata.toml is not as it should be, or names a licence that is not in the tree.
+    """
     from rocrate.rocrate import ROCrate
 
     said, newest, files = metadata.load(root), roots.newest(root).isoformat(), {**tree.files, **made}
@@ -63,6 +67,8 @@ def render(tree: Tree, made: dict[str, bytes], root: Path = ROOT) -> bytes:
             file["license"] = licences["CC-BY-4.0" if file.id.startswith(DATA) else "MIT"]
     for licence in said["licence"]:
         name = licence["file"]
+        if name not in files:
+            raise SelfcheckError(f"{metadata.SOURCE}: file = {name!r}: allowed is a file of the tree, and this is none")
         crate.add_file(dest_path=name, properties=_file(files[name], f"The licence {licence['id']}", "text/plain"))
     _describe(crate, said, newest, authors, list(licences.values()), tree.swhid, root)
     graph = crate.metadata.generate()

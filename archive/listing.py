@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath
 
 from selfcheck.harness.files import SelfcheckError, sha256
 
 MANIFEST = "MANIFEST.sha256"
-LINE = re.compile(r"([0-9a-f]{64})  ([^\\\x00-\x1f\x7f]+)")
+#: what a name may not hold: backslashes, control characters, ends of lines for some readers, halves of characters
+CONTROL = "\\\\\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff"
+LINE = re.compile(rf"([0-9a-f]{{64}})  ([^{CONTROL}]+)")
+#: bytes that a name may have: far above any name of this package, and below what file systems take
+LONGEST = 250
+#: names that Windows keeps for devices, whatever follows a dot in them
+DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])( *)(\..*)?")
+BYTE_CODE = re.compile(r"(.*/)?(__pycache__(/.*)?|[^/]*\.py[co])")
 
 
 def render(files: dict[str, bytes]) -> bytes:
@@ -21,7 +29,9 @@ def render(files: dict[str, bytes]) -> bytes:
     lines = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}" for name in sorted(files)]
     for line in lines:
         if not LINE.fullmatch(line):
-            raise SelfcheckError(f"{line[66:]!r}: allowed are names without backslashes and control characters")
+            raise SelfcheckError(
+                f"{line[66:]!r}: allowed are names without backslashes, control characters and ends of lines"
+            )
     return "".join(f"{line}\n" for line in lines).encode()
 
 
@@ -32,13 +42,14 @@ def read(root: Path) -> dict[str, str]:
         SelfcheckError: naming the first line that has not its form, leads out of the folder or comes twice.
     """
     try:
-        lines = (root / MANIFEST).read_text("utf-8").splitlines()
+        # Not splitlines, nor read as text: both know of ends of lines that sha256sum does not.
+        lines = (root / MANIFEST).read_bytes().decode().removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SelfcheckError(f"{MANIFEST}: unreadable ({error})") from error
     out: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = LINE.fullmatch(line)
-        if match is None or match[2] in out or not inside(match[2]):
+        if match is None or match[2] in out or refusal(match[2]):
             raise SelfcheckError(f"{MANIFEST}, line {number}: {line[:120]!r} is not a digest and one name below, once")
         out[match[2]] = match[1]
     return out
@@ -48,6 +59,27 @@ def inside(name: str) -> bool:
     """Whether a name is a plain one below the folder, on every system."""
     parts = name.split("/")
     return not PurePosixPath(name).is_absolute() and ":" not in name and not {"", ".", ".."} & set(parts)
+
+
+def same(name: str) -> str:
+    """Equal for names that are one file where case or accents are not told apart."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def refusal(name: str) -> str | None:
+    """Why no archive of ours has a file of this name, or None: asked of what is packed and of what is unpacked."""
+    if re.search(f"[{CONTROL}]", name) or len(name.encode()) > LONGEST or not inside(name):
+        return "not the name of a file below the one folder"
+    parts = same(name).split("/")
+    if any(part != part.rstrip(" .") for part in parts):
+        return "a name that some systems shorten"
+    if any(DEVICE.fullmatch(part) for part in parts):
+        return "a name that Windows keeps for a device"
+    if ".git" in parts:
+        return "part of a git repository, whose settings git would obey"
+    if BYTE_CODE.fullmatch(same(name)):
+        return "byte code, which Python can take in the place of the source"
+    return None
 
 
 def wrong(root: Path, listed: dict[str, str]) -> list[str]:

@@ -62,8 +62,8 @@ def verify(root: Path, allowed: Path) -> str:
     if not made.exists():
         return UNSIGNED
     found = _ssh_keygen("-Y", "find-principals", "-s", str(made), "-f", str(allowed))
-    principals = found.stdout.decode(errors="replace").split("\n")
-    if found.returncode or not principals[0]:
+    principals = found.stdout.decode(errors="replace").splitlines()
+    if found.returncode or not principals or not principals[0]:
         raise SelfcheckError(f"{SIGNATURE}: its key is not in {allowed}, so it shows nothing ({_said(found)})")
     who, data = principals[0], (root / STATEMENT).read_bytes()
     done = _ssh_keygen(

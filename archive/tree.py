@@ -18,7 +18,7 @@ SBOM, CRATE, STATEMENT, SIGNATURE = "sbom.cdx.json", "ro-crate-metadata.json", "
 #: of the RO-Crate format: the one whose terms come with the library, so that a validator needs no network
 CRATE_VERSION = "1.3"
 MADE = (SBOM, CRATE, listing.MANIFEST, STATEMENT, SIGNATURE)
-COMMIT = re.compile(r"tree ([0-9a-f]{40})\n")
+COMMIT = re.compile(rb"tree ([0-9a-f]{40})\n")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Tree:
     #: those that may be executed
     executable: frozenset[str]
     #: git's object of the commit, which names the tree; its SHA-1 is the commit
-    commit: str
+    commit: bytes
 
     @property
     def revision(self) -> str:
@@ -42,10 +42,9 @@ class Tree:
         return swhid(self.files, self.executable)
 
 
-def revision(commit: str) -> str:
+def revision(commit: bytes) -> str:
     """The name that git gives an object of a commit."""
-    data = commit.encode()
-    return hashlib.sha1(b"commit %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return hashlib.sha1(b"commit %d\0" % len(commit) + commit, usedforsecurity=False).hexdigest()
 
 
 def swhid(files: dict[str, bytes], executable: frozenset[str]) -> str:
@@ -78,9 +77,9 @@ def check_commit(tree: Tree) -> None:
     named = COMMIT.match(tree.commit)
     if named is None:
         raise SelfcheckError("the commit of this tree cannot be read: it names no tree")
-    if tree.swhid != f"swh:1:dir:{named[1]}":
+    if tree.swhid != f"swh:1:dir:{named[1].decode()}":
         raise SelfcheckError(
-            f"the files are {tree.swhid}, but commit {tree.revision} has tree {named[1]}: "
+            f"the files are {tree.swhid}, but commit {tree.revision} has tree {named[1].decode()}: "
             "a file is not as it was committed, though git may not see it (line endings, assume-unchanged)"
         )
 
@@ -94,18 +93,53 @@ def _git(root: Path, *words: str) -> bytes:
         raise SelfcheckError(f"git {words[0]} stopped: {error.stderr.decode(errors='replace').strip()}") from error
 
 
+def _listed(root: Path, *words: str) -> list[str]:
+    """What a command of git lists, each entry behind a NUL.
+
+    Raises:
+        SelfcheckError: naming an entry that is not UTF-8, and so no name on every system.
+    """
+    entries = _git(root, *words).split(b"\0")[:-1]
+    for entry in entries:
+        try:
+            entry.decode()
+        except UnicodeDecodeError:
+            raise SelfcheckError(f"{entry!r}, says git {words[0]}: allowed are names in UTF-8; rename it") from None
+    return [entry.decode() for entry in entries]
+
+
+def _contents(root: Path, names: list[str]) -> dict[str, bytes]:
+    """The bytes of tracked files.
+
+    Raises:
+        SelfcheckError: naming those that cannot be read.
+    """
+    files, absent = {}, []
+    for name in names:
+        try:
+            files[name] = (root / name).read_bytes()
+        except OSError as error:
+            absent.append(f"{name} ({error.strerror})")
+    if absent:
+        raise SelfcheckError(
+            f"tracked by git, but not there to be read: {', '.join(absent)}; an archive has every tracked file "
+            "(after a sparse checkout: `git sparse-checkout disable`)"
+        )
+    return files
+
+
 def from_git(root: Path) -> Tree:
     """The tracked files of a git repository.
 
     Raises:
         SelfcheckError: naming those that are not as committed, are no plain files, or have a name that is made.
     """
-    changed = _git(root, "status", "--porcelain", "-z", "--untracked-files=no").decode()
+    changed = _listed(root, "status", "--porcelain", "-z", "--untracked-files=no")
     if changed:
-        names = [entry[3:] for entry in changed.split("\0") if entry[2:3] == " "]
+        names = [entry[3:] for entry in changed if entry[2:3] == " "]
         raise SelfcheckError(f"changed since the last commit: {', '.join(names)}; commit or undo that first")
     modes = {}
-    for entry in _git(root, "ls-files", "--stage", "-z").decode().split("\0")[:-1]:
+    for entry in _listed(root, "ls-files", "--stage", "-z"):
         about, _, name = entry.partition("\t")
         modes[name] = about.split()[0]
     odd = sorted(name for name, mode in modes.items() if mode not in ("100644", "100755"))
@@ -113,9 +147,10 @@ def from_git(root: Path) -> Tree:
         raise SelfcheckError(f"{', '.join(odd)}: not a plain file; allowed are files only, no links and no submodules")
     if taken := sorted(set(MADE) & set(modes)):
         raise SelfcheckError(f"{', '.join(taken)}: tracked by git, but made for each archive; allowed is another name")
-    files = {name: (root / name).read_bytes() for name in sorted(modes)}
-    commit = _git(root, "cat-file", "commit", "HEAD").decode()
-    found = Tree(files, frozenset(name for name, mode in modes.items() if mode == "100755"), commit)
+    if refused := [f"{name!r}: {why}" for name in sorted(modes) if (why := listing.refusal(name))]:
+        raise SelfcheckError("tracked by git, but nothing for an archive:\n  " + "\n  ".join(refused))
+    executable = frozenset(name for name, mode in modes.items() if mode == "100755")
+    found = Tree(_contents(root, sorted(modes)), executable, _git(root, "cat-file", "commit", "HEAD"))
     check_commit(found)
     return found
 
@@ -138,6 +173,6 @@ def from_archive(root: Path) -> Tree:
         raise SelfcheckError("not as it was unpacked:\n  " + "\n  ".join(wrong))
     said: dict[str, Any] = statement.read(root)["predicate"]["source"]
     files = {name: (root / name).read_bytes() for name in sorted(listed) if name not in MADE}
-    found = Tree(files, frozenset(said["executable"]), said["commit"])
+    found = Tree(files, frozenset(said["executable"]), statement.commit_object(said))
     check_commit(found)
     return found

@@ -27,7 +27,7 @@ def run(folder: Path) -> list[str]:
     """
     said, refused = [], []
     for name in SCHEMAS:
-        wrong = against_schema(name, (folder / name).read_bytes())
+        wrong = against_schema(name, _read(folder, name))
         refused += wrong
         if not wrong:
             said.append(f"{name}: valid against {SCHEMAS[name]}")
@@ -51,13 +51,26 @@ def run(folder: Path) -> list[str]:
     return said
 
 
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise SelfcheckError(
+            f"{folder}: not an unpacked archive: {name} cannot be read ({error.strerror})"
+        ) from error  # fmt: skip
+
+
 def against_schema(name: str, data: bytes) -> list[str]:
     """In words, where one of our JSON files leaves its schema."""
     import jsonschema
 
     schema = json.loads((ROOT / SCHEMAS[name]).read_text("utf-8"))
     jsonschema.Draft7Validator.check_schema(schema)
-    errors = jsonschema.Draft7Validator(schema).iter_errors(json.loads(data))
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return [f"{name}: not JSON ({type(error).__name__}: {error})"]
+    errors = jsonschema.Draft7Validator(schema).iter_errors(document)
     return [f"{name}, {'/'.join(map(str, error.path)) or 'top'}: {error.message}" for error in errors]
 
 

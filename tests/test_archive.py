@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
+import marshal
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from selfcheck.harness.files import ROOT, SelfcheckError
 COPIED = (
     "archive/metadata.toml", "archive/allowed_signers", "LICENSE-CODE.txt", "LICENSE-TEXT-DATA.txt", ".gitignore",
     ".gitattributes", ".ci/run", "selfcheck/evidence/default.json", "selfcheck/evidence/gpu.json",
-    "selfcheck/checks.toml", "selfcheck/inputs/subjects.toml",
+    "selfcheck/checks.toml", "selfcheck/inputs/subjects.toml", "selfcheck/isolated.py",
 )  # fmt: skip
 #: programs in the place of the archive's own: what they do is said in the test
 PROGRAM = """
@@ -38,6 +40,12 @@ for name in {names}:
     made = there / name
     made.parent.mkdir(parents=True, exist_ok=True)
     made.write_bytes(pathlib.Path(name).read_bytes())
+"""
+MEASURES = """
+assert "--quick" in sys.argv, sys.argv
+made = there / "selfcheck/local/quick.json"
+made.parent.mkdir(parents=True)
+made.write_bytes(pathlib.Path("selfcheck/evidence/default.json").read_bytes())
 """
 #: packs the file that is being checked, which the test leaves where temporary files are
 PACKS = """
@@ -101,7 +109,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "figures/__main__.py": PROGRAM.format(does=REDRAWS.format(names=["figures/a.pdf"])),
         "paper/__main__.py": PROGRAM.format(does=REDRAWS.format(names=["paper/paper.pdf"])),
         "archive/__main__.py": PROGRAM.format(does=PACKS),
-        "selfcheck/__main__.py": PROGRAM.format(does="assert '--quick' in sys.argv, sys.argv"),
+        "selfcheck/__main__.py": PROGRAM.format(does=MEASURES),
+        **{f"{package}/__init__.py": "# a package\n" for package in ("selfcheck", "figures", "paper", "archive")},
     }  # fmt: skip
     for name, text in made.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -191,13 +200,48 @@ def test_what_is_no_doi_of_this_package_is_refused(own: Path, doi: str) -> None:
     ("text", "by", "said"),
     [('orcid = "0009-0004-3712-6798"', 'orcid = "0009-0004-3712-6799"', "check digit"), ("title", "titel", "title"),
      ('doi = ""', 'doi = "soon"', "allowed is"), ('repository = ""', 'repository = "file:///a"', "https"),
-     ("[[author]]", "[[author", "unreadable")],
+     ("[[author]]", "[[author", "unreadable"),
+     ('version = "0.1.0"', 'version = "1/../../0"', "version = .*digits and dots"),
+     ('version = "0.1.0"', "version = 0.1", "version = .*digits"), ('doi = ""', "doi = 1", "doi = '1': allowed is"),
+     ('doi = ""', 'doi = false', "doi = 'False'"), ('orcid = "0009-0004-3712-6798"', "orcid = 9", "author.orcid = '9'"),
+     ('orcid = "0009', 'orkid = "0009', "author.orkid = .*no such key"), ('given = "E."', "", "author.given missing"),
+     ('family = "Vyaltsev"', 'family = ["Vyaltsev"]', "author.family = .*one line"),
+     ("month = 6", "month = 13", "month = '13'"),
+     ("month = 6", "month = true", "month = 'True'"), ("year = 2026", 'year = "2026"', "preprint.year = '2026'"),
+     ("[preprint]", "[[preprint]]", "preprint = .*a table of"),
+     ("[companion]", "[companions]", "companions = .*no such key"),
+     ('id = "MIT"', 'id = "ISC"', "MIT missing"),
+     ('file = "LICENSE-CODE.txt"', 'file = "../a"', "licence.file = '../a'"),
+     ('covers = "code"', 'covers = ""', "licence.covers"),
+     ("keywords = [", "keywords = [1, ", "keywords = .*list of texts"),
+     ("keywords = [", "keywords = []\nother = [", "other = .*no such key"), ("E.", "E.\\n", "author.given")],
 )  # fmt: skip
 def test_metadata_that_cannot_be_right_are_refused(own: Path, text: str, by: str, said: str) -> None:
     source = own / metadata.SOURCE
     source.write_text(source.read_text("utf-8").replace(text, by, 1), "utf-8")
     with pytest.raises(SelfcheckError, match=said):
         metadata.load(own)
+
+
+def test_a_doi_that_cannot_be_written_everywhere_is_written_nowhere(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def refuse(*args: Any) -> bytes:
+        raise SelfcheckError("no evidence")
+
+    before = {p.name: p.read_bytes() for p in (own / "CITATION.cff", own / metadata.SOURCE)}
+    monkeypatch.setattr("archive.citation.zenodo", refuse)
+    with pytest.raises(SelfcheckError, match="no evidence"):
+        metadata.set_doi("10.5281/zenodo.123", own)
+    assert {p.name: p.read_bytes() for p in (own / "CITATION.cff", own / metadata.SOURCE)} == before
+
+
+def test_a_licence_without_its_text_is_not_packed(own: Path) -> None:
+    source = own / metadata.SOURCE
+    source.write_text(source.read_text("utf-8").replace("LICENSE-CODE.txt", "LICENCE.txt"), "utf-8")
+    commit(own)
+    with pytest.raises(SelfcheckError, match="LICENCE.txt"):
+        pack.contents(tree.read(own), b"", own)
 
 
 # ---- Packing -------------------------------------------------------------------------------------------------------
@@ -258,6 +302,44 @@ def test_what_an_archive_cannot_hold_is_refused(own: Path, name: str) -> None:
         tree.read(own)
 
 
+@pytest.mark.parametrize(
+    "name", ["selfcheck/__pycache__/a.cpython-311.pyc", "a.PYO", "__pycache__/a", "src/aux.py", "CON", "a\u2028b",
+             "a\x85b"],
+)  # fmt: skip
+def test_a_name_that_is_not_unpacked_is_not_packed(own: Path, name: str) -> None:
+    blob = git(own, "rev-parse", "HEAD:README.md").strip()
+    git(own, "update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
+    git(own, "commit", "-qm", "b")
+    git(own, "update-index", "--skip-worktree", name)
+    with pytest.raises(SelfcheckError, match="nothing for an archive"):
+        tree.read(own)
+
+
+def test_a_tracked_file_that_is_not_there_is_named(own: Path) -> None:
+    git(own, "update-index", "--skip-worktree", "README.md")  # as a sparse checkout does
+    (own / "README.md").unlink()
+    with pytest.raises(SelfcheckError, match="README.md .*sparse-checkout"):
+        tree.read(own)
+
+
+def test_a_name_that_is_no_text_is_named(own: Path) -> None:
+    blob = git(own, "rev-parse", "HEAD:README.md").strip().encode()
+    entry = b"100644 " + blob + b"\t\xe9.txt\0"
+    subprocess.run(["git", "-C", str(own), "update-index", "-z", "--index-info"], input=entry, check=True)
+    with pytest.raises(SelfcheckError, match=r"\\xe9.txt.*UTF-8"):
+        tree.read(own)
+
+
+def test_a_commit_in_another_encoding_keeps_its_name(own: Path, tmp_path: Path) -> None:
+    message = tmp_path / "message"
+    message.write_bytes(b"\xe4 and \x80\n")
+    git(own, "-c", "i18n.commitEncoding=latin-1", "commit", "-q", "--allow-empty", "-F", str(message))
+    there = unpacked_from(packed(own), tmp_path)
+    assert statement.read(there)["predicate"]["source"]["encoding"] == "latin-1" and statement.wrong(there) == []
+    assert tree.read(there).revision == git(own, "rev-parse", "HEAD").strip()
+    assert packed(there) == packed(own)
+
+
 # ---- A byte changed in each kind of member -------------------------------------------------------------------------
 
 
@@ -316,6 +398,42 @@ def test_another_commit_is_not_the_one_of_the_statement(unpacked: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s["predicate"].update(contentRoot="f" * 64), "contentRoot is 'fff"),
+        (lambda s: s["predicate"].update(evidenceRoots={}), "evidenceRoots is '{}'"),
+        (lambda s: s["predicate"].update(version="9"), "version is '9', but its files give '0.1.0'"),
+        (lambda s: s["predicate"].pop("newestEvidence"), "newestEvidence is 'None'"),
+        (lambda s: s["subject"].insert(0, {"name": "paper/paper.pdf", "digest": {"sha256": "0"}}), "paper.pdf 2 times"),
+        (lambda s: s["subject"].append({"name": "x" * 5000, "digest": {"sha256": "0"}}), "xxx: not the file"),
+        (lambda s: s["subject"].append({"name": "a\0b", "digest": {"sha256": "0"}}), "not the file"),
+        (lambda s: s["subject"][0].update(digest={}), "says nothing of"),
+        (lambda s: s["predicate"]["source"].update(commit="\ud800"), "unreadable"),
+        (lambda s: s["predicate"]["source"].update(executable=["\udfff"]), "unreadable"),
+        (lambda s: s["predicate"]["source"].update(commit="\u2028", encoding="latin-1"), "commit: not latin-1"),
+        (lambda s: s["predicate"]["source"].update(encoding="rot13"), "not a statement"),
+    ],
+)
+def test_a_statement_of_something_else_is_wrong_before_any_code_runs(
+    unpacked: Path, change: Callable[[Any], Any], said: str
+) -> None:
+    stated = json.loads((unpacked / tree.STATEMENT).read_bytes())
+    change(stated)
+    (unpacked / tree.STATEMENT).write_text(json.dumps(stated), "utf-8")
+    step = next(step for step in intact(unpacked) if step.name == tree.STATEMENT)
+    assert not step.ok and said in step.said
+
+
+@pytest.mark.parametrize(
+    "name", [seal.LOCK, "selfcheck/checks.toml", metadata.SOURCE, listing.MANIFEST, tree.STATEMENT]
+)
+@pytest.mark.parametrize("data", [b"", b"files = 5\n", b"\xff", b"a = " + b"[" * 50_000, b'[["a"]]\n'])
+def test_whatever_a_file_holds_its_step_is_wrong_in_words(unpacked: Path, name: str, data: bytes) -> None:
+    (unpacked / name).write_bytes(data)
+    assert not all(step.ok for step in intact(unpacked))
+
+
+@pytest.mark.parametrize(
     "text", ["", "[]", "{}", "[" * 100_000, '{"_type": 1, "predicateType": 2, "predicate": 3}', "\0"]
 )
 def test_what_is_no_statement_is_said_to_be_none(unpacked: Path, text: str) -> None:
@@ -325,7 +443,18 @@ def test_what_is_no_statement_is_said_to_be_none(unpacked: Path, text: str) -> N
 
 
 @pytest.mark.parametrize(
-    "line", ["x  a", "0" * 64 + "  ../a", "0" * 64 + "  /a", "0" * 64 + " a", "0" * 64 + "  a/./b"]
+    "line",
+    [
+        "x  a",
+        "0" * 64 + "  ../a",
+        "0" * 64 + "  /a",
+        "0" * 64 + " a",
+        "0" * 64 + "  a/./b",
+        "0" * 64 + "  a\u2028b",
+        "0" * 64 + "  a\x85b",
+        "0" * 64 + "  a\r",
+        "0" * 64 + "  " + "a" * 5000,
+    ],
 )
 def test_what_is_no_list_is_said_to_be_none(unpacked: Path, line: str) -> None:
     (unpacked / listing.MANIFEST).write_text(line)
@@ -359,7 +488,8 @@ def of_type(kind: bytes, target: str = "") -> tarfile.TarInfo:
     [
         ["../b"], ["a/../../b"], ["/etc/b"], ["a//b"], ["a/./b"], ["b"], ["a/b", "c/d"], ["a/b", "a/b"], ["a/b", "a/B"],
         ["a/\u00e4", "a/a\u0308"], ["a/b", "a/b/c"], ["a/b/c", "a/b"], ["a/c:b"], ["a\\b"], ["a/b\n"], ["a/b."],
-        ["a/.git/config"], ["a/.GIT/config"], ["a/" + "b" * 300], [of_type(tarfile.SYMTYPE, "/etc")],
+        ["a/.git/config"], ["a/.GIT/config"], ["a/" + "b" * 300], ["a/aux.py"], ["a/CON"], ["a/nul.txt"], ["a/com1/b"],
+        ["a/__pycache__/b"], ["a/b.pyc"], ["a/B.PYO"], ["a/b\u2028c"], ["a/b\x85"], [of_type(tarfile.SYMTYPE, "/etc")],
         [of_type(tarfile.LNKTYPE, "a/c")], [of_type(tarfile.CHRTYPE)], [of_type(tarfile.BLKTYPE)],
         [of_type(tarfile.FIFOTYPE)], [of_type(tarfile.DIRTYPE)], [of_type(tarfile.CONTTYPE)], [],
     ],
@@ -381,6 +511,64 @@ def test_a_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(unpack, "PACKED", 10)
     with pytest.raises(SelfcheckError, match="allowed are 10"):
         unpack.unpack(hostile(tmp_path, "a/b"), tmp_path / "away")
+
+
+def _block(name: str, kind: bytes, data: bytes = b"") -> bytes:
+    """A member, its data filled up to whole blocks."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = len(data), kind
+    return member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def _said(**said: str) -> bytes:
+    """An extended header of these keywords, whose lengths count themselves."""
+    records = b""
+    for key, value in said.items():
+        rest = f" {key.replace('__', '.')}={value}\n".encode()
+        length = next(n for n in range(len(rest), len(rest) + 9) if len(str(n)) + len(rest) == n)
+        records += str(length).encode() + rest
+    return _block("x", b"x", records)
+
+
+FILE = _block("a/b", b"0")
+HEADERS = {
+    "a map that is none": _said(GNU__sparse__map="abc", GNU__sparse__size="1") + FILE,
+    "a map in the data": _said(GNU__sparse__major="1", GNU__sparse__minor="0") + _block("a/b", b"0", b"abc\nxyz\n"),
+    "a size that is none": _said(GNU__sparse__map="1,2", GNU__sparse__size="z") + FILE,
+    "many extended headers": _said(a="b") * 3000 + FILE,
+    "many long names": _block("././@LongLink", b"L", b"a/b\0") * 3000 + FILE,
+    "a size beyond all": _said(size=str(2**70)) + FILE,
+    "a size below none": _said(size="-1024") + FILE,
+    "a header's size beyond all": FILE[:124] + b"\x80" + (2**70).to_bytes(11, "big") + FILE[136:],
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_made_to_break_a_reader_are_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(HEADERS[name] + bytes(1024)))
+    with pytest.raises(SelfcheckError, match="a.tar.gz: "):
+        unpack.unpack(tmp_path / "a.tar.gz", tmp_path / "away")
+    assert not (tmp_path / "away").exists()
+
+
+@pytest.mark.parametrize("error", [RecursionError("deep"), MemoryError(), OverflowError("wide"), ValueError("odd")])
+def test_whatever_a_reader_raises_is_a_sentence(
+    archived: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tarfile, "open", broken)
+    with pytest.raises(SelfcheckError, match=f"not an archive .*{type(error).__name__}"):
+        unpacked_from(archived, tmp_path)
+
+
+def test_a_place_that_is_no_folder_is_named(archived: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.tar.gz").write_bytes(archived)
+    for folder, said in ((tmp_path / "file", "file: not a folder"), (tmp_path / "file/below", "cannot write")):
+        with pytest.raises(SelfcheckError, match=said):
+            unpack.unpack(tmp_path / "a.tar.gz", folder)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 40, 100, 5000, -1])
@@ -512,9 +700,37 @@ def test_no_code_of_a_changed_archive_is_run(unpacked: Path, tmp_path: Path) -> 
     assert not steps["the archive's code"].ok and not marker.exists()
 
 
-@pytest.mark.parametrize("words", [["doi", "10.5281/zenodo.x"], ["check", "nowhere.tar.gz"], ["validate", "nowhere"]])
-def test_a_command_says_in_a_sentence_what_is_wrong(words: list[str]) -> None:
+def test_byte_code_beside_the_archives_programs_is_not_run(
+    archived: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it unpacked: as byte code that says it need not be compared with its source."""
+    marker, real = tmp_path / "ran", check.unpack
+
+    def planting(file: Path, folder: Path) -> Path:
+        root = real(file, folder)
+        for name in ("figures/__init__", "figures/__main__", "selfcheck/__init__"):
+            code = compile(f"open({str(marker)!r}, 'w')", name, "exec")
+            data = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + bytes(8) + marshal.dumps(code)
+            planted = Path(importlib.util.cache_from_source(str(root / f"{name}.py")))
+            planted.parent.mkdir(exist_ok=True)
+            planted.write_bytes(data)
+        return root
+
+    monkeypatch.setattr(check, "unpack", planting)
+    monkeypatch.setattr(check, "integrity", lambda *args: [])
+    steps = checked(archived, tmp_path)
+    assert steps["figures"].ok and not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["doi", "10.5281/zenodo.x"], "allowed is"), (["check", "nowhere.tar.gz"], "no such file"),
+     (["validate", "nowhere"], "no such file"), (["validate", "src"], "not an unpacked archive"),
+     (["check", "src"], "not a file"), (["unpack", "README.md", "README.md"], "not a folder")],
+)  # fmt: skip
+def test_a_command_says_in_a_sentence_what_is_wrong(words: list[str], said: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "archive", *words], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.startswith("archive: ") and "Traceback" not in done.stderr
+    assert said in done.stderr
