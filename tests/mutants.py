@@ -36,7 +36,6 @@ COPIED = (
     "noxfile.py",
     ".gitattributes",
     ".gitignore",
-    ".ci",
     "README.md",
     "benchmarks",
     "examples",

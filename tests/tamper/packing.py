@@ -157,6 +157,14 @@ def _members_changed() -> list[Edit]:
         row("a file and the list", lambda f: listed(readme(f)), "not the file that statement.json names"),
         row("a file, list and statement", lambda f: stated(readme(f)), "source tree: .*but commit"),
         row("the statement of another commit", _other_commit, "commit"),
+        row("the statement of other evidence", _predicate("contentRoot", "0" * 64), "contentRoot is"),
+        row("the statement of other chains", _predicate("evidenceRoots", {}), "evidenceRoots is"),
+        row("the statement of another version", _predicate("version", "9.9"), "version is"),
+        row("the statement of another date", _predicate("newestEvidence", "2020"), "newestEvidence is"),
+        row("a subject of the statement twice", _subject("paper/paper.pdf"), "paper.pdf 2 times"),
+        row("a subject with a name beyond bounds", _subject("x" * 5000), "not the file that statement.json names"),
+        row("half a character in the statement", _half, "statement.json: unreadable"),
+        row("byte code beside a module, with the list", _byte_code, "byte code"),
         row("a sealed file, all but the commit", lambda f: stated(flipped("src/qaxis/budget.py")(f)), "but commit|locked as"),
     ]  # fmt: skip
 
@@ -165,6 +173,49 @@ def _other_commit(files: Files) -> Files:
     said = json.loads(files["statement.json"])
     said["predicate"]["source"]["commit"] += "\nand more\n"
     return {**files, "statement.json": json.dumps(said).encode()}
+
+
+def _predicate(key: str, value: object) -> Callable[[Files], Files]:
+    def change(files: Files) -> Files:
+        said = json.loads(files["statement.json"])
+        said["predicate"][key] = value
+        return {**files, "statement.json": json.dumps(said).encode()}
+
+    return change
+
+
+def _subject(name: str) -> Callable[[Files], Files]:
+    def change(files: Files) -> Files:
+        said = json.loads(files["statement.json"])
+        said["subject"].insert(0, {"name": name, "digest": {"sha256": "0" * 64}})
+        return {**files, "statement.json": json.dumps(said).encode()}
+
+    return change
+
+
+def _half(files: Files) -> Files:
+    said = json.loads(files["statement.json"])
+    said["predicate"]["source"]["commit"] += "\ud800"
+    return {**files, "statement.json": json.dumps(said).encode()}
+
+
+def _byte_code(files: Files) -> Files:
+    return listed({**files, "selfcheck/__pycache__/isolated.cpython-311.pyc": b"code"})
+
+
+def _headers(headers: dict[str, str], times: int = 1) -> Callable[[Files], bytes]:
+    """An archive that begins with extended headers as its maker likes them."""
+
+    def change(files: Files) -> bytes:
+        import gzip
+
+        member = tarfile.TarInfo(f"{TOP}/a")
+        member.pax_headers = headers
+        whole = member.tobuf(tarfile.PAX_FORMAT)
+        plain = tarfile.TarInfo(f"{TOP}/a").tobuf(tarfile.USTAR_FORMAT)
+        return gzip.compress(whole[: -len(plain)] * times + plain + bytes(1024))
+
+    return change
 
 
 def _hostile() -> list[Edit]:
@@ -179,7 +230,9 @@ def _hostile() -> list[Edit]:
         "a name in capitals": (f"{TOP}/readme.md", {}), "a name twice": (f"{TOP}/README.md", {}),
         "a control character": (f"{TOP}/a\x1bb", {}), "a backslash": (f"{TOP}/a\\..\\b", {}),
         "a drive": (f"{TOP}/C:x", {}), "a long name": (f"{TOP}/{'x' * 300}", {}), "a name with a dot at its end":
-        (f"{TOP}/README.md.", {}), "a file and a folder": (f"{TOP}/README.md/x", {}),
+        (f"{TOP}/README.md.", {}), "byte code": (f"{TOP}/selfcheck/__pycache__/isolated.cpython-311.pyc", {}),
+        "byte code, spelt otherwise": (f"{TOP}/A.PYO", {}), "a name of a device": (f"{TOP}/aux.py", {}),
+        "an end of a line": (f"{TOP}/a\u2028b", {}), "a file and a folder": (f"{TOP}/README.md/x", {}),
     }  # fmt: skip
     rows = [row(f"tar: {name}", tarred(entry), "nothing was unpacked") for name, entry in named.items()]
     return [
@@ -187,6 +240,8 @@ def _hostile() -> list[Edit]:
         row("tar: empty", lambda f: b"", "not an archive"),
         row("tar: cut off", lambda f: packed(f)[:100_000], "not an archive"),
         row("tar: a bomb", _bomb, "more than"),
+        row("tar: a map of holes that is none", _headers({"GNU.sparse.map": "abc"}), "not an archive"),
+        row("tar: headers without end", _headers({"a": "b"}, 3000), "not an archive"),
         row("the archive as it is", lambda f: f, NO_EFFECT),
     ]
 
