@@ -424,6 +424,18 @@ def test_a_statement_of_something_else_is_wrong_before_any_code_runs(
     assert not step.ok and said in step.said
 
 
+@pytest.mark.parametrize("error", [OSError("long"), ValueError("odd"), RecursionError("deep"), KeyError("a")], ids=repr)
+def test_whatever_a_step_raises_it_is_wrong_in_words(
+    unpacked: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(root: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(seal, "verify", broken)
+    step = next(step for step in intact(unpacked) if step.name == "seal")
+    assert not step.ok and type(error).__name__ in step.said
+
+
 @pytest.mark.parametrize(
     "name", [seal.LOCK, "selfcheck/checks.toml", metadata.SOURCE, listing.MANIFEST, tree.STATEMENT]
 )
