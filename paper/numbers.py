@@ -241,9 +241,9 @@ def _approximate(records: Records) -> list[str]:
 
 
 def _evidence(records: Records) -> list[str]:
-    """Where and when each claim was measured, by the newest run or before it."""
+    """Where and when each claim was measured: by the newest run on a CPU, which anybody repeats, or before it."""
     every = evidence.every(records)
-    newest = max(r.get("run", "") for r in every)
+    newest = max((r.get("run", "") for r in every if "CPU" in r["device"]), default="")
     return [
         f"{escape(r['claim'])} & {'this run' if newest and r.get('run') == newest else 'committed'} & "
         f"{escape(r['time'][:10])} & {escape(r['device'])} & {escape(_versions_in_short(r))}"

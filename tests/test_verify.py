@@ -181,3 +181,13 @@ def test_a_record_without_what_is_shown_of_it_is_named_in_a_sentence(bound):
     records["kv-speed"]["data"]["rows"][0].pop("dense")
     with pytest.raises(SelfcheckError, match=r"table caches .*KeyError"):
         numbers.render(records, bound)
+
+
+def test_the_table_of_evidence_tells_this_run_from_what_was_committed(bound):
+    """A run is a CPU's, which anybody repeats; what a GPU measured later is committed all the same."""
+    records = evidence.accepted(bound)
+    for record in records.values():
+        record["run"] = "2026-06-01T00:00:00+00:00" if "CPU" in record["device"] else "2026-06-02T00:00:00+00:00"
+    records["thm1"]["run"] = "2026-05-01T00:00:00+00:00"
+    rows = {line.split(" & ")[0]: line.split(" & ")[1] for line in numbers.TABLES["evidence"](records)}
+    assert (rows["thm1"], rows["golden"], rows["golden-gpu"]) == ("committed", "this run", "committed")
