@@ -113,7 +113,7 @@ def _wrong(
             yield f".{suffix}: not the file that was drawn"
     for claim, digest in said["records"].items():
         if claim not in records or evidence.record_digest(records[claim]) != digest:
-            yield f": drawn from other evidence of {claim}"
+            yield f".pdf: drawn from other evidence of {claim}"
     for code, digest in said["code"].items():
         if not (root / code).is_file() or sha256(root / code) != digest:
-            yield f": drawn before {code} changed"
+            yield f".pdf: drawn before {code} changed"

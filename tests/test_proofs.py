@@ -78,7 +78,7 @@ ATTACKS = {
     ),
     "no positivity": (
         THEOREM, f"Unset Positivity Checking.\nInductive bad : Prop := B : (bad -> False) -> bad.\n{THEOREM}",
-        "which is not understood",
+        "bad is not pinned",
     ),
     "no universes": (
         PROOF, "Proof. pose (t := Type : (Type : Type)). intros n. exists n. reflexivity. Qed.", "relies on an unsafe",
