@@ -123,7 +123,9 @@ def proofs(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the library and the harness: bad input, tampering, interruption. A process a core; options: pytest's."""
     project(session, "tests")
-    session.run("pytest", "-n", "logical", "--dist", "worksteal", *session.posargs)
+    # One distutils in a process, whoever imports it first: torch's compiler asks Python's, setuptools brings its own.
+    own = {"SETUPTOOLS_USE_DISTUTILS": "stdlib"}
+    session.run("pytest", "-n", "logical", "--dist", "worksteal", *session.posargs, env=own)
 
 
 @nox.session

@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from selfcheck.harness.files import SelfcheckError
 
@@ -112,9 +112,7 @@ def _refusal(member: tarfile.TarInfo, seen: dict[str, str]) -> str | None:
 def _write(tar: tarfile.TarFile, members: list[tarfile.TarInfo], folder: Path) -> None:
     """Write the members ourselves: no owners, no modes but whether a file may be executed, nothing overwritten."""
     for member in members:
-        data = tar.extractfile(member)
-        assert data is not None, "a plain file has data"
-        content = data.read()
+        content = cast(IO[bytes], tar.extractfile(member)).read()
         if len(content) != member.size:
             raise EOFError(f"{member.name} ends after {len(content)} of {member.size} bytes")
         path = folder / member.name

@@ -112,7 +112,7 @@ MUTANTS = (
     Mutant(SUPPLY + "test_a_line_without_version_or_digest_is_named", "lines without a digest pass", LISTS, "if not digests or any(", "if any("),
     Mutant(SUPPLY + "test_every_install_is_by_hash_or_named_here", "installs without hashes", "noxfile.py", 'session.install("--require-hashes", *options', "session.install(*options"),
     Mutant(SUPPLY + "test_torch_is_the_cpu_build_where_an_index_has_one", "always the CUDA build", "noxfile.py", 'if "+cpu" in str(found)', "if False"),
-    Mutant(SUPPLY + "test_gpu_evidence_has_its_own_versions_and_no_other_run_does", "tests of cuda take GPU evidence's versions", "noxfile.py", 'project(session, "tests")\n    session.run("pytest"', 'project(session, "tests", gpu=on_gpu(session))\n    session.run("pytest"'),
+    Mutant(SUPPLY + "test_gpu_evidence_has_its_own_versions_and_no_other_run_does", "tests of cuda take GPU evidence's versions", "noxfile.py", 'project(session, "tests")\n    # One', 'project(session, "tests", gpu=on_gpu(session))\n    # One'),
     Mutant(SUPPLY + "test_a_list_that_does_not_fit_a_machine_says_so", "no word on machines that have no wheel", "noxfile.py", "    except nox.command.CommandFailed:\n        session.error(", "    except nox.command.CommandFailed:\n        raise\n        session.error("),
     Mutant(SUPPLY + "test_cpu_builds_stay_where_their_index_is_out_of_reach", "CPU builds of another release kept", "requirements/lock.py", "not in before:\n            raise", "not in before:\n            pass"),
     Mutant(SUPPLY + "test_a_cpu_build_that_changed_on_its_index_stops", "CPU builds that changed on their index are taken", "requirements/lock.py", "if lost := sorted(", "if False and sorted("),

@@ -355,9 +355,10 @@ DRAW = """
 import sys
 from pathlib import Path
 from figures import __main__ as figures
-from selfcheck.harness import evidence, seal
+from selfcheck.harness import evidence
+from selfcheck.harness.files import ROOT
 figures.FIGURES = ("selector",)
-records = {r["claim"]: r for name in (evidence.DEFAULT, evidence.GPU) for r in evidence.read(evidence.ROOT / name)}
+records = {r["claim"]: r for name in (evidence.DEFAULT, evidence.GPU) for r in evidence.read(ROOT / name)}
 with figures.nobodys_settings():
     figures.draw(records, Path(sys.argv[1]) / "figures", Path(sys.argv[1]))
 """

@@ -116,7 +116,8 @@ def test_a_number_that_was_bound_but_is_not_of_the_evidence_is_stale(bound):
     manifest.write({}, "0" * 64, bound)
     assert words(bound) == {
         "golden-gpu on H200": "not run", "numbers of README.md": "stale", "numbers.tex of this evidence": "stale",
-        "content root": "stale", "CITATION.cff, codemeta.json, .zenodo.json": "stale",
+        "paper.pdf of this text": "stale", "content root": "stale",
+        "CITATION.cff, codemeta.json, .zenodo.json": "stale",
     }  # fmt: skip
 
 

@@ -152,13 +152,12 @@ def differences(root: Path = ROOT) -> list[str]:
     """One sentence for every sealed file that is changed, missing or not in the lock, and for what does not belong."""
     try:
         data = (root / LOCK).read_bytes()
-        if b"\r\n" in data:
-            return [f"{LOCK}: {LINE_ENDINGS}"]
-        locked = tomlkit.parse(data.decode()).unwrap()
+        converted = [f"{LOCK}: {LINE_ENDINGS}"] if b"\r\n" in data else []
+        locked = tomlkit.parse(data.replace(b"\r\n", b"\n").decode()).unwrap()
         files, pinned = dict(locked["files"]), dict(locked["subjects"])
     except (OSError, KeyError, TypeError, ValueError, tomlkit.exceptions.TOMLKitError) as error:
         return [f"{LOCK}: unreadable ({error}); restore it, or seal again with `nox -s seal`"]
-    found = isolated.changed(files, root)
+    found = converted + isolated.changed(files, root)
     found += [f"{n}: not in the lock" for n in expand(SEALED, root) if n not in files]
     found += _unexpected(root, files)
     here = isolated.finder()
