@@ -139,7 +139,7 @@ def mutants(session: nox.Session) -> None:
 def tamper(session: nox.Session) -> None:
     """Edit tree, surroundings and archive on purpose and see what catches each (5 minutes). Options: words of rows."""
     project(session, "tests")
-    session.install("--no-deps", "-r", "requirements/tex.txt")
+    install(session, "tex", options=("--no-deps",))
     session.run("python", "-m", "tests.tamper", *session.posargs)
 
 
