@@ -137,7 +137,7 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def tamper(session: nox.Session) -> None:
-    """Edit tree, surroundings and archive on purpose and see what catches each (5 minutes). Options: words of rows."""
+    """Edit tree, surroundings and archive on purpose and see what catches each (20 minutes). Options: words of rows."""
     project(session, "tests")
     install(session, "tex", options=("--no-deps",))
     session.run("python", "-m", "tests.tamper", *session.posargs)
