@@ -29,7 +29,7 @@ NEEDED = (
     "README.md", "CONTRIBUTING.md", "THREATS.md", "LICENSE-CODE.txt", "LICENSE-TEXT-DATA.txt", "CITATION.cff",
     "codemeta.json", ".zenodo.json", "figures/figures.json", "paper/numbers.tex", "paper/paper.json", "paper/paper.pdf",
 )  # fmt: skip
-SEALS = (seal.LOCK, evidence.DEFAULT, evidence.GPU)
+SEALS = (seal.LOCK, *evidence.FILES)
 
 
 def names(root: Path = ROOT, output: Path | None = None) -> list[str]:

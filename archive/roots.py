@@ -9,8 +9,6 @@ from pathlib import Path
 from selfcheck.harness import evidence
 from selfcheck.harness.files import ROOT, SelfcheckError
 
-FILES = (evidence.DEFAULT, evidence.GPU)
-
 
 @dataclass(frozen=True)
 class Basis:
@@ -41,7 +39,7 @@ def content_root(root: Path = ROOT, output: Path | None = None) -> str:
 
 def chain_roots(root: Path = ROOT) -> dict[str, str]:
     """The root of the chain of each file of evidence, which is over times and hosts too."""
-    return {name: evidence.chain(evidence.read(root / name, root))[1] for name in FILES}
+    return {name: evidence.chain(evidence.read(root / name, root))[1] for name in evidence.FILES}
 
 
 def newest(root: Path = ROOT, output: Path | None = None) -> datetime.datetime:

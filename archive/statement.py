@@ -19,7 +19,7 @@ from .tree import STATEMENT, Tree, revision
 TYPE = "https://in-toto.io/Statement/v1"
 #: a name, not an address: what the predicate below means is said here
 PREDICATE = "tag:qaxis,2026:evidence/v1"
-BOUND = (seal.LOCK, evidence.DEFAULT, evidence.GPU, "archive/manifest.json", "paper/paper.pdf")
+BOUND = (seal.LOCK, *evidence.FILES, "archive/manifest.json", "paper/paper.pdf")
 ATTESTED = "selfcheck/evidence/attested/"
 SAYS = (
     "Whoever signs this says that these files belong together and come from this commit. The list names every other "

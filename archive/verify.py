@@ -20,7 +20,7 @@ from . import manifest, metadata, readme
 INTACT, STALE, EDITED, FORGED, NOT_RUN, FAILED = "intact", "stale", "edited", "forged", "not run", "failed"
 PAPER = "nox -s paper"
 #: rows of its own say what is wrong with it; measured again it is another file, and outputs are of the former
-MEASURED = (evidence.DEFAULT, evidence.GPU)
+MEASURED = evidence.FILES
 #: where other parties' evidence lies
 ATTESTED = "selfcheck/evidence/attested"
 

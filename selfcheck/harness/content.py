@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from .records import Record, card
 KEPT = (
     "claim", "check", "statement", "status", "profile", "passed", "subjects", "depends", "seed", "checks", "cases",
 )  # fmt: skip
-CLAIMS = "selfcheck/checks.toml"
 #: what is kept of each value
 OF_VALUES = {"bits": ("value", "unit", "n", "low", "high"), "interval": ("unit", "n"), "timed": ("unit",)}
 
@@ -34,15 +32,10 @@ def claim_of(record: Record, root: Path = ROOT) -> dict[str, Any]:
     Raises:
         SelfcheckError: if there is none.
     """
-    found = _claims(root, (root / CLAIMS).stat().st_mtime_ns).get(record["claim"])
+    found = next((claim for claim in seal.claims(root) if claim["id"] == record["claim"]), None)
     if found is None:
-        raise SelfcheckError(f"no claim {record['claim']!r} in {CLAIMS}")
+        raise SelfcheckError(f"no claim {record['claim']!r} in {seal.CLAIMS}")
     return found
-
-
-@lru_cache(maxsize=4)
-def _claims(root: Path, modified: int) -> dict[str, dict[str, Any]]:
-    return {claim["id"]: claim for claim in seal.claims(root)}
 
 
 def content(record: Record, root: Path = ROOT) -> dict[str, Any]:

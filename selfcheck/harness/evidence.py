@@ -5,6 +5,7 @@ from __future__ import annotations
 from .content import content, content_digest, content_root
 from .records import (
     DEFAULT,
+    FILES,
     GPU,
     SCHEMA,
     card,
@@ -21,7 +22,7 @@ from .records import (
 from .states import State, accepted, check_file, fresh, judge, mixed_tables, renewal, stale_files, states, understood
 
 __all__ = [
-    "DEFAULT", "GPU", "SCHEMA", "State", "accepted", "card", "chain", "check_file", "committed", "content",
+    "DEFAULT", "FILES", "GPU", "SCHEMA", "State", "accepted", "card", "chain", "check_file", "committed", "content",
     "content_digest", "content_root", "every", "family", "fresh", "judge", "load", "malformed", "mixed_tables", "read",
     "record_digest", "renewal", "stale_files", "states", "understood", "write",
 ]  # fmt: skip

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+#: folders of the tree in which nothing lies but what is sealed and what is expected there
+CLOSED = ("src", "selfcheck", "figures", "paper", "archive", "requirements")
 #: of every random number that is drawn in a run
 SEED = 20260601
 

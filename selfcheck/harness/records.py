@@ -24,6 +24,7 @@ Record = dict[str, Any]
 DEFAULT = "selfcheck/evidence/default.json"
 #: claims that need a GPU: measured on one and committed
 GPU = "selfcheck/evidence/gpu.json"
+FILES = (DEFAULT, GPU)
 SCHEMA = "selfcheck/evidence.schema.json"
 FORMAT = 1
 MEND = "restore it with git, or move it away and run `nox -s selfcheck` again"
@@ -80,7 +81,7 @@ def read(path: Path, root: Path = ROOT, *, retired: bool = False) -> list[Record
 
 def committed(root: Path = ROOT) -> list[Record]:
     """The records of the tree. Raises as ``read``."""
-    return [record for name in (DEFAULT, GPU) for record in read(source(name, root), root)]
+    return [record for name in FILES for record in read(source(name, root), root)]
 
 
 def load(path: Path) -> dict[str, Record]:

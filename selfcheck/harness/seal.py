@@ -13,7 +13,7 @@ from typing import Any
 import tomlkit
 
 from .. import isolated
-from .files import ROOT, SelfcheckError, sha256, write_atomic
+from .files import CLOSED, ROOT, SelfcheckError, sha256, write_atomic
 
 LOCK, LINE_ENDINGS = isolated.LOCK, isolated.LINE_ENDINGS
 SEALED = (
@@ -26,8 +26,6 @@ SEALED = (
 )  # fmt: skip
 #: what every claim says
 NEEDED = {"id", "statement", "status", "check", "published", "must", "repeats"}
-#: folders in which nothing lies but what is sealed and what is named here, and nothing is a link
-CLOSED = ("src", "selfcheck", "figures", "paper", "archive", "requirements")
 #: {pattern of files that are not sealed: why they may be there}; ``*`` is of one folder's names, ``**`` of any depth
 EXPECTED = {
     "**/__pycache__/*.pyc": "byte code that Python keeps, and no command reads",

@@ -17,7 +17,7 @@ from typing import Any
 from . import seal, versions
 from .digests import digest
 from .files import ROOT, SEED, SelfcheckError, source
-from .records import DEFAULT, GPU, MEND, Record, by_claim, read
+from .records import DEFAULT, FILES, GPU, MEND, Record, by_claim, read
 
 #: devices as torch and the self-check name them, by where a claim is measured
 GPUS = r"(?!.*CPU)(NVIDIA|Tesla|Quadro|GeForce|TITAN|AMD) [\w .()/+-]+"
@@ -60,7 +60,7 @@ def states(root: Path = ROOT, output: Path | None = None) -> list[State]:
     """
     claims = seal.claims(root)
     of_file = {claim["id"]: GPU if claim.get("where") == "gpu" else DEFAULT for claim in claims}
-    known: dict[str, list[Record]] = {name: [] for name in (DEFAULT, GPU)}
+    known: dict[str, list[Record]] = {name: [] for name in FILES}
     for name in known:
         path = source(name, root, output)
         known[name] = read(path, root) if path.exists() else []
@@ -211,7 +211,7 @@ def accepted(root: Path = ROOT, output: Path | None = None) -> dict[str, dict[st
         SelfcheckError: naming each claim that failed, is missing, stale, quick, or not of the default subjects, and
             each table of several cards.
     """
-    for name in (DEFAULT, GPU):
+    for name in FILES:
         read(source(name, root, output), root)
     every = states(root, output)
     found = [state for state in every if not _another_card_speaks(state, every)]

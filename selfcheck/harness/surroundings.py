@@ -14,10 +14,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .files import ROOT, SelfcheckError
+from .files import CLOSED, ROOT, SelfcheckError
 
-#: folders of the tree in which nothing lies but what is sealed or expected
-SEALED = ("src", "selfcheck", "figures", "paper", "archive", "requirements")
 OUTPUT_HELP = "Write below FOLDER, laid out as this tree is, instead of into the tree."
 
 
@@ -45,7 +43,7 @@ def absolute(folder: str | Path | None) -> Path | None:
     except (OSError, RuntimeError, ValueError) as error:
         raise SelfcheckError(f"--output={str(folder)!r}: no folder can have this name ({error})") from None
     within = found.relative_to(ROOT).parts if found.is_relative_to(ROOT) else ("elsewhere",)
-    if not within or (within[0] in SEALED and within[:2] != ("selfcheck", "local")):
+    if not within or (within[0] in CLOSED and within[:2] != ("selfcheck", "local")):
         raise SelfcheckError(f"--output={str(folder)!r}: allowed is a folder apart from the sealed ones of this tree")
     return found
 
