@@ -5,11 +5,14 @@
 // much is looked at may round as it likes: bins are monotone in the score. Too little room, or too many scores in one
 // bin, and a slower way that needs neither is taken.
 //
-// compiler.py puts hardware.cuh and canonical.cuh before this and defines, besides what is said there: DIM_V, GROUP,
+// compiler.py puts hardware.cuh, canonical.cuh and seen.cuh before this and defines, besides what is said there: DIM_V, GROUP,
 // SUB (keys of a neighbourhood), CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED
 // (keys and values are an 8-bit cache), PROFILE, SHARED (bytes).
+//
+// A row sees keys [begin, end). Only blocks that hold some of them are looked at: positions count from the first of these
+// blocks, `base`, up to where indices are written.
 
-constexpr int WARPS = THREADS / 32, LANES = DIM / E, LANES_V = DIM_V / E, BLOCK = 512, BINS = 1024, NEAR = 112;
+constexpr int WARPS = THREADS / 32, LANES = DIM / E, LANES_V = DIM_V / E, BINS = 1024, NEAR = 112;
 constexpr int WORDS = BLOCK / 32;  // of a bitmap, a block
 static_assert(!STORED || ELEM == 2);
 
@@ -44,13 +47,14 @@ struct Rows {  // one KV head of a side
     const char *rows, *scales, *first, *newest;
     int rows_n, scales_n, first_n, newest_n, whole, sinks;
 
-    __device__ Rows(const Side& s, int b, int g, int whole, int sinks) : whole(whole), sinks(sinks) {
+    // Tokens count from `base`, and before `whole` have codes.
+    __device__ Rows(const Side& s, int b, int g, int base, int whole, int in_full) : whole(whole), sinks(in_full - base) {
         const int item = STORED ? E : 16;
-        rows = (const char*)s.rows + ((i64)b * s.rows_b + (i64)g * s.rows_h) * item;
-        scales = (const char*)s.scales + ((i64)b * s.scales_b + (i64)g * s.scales_h) * E;
-        first = (const char*)s.first + ((i64)b * s.first_b + (i64)g * s.first_h) * 16;
-        newest = (const char*)s.newest + ((i64)b * s.newest_b + (i64)g * s.newest_h) * 16;
         rows_n = s.rows_n, scales_n = s.scales_n, first_n = s.first_n, newest_n = s.newest_n;
+        rows = (const char*)s.rows + ((i64)b * s.rows_b + (i64)g * s.rows_h + (i64)base * rows_n) * item;
+        scales = (const char*)s.scales + ((i64)b * s.scales_b + (i64)g * s.scales_h + (i64)(base / 128) * scales_n) * E;
+        first = (const char*)s.first + ((i64)b * s.first_b + (i64)g * s.first_h + (i64)base * first_n) * 16;
+        newest = (const char*)s.newest + ((i64)b * s.newest_b + (i64)g * s.newest_h) * 16;
     }
     __device__ __forceinline__ bool coded(int j) const { return STORED && j >= sinks && j < whole; }
     // Numbers E * part and following of token j, as they are stored. PLAIN: the token is known to be coded.
@@ -208,12 +212,14 @@ typedef u16 Fast;
 constexpr int NO_FAST = 0;
 
 struct Extremes {
-    u32 low2 = ALL, high2 = 0;
+    u32 low2 = ALL, high2 = 0;  // NO_FAST, less one, is the largest
     __device__ __forceinline__ void extend(uint4 w) {
-        low2 = __vminu2(low2, __vminu2(__vminu2(w.x, w.y), __vminu2(w.z, w.w)));
+        const u32 part[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) low2 = __viaddmin_u16x2(part[i], ALL, low2);
         high2 = __vmaxu2(high2, __vmaxu2(__vmaxu2(w.x, w.y), __vmaxu2(w.z, w.w)));
     }
-    __device__ __forceinline__ int low() const { return min(low2 & 0xffff, low2 >> 16); }
+    __device__ __forceinline__ int low() const { return min(low2 & 0xffff, low2 >> 16) + 1; }
     __device__ __forceinline__ int high() const { return max(high2 & 0xffff, high2 >> 16); }
 };
 
@@ -321,43 +327,54 @@ struct Shared {
 
 static_assert(sizeof(Shared) == SHARED, "cuda.py counts other bytes");
 
-// As the kernel gets them.
+// As the kernel gets them: what the step was made for.
 struct Sizes {
-    int n, padded;          // keys; rounded up to blocks
-    int start, end;         // keys that have a fast score
-    int whole, sinks;       // tokens of a cache that are coded, the first of which are kept in full
-    int k_eff, room, span;  // keys to choose; candidates and ranks that a program has room for
+    int padded;             // places of keys, rounded up to blocks
+    int k_eff, room, span;  // keys to choose, candidates and ranks that a program has room for, at most
 };
 
+constexpr int TURN = THREADS / LANES_V * RANKS;  // ranks that a program attends to in one turn
+
 // One program of the cluster: its row, its part of it, and where things lie in its shared memory.
-struct Program : Sizes {
+struct Program {
     Shared& s;
     int *position, *value;           // candidates, and their canonical words
     int *own_count, *before;         // chosen keys: of own blocks; of all blocks, then the sums before each
     u32* bitmap;                     // chosen keys, WORDS an own block
     u16* staged;                     // own neighbourhoods that reach the cut
     int *chosen_position, *chosen;   // of ranks [span rank, span (rank + 1)), when nothing is staged any more
-    const Fast *fast, *best;         // of the row
+    const Fast *fast, *best;         // of the row, from `base` on
     i64* marks;
     int rank, tid, lane, warp;       // of the program in its cluster, of the thread
     int row, b, h, g;                // one row is head h of batch b; its KV head
-    int blocks, own, packs, scored;  // blocks of keys, own ones; bests in 16 bytes; neighbourhoods that have one
+    int base, begin, end;            // the row sees [begin, end), from `base` on as all positions
+    int start, stop;                 // keys that have a fast score
+    int k_eff, turns;                // keys to choose; a power of two of turns of ranks, as few as do
+    int room, blocks, own, packs;    // of candidates; blocks of keys, own ones; bests in 16 bytes
 
     __device__ __forceinline__ Program(
-        char* memory, const Sizes& sizes, const Fast* all_fast, const Fast* all_best, i64* marks, int heads)
-        : Sizes(sizes), s(*(Shared*)memory), marks(marks) {
+        char* memory, const Sizes& most, const Seen& seen, const Fast* all_fast, const Fast* all_best, i64* marks,
+        int heads)
+        : s(*(Shared*)memory), marks(marks), base(seen.base), k_eff(seen.k_eff), room(most.room) {
         rank = cluster_rank(), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
         row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP;
-        blocks = padded / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
-        packs = padded / SUB / PACK, scored = (CODED ? end : padded) / SUB;
+        begin = seen.begin - base, end = seen.end - base, start = seen.start - base, stop = seen.stop - base;
+        blocks = whole_blocks(end) / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
+        packs = start < stop ? whole_blocks(stop) / SUB / PACK : 0;
+        const int rounds = (k_eff - 1) / (TURN * CLUSTER);  // full ones, before the last
+        turns = rounds > 0 ? 1 << (32 - __clz(rounds)) : 1;
+        // Where things lie does not depend on the row.
+        const int most_blocks = most.padded / BLOCK, most_own = (most_blocks + CLUSTER - 1) / CLUSTER;
         position = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16), value = position + room;
-        own_count = value + room, before = own_count + own;
-        bitmap = (u32*)(before + blocks);
-        staged = (u16*)(bitmap + own * WORDS);
-        chosen_position = (int*)staged, chosen = chosen_position + span;
-        fast = all_fast + (i64)row * padded, best = all_best + (i64)row * padded / SUB;
+        own_count = value + room, before = own_count + most_own;
+        bitmap = (u32*)(before + most_blocks);
+        staged = (u16*)(bitmap + most_own * WORDS);
+        chosen_position = (int*)staged, chosen = chosen_position + most.span;
+        fast = all_fast + (i64)row * most.padded + base, best = all_best + ((i64)row * most.padded + base) / SUB;
     }
     __device__ __forceinline__ uint4 bests(int i) const { return ((const uint4*)best)[i]; }
+    __device__ __forceinline__ int span() const { return turns * TURN; }
+    __device__ __forceinline__ int live() const { return max(0, min(span(), k_eff - span() * rank)); }
 
     // Blocks of keys go round the programs, so that neighbours that score alike do not fall to one of them. With EACH
     // things a block: which of all is the i-th own.
@@ -382,7 +399,8 @@ __device__ __forceinline__ void mark(const Program& p, int i) {
 //
 // The k_eff-th largest of the bests of neighbourhoods, to the precision of a bin. These are scores of different keys,
 // so at least k_eff keys reach it, and what stays below it, by more than the error of fast scores, cannot be among the
-// best. Every program finds the cut for itself: that costs less than asking the others.
+// best. Every program finds the cut for itself: that costs less than asking the others. A row that sees far fewer keys than
+// there is room for may have too few neighbourhoods: then it is the k_eff-th of all fast scores.
 
 constexpr int KEPT = CODED ? 2 : 4;  // 16 bytes of bests that a thread keeps from the first look to the second
 
@@ -400,38 +418,41 @@ __device__ __forceinline__ void clear(const Program& p) {
     }
 }
 
-// All bests below `limit` packs: f(pack, what is in it).
+// All scores of `packs` packs: f(what is in it).
 template <class F>
-__device__ __forceinline__ void look_at_bests(const Program& p, const uint4 (&kept)[KEPT], int limit, F f) {
+__device__ __forceinline__ void look_at(const uint4* from, const uint4 (&kept)[KEPT], int packs, F f) {
+    const int tid = threadIdx.x;
 #pragma unroll
     for (int u = 0; u < KEPT; u++)
-        if (p.tid + u * THREADS < limit) f(p.tid + u * THREADS, kept[u]);
+        if (tid + u * THREADS < packs) f(kept[u]);
 #pragma unroll 1
-    for (int i = p.tid + KEPT * THREADS; i < limit; i += THREADS) f(i, p.bests(i));
+    for (int i = tid + KEPT * THREADS; i < packs; i += THREADS) f(from[i]);
 }
 
 __device__ __forceinline__ Cut find_cut(const Program& p, const float* limits) {
     Shared& s = p.s;
+    const bool few = SUB > 1 && (p.stop - p.start) / SUB < p.k_eff + p.k_eff / 4;
+    const uint4* from = (const uint4*)(few ? p.fast : p.best);
+    const int packs = few ? p.packs * SUB : p.packs;
     uint4 kept[KEPT];
 #pragma unroll
-    for (int u = 0; u < KEPT; u++) kept[u] = p.bests(min(p.tid + u * THREADS, p.packs - 1));
+    for (int u = 0; u < KEPT; u++) kept[u] = from[max(0, min(p.tid + u * THREADS, packs - 1))];
     clear(p);
     __syncthreads();
     // First the range: of 16-bit scores about, as bins are clamped; the highest canonical score is exact.
     Extremes extremes;
-    look_at_bests(p, kept, CODED ? max(1, p.scored / PACK) : p.packs, [&](int, uint4 raw) { extremes.extend(raw); });
+    look_at(from, kept, packs, [&](uint4 raw) { extremes.extend(raw); });
     const int low = __reduce_min_sync(ALL, extremes.low()), high = __reduce_max_sync(ALL, extremes.high());
     if (p.lane == 0) atomicMin(&s.low, low), atomicMax(&s.high, high);
     __syncthreads();
     const FastBins bins(s.low, s.high);
     mark(p, 1);
-    look_at_bests(p, kept, p.packs, [&](int i, uint4 raw) {
+    look_at(from, kept, packs, [&](uint4 raw) {
         int w[PACK];
         unpack(raw, w);
-        const int left = p.scored - i * PACK;
 #pragma unroll
         for (int e = 0; e < PACK; e++)
-            if (e < left && w[e] != NO_FAST) atomicAdd(&s.counts[bins.of(w[e])], 1);
+            if (w[e] != NO_FAST) atomicAdd(&s.counts[bins.of(w[e])], 1);
     });
     __syncthreads();
     mark(p, 2);
@@ -471,14 +492,14 @@ __device__ __forceinline__ void stage_neighbourhoods(const Program& p, const Cut
     }
 }
 
-// Keys [start, end) of the staged neighbourhoods that pass: SHARE lanes a neighbourhood, MORE of them at a time.
+// Keys [start, stop) of the staged neighbourhoods that pass: SHARE lanes a neighbourhood, MORE of them at a time.
 __device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const Cut& cut) {
-    constexpr int AT_ONCE = THREADS / SHARE, MORE = 3;
+    constexpr int TEAMS = THREADS / SHARE, MORE = 3;
     const int kept = p.s.listed;
 #pragma unroll 1
-    for (int i = 0; i < kept; i += AT_ONCE * MORE) {
+    for (int i = 0; i < kept; i += TEAMS * MORE) {
         auto first_of = [&](int u) {
-            const int at = p.staged[min(i + u * AT_ONCE + p.tid / SHARE, kept - 1)];
+            const int at = p.staged[min(i + u * TEAMS + p.tid / SHARE, kept - 1)];
             return p.dealt<A_BLOCK>(at) * SUB + p.lane % SHARE * WIDE;
         };
         uint4 raw[MORE];
@@ -489,10 +510,9 @@ __device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const
         for (int u = 0; u < MORE; u++) {
             const int j = first_of(u);
             const u64 pass = passing<WIDE>(raw[u], cut);
-            const bool is = i + u * AT_ONCE + p.tid / SHARE < kept && j < p.scored * SUB;
-            const u32 before_end = (1u << min(max(p.end - j, 0), WIDE)) - 1;
+            const u32 before_stop = (1u << min(max(p.stop - j, 0), WIDE)) - 1;
             const u32 before_start = (1u << min(max(p.start - j, 0), WIDE)) - 1;
-            if (is) takes |= (pass & before_end & ~before_start) << (u * WIDE);
+            if (i + u * TEAMS + p.tid / SHARE < kept) takes |= (pass & before_stop & ~before_start) << (u * WIDE);
         }
         int at = reserve(&p.s.found, __popcll(takes), p.lane);
         for (; takes; takes &= takes - 1, at++) {
@@ -505,13 +525,13 @@ __device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const
     }
 }
 
-// Own keys outside [start, end).
+// Own keys that the row sees outside [start, stop).
 __device__ __forceinline__ void list_unscored(const Program& p) {
-    const int start = p.start, n = p.n, end = p.end;
+    const int before = p.start - p.begin, all = before + p.end - p.stop;
 #pragma unroll 1
-    for (int i = p.warp * 32; i < start + n - end; i += THREADS) {
-        const int at = i + p.lane, j = at < start ? at : end + at - start;
-        const bool is = at < start + n - end && p.owns(j);
+    for (int i = p.warp * 32; i < all; i += THREADS) {
+        const int at = i + p.lane, j = at < before ? p.begin + at : p.stop + at - before;
+        const bool is = at < all && p.owns(j);
         const int to = reserve(&p.s.found, is, p.lane);
         if (is && to < p.room) p.position[to] = j;
     }
@@ -628,8 +648,10 @@ __device__ __forceinline__ void send(const Program& p, int j, int w, int winners
     for (int i = 0; i < WORDS; i++) place += i < at ? __popc(bits[i]) : 0;
 #pragma unroll 1
     for (int i = 0; i < winners; i++) place += p.s.winner[i] < j;
-    push(p.chosen_position + place % p.span, place / p.span, j);
-    push(p.chosen + place % p.span, place / p.span, w);
+    // The span is a power of two.
+    const int at_program = place & (p.span() - 1), program = place >> (31 - __clz(p.span()));
+    push(p.chosen_position + at_program, program, j);
+    push(p.chosen + at_program, program, w);
 }
 
 // Bits for candidates above the edge; those near it are told to every program.
@@ -708,17 +730,17 @@ struct WordSearch {
     __device__ __forceinline__ WordSearch(const Program& p, int* words)
         : p(p), words(words), equal((u32*)p.position), word(0), needed(p.k_eff) {}
     __device__ __forceinline__ int key(int i) const { return p.dealt<BLOCK>(i); }
-    __device__ __forceinline__ u32 at(int j) const { return j < p.padded ? (u32)words[j] ^ 0x80000000u : 0; }
+    __device__ __forceinline__ u32 at(int j) const { return j < p.end ? (u32)words[j] ^ 0x80000000u : 0; }
 
     // Canonical words, where there are none yet.
     __device__ __forceinline__ void score(const Scorer& scorer, const Cut& cut) const {
         if (p.tid == 0) p.s.highest = NONE;
         __syncthreads();
         int highest = NONE;
-        scorer.score(p, p.own * BLOCK, [&](int i) { return min(key(i), p.n - 1); }, [&](int i, int w) {
+        scorer.score(p, p.own * BLOCK, [&](int i) { return min(key(i), p.end - 1); }, [&](int i, int w) {
             const int j = key(i);
-            const bool is = j < p.n && (j < p.start || j >= p.end || cut.passes(p.fast[j]));
-            if (j < p.padded) words[j] = is ? w : NONE;
+            const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || cut.passes(p.fast[j]));
+            if (j < p.end) words[j] = is ? w : NONE;
             if (is) highest = max(highest, w);
         });
         tell_highest(p, highest);
@@ -829,8 +851,8 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
 // ---- 5. attention ---------------------------------------------------------------------------------------------------
 //
 // Of ranks [span rank, span (rank + 1)), within one tree over all ranks (rule 2): a team of LANES_V lanes takes
-// RANKS << LEVELS neighbouring ones; then the teams of a warp, warps and programs are added, of each a power of two.
-// Ranks beyond the last weigh +0.0, as padding does. The highest score is known by now, so no sum is ever rescaled
+// RANKS times `turns` neighbouring ones; then the teams of a warp, warps and programs are added, of each a power of two.
+// Ranks beyond the last weigh +0.0, as padding does, so how many turns there are changes no bit. The highest score is known by now, so no sum is ever rescaled
 // (rule 5).
 
 constexpr int SUMS = E + 1;  // numerators of a lane, and the denominator
@@ -847,14 +869,20 @@ template <int DEPTH> __device__ __forceinline__ void add_up(float (&level)[DEPTH
         }
 }
 
-// Writes the indices, and over their words their weights (rules 3 and 5).
-__device__ __forceinline__ void weigh(const Program& p, int live, int highest, float factor, i64* indices) {
+// The indices of this program's ranks, and -1 up to `most`.
+__device__ __forceinline__ void write_indices(const Program& p, int live, int most, i64* indices) {
+    indices += (i64)p.row * most;
+#pragma unroll 1
+    for (int i = p.tid; i < live; i += THREADS) indices[p.span() * p.rank + i] = p.base + p.chosen_position[i];
+#pragma unroll 1
+    for (int i = p.k_eff + p.rank * THREADS + p.tid; i < most; i += CLUSTER * THREADS) indices[i] = -1;
+}
+
+// Over words their weights (rules 3 and 5).
+__device__ __forceinline__ void weigh(const Program& p, int live, int highest, float factor) {
     const float top = score_of(highest);
 #pragma unroll 1
-    for (int i = p.tid; i < live; i += THREADS)
-        indices[(i64)p.row * p.k_eff + p.span * p.rank + i] = p.chosen_position[i];
-#pragma unroll 1
-    for (int i = p.tid; i < p.span; i += THREADS) {
+    for (int i = p.tid; i < p.span(); i += THREADS) {
         const float t = i < live ? __fmul_rn(__fsub_rn(score_of(p.chosen[i]), top), factor) : 0.0f;
         p.chosen[i] = __float_as_int(i < live ? exp2_canonical(t) : 0.0f);
     }
@@ -865,7 +893,7 @@ template <bool PLAIN>
 __device__ __forceinline__ void sum_ranks(
     const Program& p, const Rows& values, int i, int live, int part, float (&x)[SUMS]) {
     constexpr int DEPTH = log2i(RANKS);
-    const int* position = p.chosen_position + i;
+    const int *position = p.chosen_position + i, *weights = p.chosen + i;
     const int last = live - 1 - i;
     float level[DEPTH + 1][SUMS];
     uint4 raw[RANKS];
@@ -874,7 +902,7 @@ __device__ __forceinline__ void sum_ranks(
 #pragma unroll
     for (int u = 0; u < RANKS; u++) {
         values.numbers<PLAIN>(position[min(u, last)], raw[u], x);
-        const float weight = __int_as_float(position[p.span + u]);
+        const float weight = __int_as_float(weights[u]);
 #pragma unroll
         for (int e = 0; e < E; e++) x[e] = __fmul_rn(weight, x[e]);
         x[E] = weight;
@@ -887,8 +915,8 @@ __device__ __forceinline__ void sum_warp(const Program& p, const Rows& values, i
     const int part = p.lane % LANES_V, team = p.tid / LANES_V;
     float level[LEVELS + 1][SUMS], sum[SUMS];
 #pragma unroll 1
-    for (int c = 0; c < 1 << LEVELS; c++) {
-        const int i = ((team << LEVELS) + c) * RANKS;
+    for (int c = 0; c < p.turns; c++) {
+        const int i = (team * p.turns + c) * RANKS;
 #pragma unroll
         for (int e = 0; e < SUMS; e++) sum[e] = 0.0f;
         if (i < live) {
@@ -949,9 +977,10 @@ __device__ __forceinline__ void write_output(const Program& p, void* out) {
 }
 
 __device__ __forceinline__ void attend(
-    const Program& p, const Rows& values, int highest, float factor, i64* indices, void* out) {
-    const int live = max(0, min(p.span, p.k_eff - p.span * p.rank));
-    weigh(p, live, highest, factor, indices);
+    const Program& p, const Rows& values, int highest, float factor, int most, i64* indices, void* out) {
+    const int live = p.live();
+    write_indices(p, live, most, indices);
+    weigh(p, live, highest, factor);
     __syncthreads();
     sum_warp(p, values, live);
     __syncthreads();
@@ -961,30 +990,41 @@ __device__ __forceinline__ void attend(
     if (p.rank == 0) write_output(p, out);
 }
 
+// A row that keeps nothing.
+__device__ __forceinline__ void write_nothing(const Program& p, int most, void* out, i64* indices, int* count) {
+    write_indices(p, 0, most, indices);
+    if (p.tid == 0) count[p.row * CLUSTER + p.rank] = 0;
+    if (p.rank == 0)
+        for (int d = p.tid; d < DIM_V; d += THREADS) store(out, (i64)p.row * DIM_V + d, 0.0f);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) choose_and_attend(
-    const void* q, SIDE(k), SIDE(v), const Fast* fast, const Fast* best, int* word,
+    const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, const Fast* best, int* word,
     const float* limits, void* out, i64* indices, int* count, i64* marks,
-    int heads, int n, int padded, int start, int end, int whole, int sinks, int k_eff, int room, int span,
+    int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
     int q_b, int q_h, double factor) {
     DYNAMIC_SHARED(memory);
-    const Program p(memory, Sizes{n, padded, start, end, whole, sinks, k_eff, room, span}, fast, best, marks, heads);
+    const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
+    const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
+    if (p.k_eff == 0) return write_nothing(p, k_eff, out, indices, count);
     mark(p, 0);
     const Cut cut = find_cut(p, limits);
     mark(p, 3);
     const int found = list_candidates(p, cut, count);
     mark(p, 5);
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);
-    const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, whole, sinks), query};
+    const int whole = (p.base + p.end) / 128 * 128 - p.base;
+    const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, p.base, whole, in_full), query};
     score_candidates(p, scorer, cut.fine, found);
     mark(p, 6);
     cluster_sync();
     mark(p, 7);
-    const int highest = choose(p, scorer, cut, found, word + (i64)p.row * padded);
+    const int highest = choose(p, scorer, cut, found, word + (i64)p.row * padded + p.base);
     mark(p, 12);
     cluster_sync();
     mark(p, 13);
-    attend(p, Rows(AS_SIDE(v), p.b, p.g, whole, sinks), highest, (float)factor, indices, out);
+    attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), highest, (float)factor, k_eff, indices, out);
     mark(p, 15);
 }
