@@ -1,0 +1,195 @@
+"""The ways to generate that are timed side by side: dense ones of transformers, dense ones of ours, qaxis.
+
+Each has a model of its own (the same weights), so that what one sets is nothing to the others, and every one is timed
+through the model's own ``generate``.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+import qaxis
+
+from ..harness.token_times import Median, generated, median
+from ..inputs.filled import fill, head_dim
+
+#: tokens of a generation that are not timed: kernels are compiled and graphs captured in them
+WARM = 4
+#: places that every cache has for new tokens
+ROOM = 256
+TRANSFORMERS = {
+    "dynamic": "DynamicCache, SDPA",
+    "static": "StaticCache, SDPA",
+    "compiled": "StaticCache, torch.compile",
+}
+#: keys and values in place, one CUDA graph a token; by the attention that reads them
+IDEAL = {
+    "graph-cudnn": "one graph, cuDNN",
+    "graph-flash": "one graph, FlashAttention-2",
+    "graph-triton": "one graph, split-K",
+}
+FLOOR = "graph-none"
+#: an index and a budget
+QAXIS = ("codes-2048", "codes-0.02", "codes-0.1", "bounds-2048", "int8-2048", "int8-0.02")
+
+
+@dataclass
+class Way:
+    """One way to generate with ``model``.
+
+    Attributes:
+        cache: an empty cache with room for so many tokens.
+        options: of ``generate``.
+        attention: of :mod:`selfcheck.rivals.dense_graph`, where it is one of these.
+    """
+
+    name: str
+    model: Any
+    cache: Callable[[int], Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    attention: str | None = None
+
+
+def twin(model: Any) -> Any:
+    """A copy of ``model`` with the same weights, and nothing else in common."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def budget_of(word: str) -> int | qaxis.Budget:
+    return qaxis.Budget(float(word)) if "." in word else int(word)
+
+
+def way(name: str, model: Any) -> Way:
+    """The way of this name, with a twin of ``model``.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    model = twin(model)
+    kind, _, what = name.partition("-")
+    if name == "dynamic":
+        return Way(name, model, lambda _: DynamicCache(config=model.config))
+    if name in ("static", "compiled"):
+        static = partial(StaticCache, model.config)
+        return Way(name, model, static, {} if name == "compiled" else {"disable_compile": True})
+    if kind == "graph":
+        from ..rivals.dense_graph import InPlaceCache
+
+        return Way(name, model, lambda room: InPlaceCache(model.config, room, model.device), attention=what)
+    if kind in ("codes", "bounds", "int8"):
+        config = model.config
+        qaxis.enable(model, budget_of(what))
+        if kind == "int8":
+            return Way(name, model, lambda room: qaxis.Int8Cache(config, room=room))
+        return Way(name, model, lambda room: qaxis.Cache(config, index=kind, room=room))
+    raise ValueError(f"way={name!r}: allowed is one of {(*TRANSFORMERS, *IDEAL, FLOOR, *QAXIS)}")
+
+
+def needed(model: Any, kind: str, tokens: int) -> int:
+    """Bytes that a cache of ``tokens`` has to hold: keys and values, and 8-bit codes where there are any."""
+    config = model.config
+    numbers = tokens * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
+    coded = numbers + numbers // 128
+    full = 2 * numbers * model.dtype.itemsize
+    return {"codes": full + coded, "int8": 2 * coded}.get(kind, full)
+
+
+class Running:
+    """One way with a cache that holds ``tokens`` tokens, ready to go on."""
+
+    def __init__(self, chosen: Way, tokens: int, seed: int) -> None:
+        cuda = chosen.model.device.type == "cuda"
+        self.way, self.tokens, self.start = chosen, tokens, time.perf_counter()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        self.cache = fill(chosen.cache(tokens + ROOM), chosen.model, tokens, seed)
+        self.held = torch.cuda.memory_allocated() - before if cuda else 0
+        self.graph: Any = None
+        if chosen.attention is not None:
+            from ..rivals.dense_graph import Graphed, attend_by
+
+            attend_by(chosen.model, chosen.attention, self.cache)
+            self.graph = Graphed(chosen.model, self.cache)
+        numbers = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(3, chosen.model.config.vocab_size, (1, tokens + ROOM), generator=numbers)
+        self.peak, self.times = 0, list[float]()
+
+    def generate(self, new: int, **options: Any) -> list[float]:
+        """Milliseconds of each of ``new`` tokens after the first ones."""
+        if self.graph is not None:
+            # Fused attention reads as many keys as there were when its graph was captured.
+            self.cache.move_to(self.tokens)
+        length = int(self.cache.get_seq_length()) + 1
+        ids = self.ids[:, :length].to(self.way.model.device)
+        _, ticks = generated(self.way.model, ids, new + WARM, self.cache, **self.way.options, **options)
+        took = ticks.milliseconds()[WARM - 1 :]
+        self.peak = max(self.peak, ticks.peak())
+        return took
+
+
+def measured(
+    model: Any,
+    names: Sequence[str],
+    tokens: int,
+    *,
+    rounds: int,
+    new: int,
+    seed: int,
+    alone: bool = False,
+    failed: Callable[[str, Exception], None] | None = None,
+    progress: Callable[..., Iterable[Any]] = lambda items, label: items,
+) -> list[dict[str, Any]]:
+    """One row a way: milliseconds a token after ``tokens`` random tokens.
+
+    Each round goes through all ways in a new random order. Where their caches do not fit beside each other, ``alone``,
+    each is made anew for its turn. A way that raises is handed to ``failed``, if there is one, and left out.
+    """
+    if "compiled" in names:
+        # Another length is another graph: compiled for this one alone.
+        torch.compiler.reset()
+    left, times = list(names), {name: list[float]() for name in names}
+    facts: dict[str, dict[str, Any]] = {}
+    running: dict[str, Running] = {}
+    order = random.Random(seed)
+    for _ in progress(range(rounds), f"{model.config.num_hidden_layers} layers, {tokens} tokens"):
+        for name in order.sample(left, len(left)):
+            try:
+                if name not in running:
+                    running[name] = _warmed(way(name, model), tokens, seed, facts)
+                times[name] += running[name].generate(new)
+                facts[name]["peak"] = running[name].peak
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(name, error)
+                left.remove(name)
+            if alone or name not in left:
+                running.pop(name, None)
+                torch.cuda.empty_cache()
+    return [_row(model, name, tokens, median(times[name]), facts[name]) for name in left]
+
+
+def _warmed(chosen: Way, tokens: int, seed: int, facts: dict[str, dict[str, Any]]) -> Running:
+    """A first generation that is not timed: graphs and kernels are made in it."""
+    one = Running(chosen, tokens, seed)
+    one.generate(2)
+    facts.setdefault(chosen.name, {"held": one.held, "ready": time.perf_counter() - one.start})
+    one.peak = 0
+    return one
+
+
+def _row(model: Any, name: str, tokens: int, ms: Median, facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "layers": model.config.num_hidden_layers, "tokens": tokens, "way": name, "ms": ms.value, "low": ms.low,
+        "high": ms.high, "mean": ms.mean, "slowest": ms.largest, "timed": ms.n, **facts,
+        "needed": needed(model, name.partition("-")[0], tokens),
+    }  # fmt: skip
