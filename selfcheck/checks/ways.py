@@ -105,13 +105,13 @@ def needed(model: Any, kind: str, tokens: int) -> int:
 
 
 class Running:
-    """One way with a cache that holds ``tokens`` tokens, ready to go on."""
+    """One way with a cache that holds ``tokens`` tokens, ready to go on; ``cache``, if it is not the way's own."""
 
-    def __init__(self, chosen: Way, tokens: int, seed: int) -> None:
+    def __init__(self, chosen: Way, tokens: int, seed: int, cache: Any = None) -> None:
         cuda = chosen.model.device.type == "cuda"
         self.way, self.tokens, self.start = chosen, tokens, time.perf_counter()
         before = torch.cuda.memory_allocated() if cuda else 0
-        self.cache = fill(chosen.cache(tokens + ROOM), chosen.model, tokens, seed)
+        self.cache = fill(chosen.cache(tokens + ROOM) if cache is None else cache, chosen.model, tokens, seed)
         self.held = torch.cuda.memory_allocated() - before if cuda else 0
         self.graph: Any = None
         if chosen.attention is not None:
@@ -123,17 +123,27 @@ class Running:
         self.ids = torch.randint(3, chosen.model.config.vocab_size, (1, tokens + ROOM), generator=numbers)
         self.peak, self.times = 0, list[float]()
 
-    def generate(self, new: int, **options: Any) -> list[float]:
+    def generate(self, new: int) -> list[float]:
         """Milliseconds of each of ``new`` tokens after the first ones."""
+        _, ticks = generated(self.way.model, self._prompt(), new + WARM, self.cache, **self.way.options)
+        self.peak = max(self.peak, ticks.peak())
+        return ticks.milliseconds()[WARM - 1 :]
+
+    def logits(self, new: int) -> Any:
+        """What ``generate`` returns for ``new`` tokens, with the logits of each, float32 ``[1, V]``."""
+        kept = {"output_logits": True, "return_dict_in_generate": True}
+        return generated(self.way.model, self._prompt(), new, self.cache, **self.way.options, **kept)[0]
+
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """Logits float32 ``[1, V]`` of one forward pass of the model itself, without ``generate``."""
+        return self.way.model(token, past_key_values=self.cache, use_cache=True).logits[:, -1].float()
+
+    def _prompt(self) -> torch.Tensor:
+        """Ids of as many tokens as there are in the cache, and one more, which is not."""
         if self.graph is not None:
             # Fused attention reads as many keys as there were when its graph was captured.
             self.cache.move_to(self.tokens)
-        length = int(self.cache.get_seq_length()) + 1
-        ids = self.ids[:, :length].to(self.way.model.device)
-        _, ticks = generated(self.way.model, ids, new + WARM, self.cache, **self.way.options, **options)
-        took = ticks.milliseconds()[WARM - 1 :]
-        self.peak = max(self.peak, ticks.peak())
-        return took
+        return self.ids[:, : int(self.cache.get_seq_length()) + 1].to(self.way.model.device)
 
 
 def measured(
