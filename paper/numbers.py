@@ -214,14 +214,14 @@ def _caches(records: Records) -> list[str]:
     for r in records["kv-speed"]["data"]["rows"]:
         name = r["cache"]
         held = " & ".join(f"{memory[f'{name}_{what}']['value'] / 2**20:.1f}" for what in ("kept", "prompt", "steps"))
-        costs = ["--"] * 3
+        costs, ideal = ["--"] * 3, "--" if r["ideal"] is None else f"{r['ideal']:.1f}"
         if name in together:
             costs = [show("kv-combined.change", together[name][what]["change"]) for what in ("sum", "both", "beyond")]
             ends = [show("kv-combined.change", together[name]["beyond"][end]) for end in ("low", "high")]
             costs[-1] += f" [{', '.join(ends)}]"
         rows.append(
             f"{escape(name.replace('int', 'INT'))} & {held} & "
-            f"{r['dense']:.1f} & {r['qaxis']:.1f} & {r['agreed']:.0f} & {' & '.join(costs)}"
+            f"{r['dense']:.1f} & {ideal} & {r['qaxis']:.1f} & {r['agreed']:.0f} & {' & '.join(costs)}"
         )
     return rows
 

@@ -24,7 +24,7 @@ LENGTHS = (8192, 32768, 131072)
 #: tokens in the cache from which on those of 32 layers do not fit beside each other
 ALONE = 131072
 SPARSE = ("codes-2048", "codes-0.02")
-ALL = (*ways.TRANSFORMERS, *ways.IDEAL, ways.FLOOR, *SPARSE, "codes-0.1", "bounds-2048")
+ALL = (*ways.TRANSFORMERS, *ways.IDEAL, ways.CODED, ways.FLOOR, *SPARSE, "codes-0.1", "bounds-2048", "int8-2048")
 #: prompts whose first token is timed
 PROMPTS = (8192, 16384)
 SMOL = 8000

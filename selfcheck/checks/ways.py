@@ -18,9 +18,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import qaxis
+from qaxis.storage.formats import FORMATS
 
 from ..harness.token_times import Median, generated, median
 from ..inputs.filled import fill, head_dim
+from ..rivals.schemes import of_format
 
 #: tokens of a generation that are not timed: kernels are compiled and graphs captured in them
 WARM = 4
@@ -38,6 +40,8 @@ IDEAL = {
     "graph-triton": "one graph, split-K",
 }
 FLOOR = "graph-none"
+#: the same reading an 8-bit cache, half the bytes: the rival of exact steps that read one
+CODED = "graph-int8"
 #: an index and a budget
 QAXIS = ("codes-2048", "codes-0.02", "codes-0.1", "bounds-2048", "int8-2048", "int8-0.02")
 
@@ -65,6 +69,12 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
+def kind_of(name: str) -> str:
+    """What a way's cache holds: a format, "codes", "bounds", or something else that holds keys and values alone."""
+    first, _, rest = name.partition("-")
+    return rest if first in ("plain", "graph") else first
+
+
 def budget_of(word: str) -> int | qaxis.Budget:
     return qaxis.Budget(float(word)) if "." in word else int(word)
 
@@ -83,25 +93,29 @@ def way(name: str, model: Any) -> Way:
         static = partial(StaticCache, model.config)
         return Way(name, model, static, {} if name == "compiled" else {"disable_compile": True})
     if kind == "graph":
-        from ..rivals.dense_graph import InPlaceCache
+        from ..rivals.dense_graph import CodedCache, InPlaceCache
 
-        return Way(name, model, lambda room: InPlaceCache(model.config, room, model.device), attention=what)
-    if kind in ("codes", "bounds", "int8"):
-        config = model.config
+        made = CodedCache if what == "int8" else InPlaceCache
+        return Way(name, model, lambda room: made(model.config, room, model.device), attention=what)
+    config = model.config
+    if kind == "plain" and what in FORMATS:
+        return Way(name, model, lambda room: qaxis.Int8Cache(config, format=what, room=room))
+    if kind in ("codes", "bounds", *FORMATS):
         qaxis.enable(model, budget_of(what))
-        if kind == "int8":
-            return Way(name, model, lambda room: qaxis.Int8Cache(config, room=room))
+        if kind in FORMATS:
+            return Way(name, model, lambda room: qaxis.Int8Cache(config, format=kind, room=room))
         return Way(name, model, lambda room: qaxis.Cache(config, index=kind, room=room))
-    raise ValueError(f"way={name!r}: allowed is one of {(*TRANSFORMERS, *IDEAL, FLOOR, *QAXIS)}")
+    raise ValueError(f"way={name!r}: allowed is one of {(*TRANSFORMERS, *IDEAL, FLOOR, CODED, *QAXIS)}")
 
 
 def needed(model: Any, kind: str, tokens: int) -> int:
-    """Bytes that a cache of ``tokens`` has to hold: keys and values, and 8-bit codes where there are any."""
+    """Bytes that a cache of ``tokens`` has to hold: keys and values, and 8-bit codes of keys where there are any."""
     config = model.config
     numbers = tokens * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
-    coded = numbers + numbers // 128
-    full = 2 * numbers * model.dtype.itemsize
-    return {"codes": full + coded, "int8": 2 * coded}.get(kind, full)
+    if kind in FORMATS:
+        scheme = of_format(FORMATS[kind], head_dim(config))
+        return int(numbers * (scheme.key_bits + scheme.value_bits) / 8)
+    return 2 * numbers * model.dtype.itemsize + (numbers + numbers // 128 if kind == "codes" else 0)
 
 
 class Running:
@@ -201,5 +215,5 @@ def _row(model: Any, name: str, tokens: int, ms: Median, facts: dict[str, Any]) 
     return {
         "layers": model.config.num_hidden_layers, "tokens": tokens, "way": name, "ms": ms.value, "low": ms.low,
         "high": ms.high, "mean": ms.mean, "slowest": ms.largest, "timed": ms.n, **facts,
-        "needed": needed(model, name.partition("-")[0], tokens),
+        "needed": needed(model, kind_of(name), tokens),
     }  # fmt: skip

@@ -53,12 +53,12 @@ def _split_kernel(
 @triton.jit
 def _merge_kernel(
     part_ptr, lse_ptr, out_ptr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
-    part = (row // GROUP * SPLITS + s) * ROWS + row % GROUP
-    lse = tl.load(lse_ptr + part)
+    s, d = tl.arange(0, WIDE), tl.arange(0, DIM)
+    part = (row // GROUP * SPLITS + tl.minimum(s, SPLITS - 1)) * ROWS + row % GROUP
+    lse = tl.where(s < SPLITS, tl.load(lse_ptr + part), -1e30)
     weight = tl.exp2(lse - tl.max(lse, 0))
     x = tl.load(part_ptr + part[:, None] * DIM + d[None, :])
     out = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
@@ -78,12 +78,21 @@ def split_k(
     kv, n = k.shape[1], k.shape[2]
     part = torch.empty(batch * kv, splits, 16, dim, device=q.device)
     lse = torch.empty(batch * kv, splits, 16, device=q.device)
-    out = torch.empty_like(q)
     scale = math.log2(math.e) / math.sqrt(dim)
     _split_kernel[(splits, batch * kv)](
         q, k, v, part, lse, n, last, n, scale, GROUP=heads // kv, ROWS=16, BLOCK=64, DIM=dim, GROWING=last is not None
     )
-    _merge_kernel[(batch * heads,)](part, lse, out, GROUP=heads // kv, ROWS=16, SPLITS=splits, DIM=dim)
+    return merge(q, part, lse)
+
+
+def merge(q: torch.Tensor, part: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Output like ``q [B, H, 1, D]`` of partial softmaxes ``[B * Hkv, splits, 16, D]`` and their log-sum-exp."""
+    batch, heads, _, dim = q.shape
+    out, splits = torch.empty_like(q), part.shape[1]
+    _merge_kernel[(batch * heads,)](
+        part, lse, out, GROUP=batch * heads // part.shape[0], ROWS=16, SPLITS=splits,
+        WIDE=triton.next_power_of_2(splits), DIM=dim,
+    )  # fmt: skip
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qaxis.storage.formats import FORMATS
+from qaxis.storage.side import Side, Stored
+
+from .dense_8bit import GROUP_SIZE
+from .dense_8bit import attend as attend_codes
 from .dense_decoding import split_k
+
+#: new tokens that a cache of codes has room for in full, those after its last whole group included
+ROOM = 384
 
 
 @triton.jit
@@ -53,10 +62,14 @@ class InPlaceCache(StaticCache):
             self.move_to(tokens)
         else:
             _append_kernel[(heads,)](
-                key_states, value_states, layer.keys, layer.values, self.at, key_states.stride(1),
+                key_states, value_states, layer.keys, layer.values, self.place(), key_states.stride(1),
                 value_states.stride(1), layer.max_cache_len, DIM=dim, WIDTH=triton.next_power_of_2(dim),
             )  # fmt: skip
         return layer.keys, layer.values
+
+    def place(self) -> torch.Tensor:
+        """Where the next token is written, int64 ``[1]``."""
+        return self.at
 
     def move_to(self, tokens: int) -> None:
         """The next token is written after so many."""
@@ -67,10 +80,46 @@ class InPlaceCache(StaticCache):
         return self.seen
 
 
+class CodedCache(InPlaceCache):
+    """The same with the prompt in 8 bits, as :class:`qaxis.Int8Cache` holds it, and new tokens in full beside it.
+
+    No group is completed: the time to quantise one in 128 tokens is spared.
+    """
+
+    def __init__(self, config: Any, room: int, device: torch.device) -> None:
+        super().__init__(config, ROOM, device)
+        self.sides: dict[int, list[Stored]] = {}
+        self.coded = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = key_states.shape[2]
+        if tokens > 1:
+            self.coded = tokens - tokens % GROUP_SIZE
+            self.sides[layer_idx] = [_stored(x[:, :, : self.coded]) for x in (key_states, value_states)]
+            key_states, value_states = (x[:, :, self.coded :] for x in (key_states, value_states))
+            layer: Any = self.layers[layer_idx]
+            layer.update(key_states, value_states)
+            self.move_to(tokens)
+            return layer.keys, layer.values
+        return super().update(key_states, value_states, layer_idx)
+
+    def place(self) -> torch.Tensor:
+        return self.at - self.coded
+
+
+def _stored(x: torch.Tensor) -> Stored:
+    side = Side(x, FORMATS["int8"].keys, FORMATS["int8"].sinks, room=x.shape[2])
+    for part in x.split(1 << 14, dim=2):
+        side.prepare(part)()
+    return side.stored()
+
+
 def _sdpa(backend: SDPBackend) -> Callable[..., torch.Tensor]:
     """Fused attention has its length on the host: every replay of a graph reads as many keys as its capture."""
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache, layer: int) -> torch.Tensor:
         grouped = q.reshape(1, k.shape[1], -1, q.shape[3])
         n = cache.seen + 1
         with sdpa_kernel(backend):
@@ -80,12 +129,21 @@ def _sdpa(backend: SDPBackend) -> Callable[..., torch.Tensor]:
     return attend
 
 
-def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache) -> torch.Tensor:
+def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache, layer: int) -> torch.Tensor:
     """Reads exactly the keys that there are, also when replayed."""
     return split_k(q.contiguous(), k, v, 64 if k.shape[2] > 1 << 16 else 32, last=cache.at)
 
 
-def _none(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache) -> torch.Tensor:
+def _int8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Any, layer: int) -> torch.Tensor:
+    """Reads codes, and as many new tokens as there were when it was captured."""
+    n = cache.seen + 1 - cache.coded
+    keys, values = (
+        replace(side, newest=new[:, :, :n]) for side, new in zip(cache.sides[layer], (k, v), strict=True)
+    )  # fmt: skip
+    return attend_codes(q, keys, values, 63 if cache.coded > 1 << 16 else 31)
+
+
+def _none(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache, layer: int) -> torch.Tensor:
     """No attention at all: what is left of a token is everything else."""
     return torch.zeros_like(q)
 
@@ -93,7 +151,7 @@ def _none(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache
 #: ways to attend densely, by the end of their name; "none" is the floor under all of them
 ATTENTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION), "flash": _sdpa(SDPBackend.FLASH_ATTENTION), "triton": _triton,
-    "none": _none,
+    "int8": _int8, "none": _none,
 }  # fmt: skip
 
 
@@ -101,7 +159,7 @@ def attend_by(model: Any, name: str, cache: InPlaceCache) -> None:
     """Let ``model`` attend in this way from now on; masks are none, as a single query sees every key."""
 
     def forward(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
-        return ATTENTIONS[name](q, k, v, cache).transpose(1, 2).contiguous(), None
+        return ATTENTIONS[name](q, k, v, cache, module.layer_idx).transpose(1, 2).contiguous(), None
 
     called = f"selfcheck_graph_{name}"
     AttentionInterface.register(called, forward)
