@@ -19,7 +19,7 @@ from selfcheck.harness.files import SelfcheckError, target
 
 from . import drawn
 
-FIGURES = ("selector", "entropy", "inversions", "retrieval", "formats", "memory", "stages", "survivors")
+FIGURES = ("selector", "entropy", "inversions", "retrieval", "formats", "memory", "stages", "survivors", "timeline")
 
 
 @contextlib.contextmanager

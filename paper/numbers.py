@@ -168,12 +168,44 @@ def _architectures(records: Records) -> list[str]:
     ]
 
 
+#: by the number of layers, what was timed
+MODELS = {8: "Llama shape, 8 layers", 30: "SmolLM2-135M", 32: "Llama shape, 32 layers"}
+DENSE = ("dynamic", "static", "compiled")
+SPARSE = ("codes-2048", "codes-0.02", "codes-0.1")
+
+
 def _speed(records: Records) -> list[str]:
-    return [
-        f"{escape(r['model'])} & {thousands(r['tokens'])} & {r['dense']:.1f} & {r['qaxis']:.1f} & {r['ratio']:.2f} & "
-        f"{100 * r['dense_share']:.0f} & {100 * r['qaxis_share']:.0f}"
-        for r in records["decode-speed"]["data"]["rows"]
-    ]
+    """Milliseconds a token by model and length: dense ways, the floor, budgets, and how those compare."""
+    record = records["generation-speed"]["data"]
+    sizes: dict[tuple[int, int], dict[str, float]] = {}
+    for r in record["rows"]:
+        sizes.setdefault((r["layers"], r["tokens"]), {})[r["way"]] = r["ms"]
+    ratios = {(r["layers"], r["tokens"], r["way"], r["against"]): r["ratio"] for r in record["ratios"]}
+    rows = []
+    for (layers, tokens), took in sorted(sizes.items()):
+        ideal = min(ms for name, ms in took.items() if name.startswith("graph-") and name != "graph-none")
+        cells = [took.get(name) for name in DENSE] + [ideal, took.get("graph-none")] + [took.get(x) for x in SPARSE]
+        best = [ratios[layers, tokens, SPARSE[0], against] for against in ("transformers", "ideal")]
+        rows.append(
+            f"{escape(MODELS[layers])} & {thousands(tokens)} & "
+            + " & ".join("--" if ms is None else f"{ms:.2f}" for ms in cells)
+            + f" & {best[0]:.1f} & {best[1]:.2f}"
+        )
+    return rows
+
+
+def _targets(records: Records) -> list[str]:
+    """Every target of checks.toml: what was to be reached, the worst that was measured, and whether it is."""
+    rows = []
+    for claim in seal.claims():
+        for target in claim.get("targets", []):
+            values = records[claim["id"]]["values"]
+            found = [v["value"] for name, v in values.items() if fnmatchcase(name, target["values"])]
+            worst, sign = (min(found), r"$\ge$") if "least" in target else (max(found), r"$\le$")
+            asked = target.get("least", target.get("most"))
+            met = worst >= asked if "least" in target else worst <= asked
+            rows.append(f"{escape(target['says'])} & {sign}\\,{asked:g} & {worst:.2f} & {'met' if met else 'missed'}")
+    return rows
 
 
 def _caches(records: Records) -> list[str]:
@@ -182,14 +214,14 @@ def _caches(records: Records) -> list[str]:
     for r in records["kv-speed"]["data"]["rows"]:
         name = r["cache"]
         held = " & ".join(f"{memory[f'{name}_{what}']['value'] / 2**20:.1f}" for what in ("kept", "prompt", "steps"))
-        costs = ["--"] * 3
+        costs, ideal = ["--"] * 3, "--" if r["ideal"] is None else f"{r['ideal']:.1f}"
         if name in together:
             costs = [show("kv-combined.change", together[name][what]["change"]) for what in ("sum", "both", "beyond")]
             ends = [show("kv-combined.change", together[name]["beyond"][end]) for end in ("low", "high")]
             costs[-1] += f" [{', '.join(ends)}]"
         rows.append(
             f"{escape(name.replace('int', 'INT'))} & {held} & "
-            f"{r['dense']:.1f} & {r['qaxis']:.1f} & {r['agreed']:.0f} & {' & '.join(costs)}"
+            f"{r['dense']:.1f} & {ideal} & {r['qaxis']:.1f} & {r['agreed']:.0f} & {' & '.join(costs)}"
         )
     return rows
 
@@ -257,7 +289,7 @@ def _versions_in_short(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Records], list[str]]] = {
     "stops": _stops, "ablation": _ablation, "bits": _bits, "changes": _changes, "flags": _flags,
-    "families": _families, "architectures": _architectures, "speed": _speed, "caches": _caches, "formats": _formats,
+    "families": _families, "architectures": _architectures, "speed": _speed, "targets": _targets, "caches": _caches, "formats": _formats,
     "formatlengths": _format_lengths, "certified": _certified, "approximate": _approximate, "evidence": _evidence,
 }  # fmt: skip
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
-import statistics
-import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +12,7 @@ import qaxis
 from qaxis.storage.formats import FORMATS
 
 from ..harness.claim import Context, Result, value
+from . import ways
 
 FULL = "bfloat16"
 CACHES = (FULL, *FORMATS)
@@ -79,26 +76,6 @@ def memory(context: Context) -> Result:
     )
 
 
-def _step_times(model: Any, ids: torch.Tensor, steps: int, context: Context) -> dict[tuple[str, str], list[float]]:
-    """Seconds of single steps after ``ids``, by (cache, way), interleaved in random order."""
-    caches = {name: _cache(model, name) for name in CACHES}
-    for cache in caches.values():
-        model(ids, past_key_values=cache, logits_to_keep=1)
-    times: dict[tuple[str, str], list[float]] = {(name, way): [] for name in CACHES for way in ("dense", "qaxis")}
-    order, one = random.Random(context.seed), ids[:, -1:]
-    for step in context.progress(range(steps + 2), "steps"):
-        for name, way in order.sample(list(times), len(times)):
-            with qaxis.sparse(model, qaxis.Budget()) if way == "qaxis" else nullcontext():
-                torch.cuda.synchronize()
-                begun = time.perf_counter()
-                model(one, past_key_values=caches[name])
-                torch.cuda.synchronize()
-                if step >= 2:
-                    times[name, way].append(time.perf_counter() - begun)
-            caches[name].crop(-1)
-    return times
-
-
 def _agreed(model: Any, batch: torch.Tensor, new: int) -> dict[str, float]:
     """Of ``new`` greedy tokens a prompt, the share with each cache before the first that is not the full cache's."""
     plain = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
@@ -107,22 +84,39 @@ def _agreed(model: Any, batch: torch.Tensor, new: int) -> dict[str, float]:
     return {n: 100 * float((greedy[n] == greedy[FULL]).cumprod(1).float().mean()) for n in CACHES}
 
 
-@torch.inference_mode()
+#: what holds keys and values: (the way to decode densely with it, the way with the default budget)
+WAYS = {FULL: ("dynamic", "codes-0.1"), **{name: (f"plain-{name}", f"{name}-0.1") for name in FORMATS}}
+
+
+@torch.no_grad()
 def speed(context: Context) -> Result:
-    """Seconds of a decoding step with each cache, dense and qaxis, interleaved; and tokens that agree when greedy."""
-    tokens, steps, prompts, new = (256, 3, 2, 4) if context.quick else (8000, 25, 16, 64)
+    """Tokens a second of ``generate`` with each cache, stock and qaxis, beside dense ways under a CUDA graph that read
+    bfloat16 and 8 bits; and tokens that agree when greedy."""
+    cuda = context.device != "cpu"
+    tokens, rounds, new, prompts, agreeing = (256, 2, 3, 2, 4) if context.quick else (8000, 3, 20, 16, 64)
     model = copy.deepcopy(context.subjects.model).to(torch.bfloat16)
-    times = _step_times(model, context.texts(1, tokens)[0], steps, context)
+    best = (*ways.IDEAL, ways.CODED) if cuda else ("graph-triton", ways.CODED)
+    names = [*dict.fromkeys(name for pair in WAYS.values() for name in pair), *best]
+    timed = ways.measured(model, names, tokens, rounds=rounds, new=new, seed=context.seed, progress=context.progress)
     length = min(tokens, 2048)
-    agreed = _agreed(model, torch.cat([x[:, :length] for x in context.texts(prompts, length)]), new)
-    values: dict[str, Any] = {"steps": value(steps, "steps"), "prompts": value(prompts, "prompts")}
+    agreed = _agreed(model, torch.cat([x[:, :length] for x in context.texts(prompts, length)]), agreeing)
+    return spoken({r["way"]: r for r in timed}, agreed, rounds * new, prompts, agreeing)
+
+
+def spoken(timed: dict[str, dict[str, Any]], agreed: dict[str, float], steps: int, prompts: int, new: int) -> Result:
+    """The table of caches: ``timed`` as :func:`ways.measured` gives it, by way."""
+    rates = {name: 1000 / r["ms"] for name, r in timed.items()}
+    ideal = {FULL: max(x for name, x in rates.items() if name in ways.IDEAL), "int8": rates[ways.CODED]}
+    values: dict[str, Any] = {"steps": value(steps, "tokens"), "prompts": value(prompts, "prompts")}
     rows: list[dict[str, Any]] = []
-    for name in CACHES:
-        dense, sparse = (1 / statistics.median(times[name, way]) for way in ("dense", "qaxis"))
-        rows.append({"cache": name, "dense": dense, "qaxis": sparse, "agreed": agreed[name]})
-        values[f"{name}_dense"] = value(dense, "tokens/s", n=steps)
-        values[f"{name}_qaxis"] = value(sparse, "tokens/s", n=steps)
+    for name, (dense, sparse) in WAYS.items():
+        row = {"cache": name, "dense": rates[dense], "qaxis": rates[sparse], "ideal": ideal.get(name)}
+        rows.append({**row, "agreed": agreed[name]})
+        values[f"{name}_dense"] = value(rates[dense], "tokens/s", n=steps)
+        values[f"{name}_qaxis"] = value(rates[sparse], "tokens/s", n=steps)
         values[f"{name}_agreed"] = value(agreed[name], "% of tokens", n=prompts * new)
+        if name in ideal:
+            values[f"{name}_ideal"] = value(ideal[name], "tokens/s", n=steps)
     return Result(
         passed=all(r["dense"] > 0 and r["qaxis"] > 0 for r in rows),
         verdict="measured",
@@ -131,6 +125,6 @@ def speed(context: Context) -> Result:
             for r in rows
         ),
         values=values,
-        cases=len(rows),
-        data={"rows": rows},
+        cases=len(timed),
+        data={"rows": rows, "timed": list(timed.values())},
     )

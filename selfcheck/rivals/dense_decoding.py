@@ -19,9 +19,12 @@ BACKENDS = {
 
 @triton.jit
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, n, span, scale,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, n, last_ptr, room, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, GROWING: tl.constexpr,
 ):  # fmt: skip
+    if GROWING:
+        n = tl.load(last_ptr).to(tl.int32) + 1
+    span = tl.cdiv(n, tl.num_programs(0))
     head = tl.program_id(1).to(tl.int64)
     r, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     q = tl.load(q_ptr + (head * GROUP + r)[:, None] * DIM + d[None, :], mask=(r < GROUP)[:, None], other=0.0)
@@ -29,16 +32,17 @@ def _split_kernel(
     weight = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, DIM), tl.float32)
     begin = tl.program_id(0).to(tl.int64) * span
+    end = tl.minimum(begin + span, n)
     for offset in tl.range(0, span, BLOCK, num_stages=3):
         j = begin + offset + tl.arange(0, BLOCK)
-        place = head * n * DIM + j[:, None] * DIM + d[None, :]
-        k = tl.load(k_ptr + place, mask=(j < n)[:, None], other=0.0)
-        s = tl.where((j < n)[None, :], tl.dot(q, tl.trans(k)) * scale, -1e30)
+        place = head * room * DIM + j[:, None] * DIM + d[None, :]
+        k = tl.load(k_ptr + place, mask=(j < end)[:, None], other=0.0)
+        s = tl.where((j < end)[None, :], tl.dot(q, tl.trans(k)) * scale, -1e30)
         now = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - now[:, None])
         shrink = tl.exp2(top - now)
         weight = weight * shrink + tl.sum(p, 1)
-        v = tl.load(v_ptr + place, mask=(j < n)[:, None], other=0.0)
+        v = tl.load(v_ptr + place, mask=(j < end)[:, None], other=0.0)
         total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v)
         top = now
     part = (head * tl.num_programs(0) + tl.program_id(0)) * ROWS + r
@@ -49,30 +53,46 @@ def _split_kernel(
 @triton.jit
 def _merge_kernel(
     part_ptr, lse_ptr, out_ptr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
-    part = (row // GROUP * SPLITS + s) * ROWS + row % GROUP
-    lse = tl.load(lse_ptr + part)
+    s, d = tl.arange(0, WIDE), tl.arange(0, DIM)
+    part = (row // GROUP * SPLITS + tl.minimum(s, SPLITS - 1)) * ROWS + row % GROUP
+    lse = tl.where(s < SPLITS, tl.load(lse_ptr + part), -1e30)
     weight = tl.exp2(lse - tl.max(lse, 0))
     x = tl.load(part_ptr + part[:, None] * DIM + d[None, :])
     out = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(out_ptr + row * DIM + d, out.to(out_ptr.dtype.element_ty))
 
 
-def split_k(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, splits: int = 32) -> torch.Tensor:
-    """Flash decoding: the keys in ``splits`` stretches, partial softmaxes merged by their log-sum-exp."""
+def split_k(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, splits: int = 32, last: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Flash decoding: the keys in ``splits`` stretches, partial softmaxes merged by their log-sum-exp.
+
+    Args:
+        q, k, v: ``[B, H, 1, D]``, ``[B, Hkv, N, D]``, contiguous.
+        last: int64 ``[1]`` on the device: of the N places of k and v those up to this one are read.
+    """
     batch, heads, _, dim = q.shape
     kv, n = k.shape[1], k.shape[2]
     part = torch.empty(batch * kv, splits, 16, dim, device=q.device)
     lse = torch.empty(batch * kv, splits, 16, device=q.device)
-    out = torch.empty_like(q)
     scale = math.log2(math.e) / math.sqrt(dim)
     _split_kernel[(splits, batch * kv)](
-        q, k, v, part, lse, n, triton.cdiv(n, splits), scale, GROUP=heads // kv, ROWS=16, BLOCK=64, DIM=dim
+        q, k, v, part, lse, n, last, n, scale, GROUP=heads // kv, ROWS=16, BLOCK=64, DIM=dim, GROWING=last is not None
     )
-    _merge_kernel[(batch * heads,)](part, lse, out, GROUP=heads // kv, ROWS=16, SPLITS=splits, DIM=dim)
+    return merge(q, part, lse)
+
+
+def merge(q: torch.Tensor, part: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Output like ``q [B, H, 1, D]`` of partial softmaxes ``[B * Hkv, splits, 16, D]`` and their log-sum-exp."""
+    batch, heads, _, dim = q.shape
+    out, splits = torch.empty_like(q), part.shape[1]
+    _merge_kernel[(batch * heads,)](
+        part, lse, out, GROUP=batch * heads // part.shape[0], ROWS=16, SPLITS=splits,
+        WIDE=triton.next_power_of_2(splits), DIM=dim,
+    )  # fmt: skip
     return out
 
 
