@@ -18,8 +18,10 @@ from ..budget import Budget
 from ..decode import Decoder, index_keys
 from ..decode.index import KeyIndex
 from ..decode.rows import write_rows
+from ..decode.triton_step import TritonStep
 from ..storage.clock import Clock
 from ..storage.in_place import Shared
+from ..storage.lazy import tensor_of
 from .masks import Shown
 from .settings import Settings
 
@@ -96,7 +98,7 @@ def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
     kept = getattr(k, KEPT, None)
     if kept is not None and kept is getattr(v, KEPT, None):
         return _Kept(*kept.operands(), kept.shared, kept.clock, kept.room, kept.window, kept.reason)
-    n = k.shape[2]
+    k, v, n = tensor_of("key", k), tensor_of("value", v), k.shape[2]
     shared = _local.shared.setdefault(q.device, Shared(q.device))
     shared.clock.move_to(n)
     # Of another room the work space would not be used again.
@@ -108,12 +110,13 @@ def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
     return _Kept(k, v, index_keys(k), shared, shared.clock, room, 0, why)
 
 
-def _decoder(q: torch.Tensor, kept: _Kept, budget: Budget) -> Decoder:
+def _decoder(q: torch.Tensor, kept: _Kept, budget: Budget, kind: type[Decoder] | type[TritonStep]) -> Any:
+    """The decoder, or its Triton step alone, of such queries."""
     shape = (q.shape[0], q.shape[1], kept.room, q.shape[3], budget.k_eff(kept.room))
-    key = (Decoder, q.dtype, *shape)
+    key = (kind, q.dtype, *shape)
     if key not in kept.shared.workspace:
-        kept.shared.workspace[key] = Decoder(*shape, q.device)
-    return kept.shared.workspace[key]  # type: ignore[no-any-return]
+        kept.shared.workspace[key] = kind(*shape, q.device)
+    return kept.shared.workspace[key]
 
 
 def _rows(batch: int, kept: _Kept, shown: Shown, budget: Budget, before: int) -> torch.Tensor:
@@ -162,19 +165,19 @@ def attend(
     """One step a query, of what :func:`refusal` does not refuse."""
     budget = settings.budget
     assert budget is not None
-    kept, m = _kept(q, k, v), q.shape[2]
-    decoder = _decoder(q, kept, budget)
-    engine, reason = decoder.engine(q[:, :, :1], kept.keys, kept.values, kept.index)
+    kept, m, one = _kept(q, k, v), q.shape[2], q[:, :, :1]
     if settings.backend == "triton":
-        engine, reason = "triton", "backend='triton'"
-    run = decoder.run_triton if engine == "triton" else decoder.run
-    steps = []
+        step, engine, reason = _decoder(q, kept, budget, TritonStep), "triton", "backend='triton'"
+    else:
+        step = _decoder(q, kept, budget, Decoder)
+        engine, reason = step.engine(one, kept.keys, kept.values, kept.index, settings.always, logits)
+    done = []
     for i in range(m):
         rows = _rows(q.shape[0], kept, shown, budget, m - 1 - i)
         query = q[:, :, i : i + 1]
-        steps.append(run(query, kept.keys, kept.values, kept.index, rows, logits, settings.always))
+        done.append(step.run(query, kept.keys, kept.values, kept.index, rows, logits, settings.always))
     why = "; ".join(x for x in (reason, kept.reason) if x)
     if m == 1:
-        return Attended(steps[0].output, steps[0].indices, engine, why)
-    output, indices = (torch.cat([getattr(s, name) for s in steps], 2) for name in ("output", "indices"))
+        return Attended(done[0].output, done[0].indices, engine, why)
+    output, indices = (torch.cat([getattr(x, name) for x in done], 2) for name in ("output", "indices"))
     return Attended(output, indices, engine, why)

@@ -41,7 +41,8 @@ class _Graph:
         self.cache = kwargs[_CACHE]
         self.inputs = {n: x.clone() for n, x in kwargs.items() if isinstance(x, torch.Tensor) and n != _MASK}
         fixed = {n: x for n, x in kwargs.items() if not isinstance(x, torch.Tensor)}
-        shared, state = self.cache.shared, self.cache.mark()
+        shared = self.cache.shared
+        state = shared.mark()
         shared.pads = pads
         self.graph = torch.cuda.CUDAGraph()
         try:
@@ -50,16 +51,17 @@ class _Graph:
                     self.output = forward(**self.inputs, **fixed, **{_MASK: None})
         finally:
             # Nothing was computed: the host alone went a token ahead.
-            self.cache.rewind(state)
+            shared.rewind(state)
 
     def replay(self, kwargs: dict[str, Any]) -> Any:
         """The output for these inputs; the cache is a token longer."""
         for name, to in self.inputs.items():
             to.copy_(kwargs[name])
-        self.cache.shared.clock.move_to(self.cache.get_seq_length())
+        shared = self.cache.shared
+        shared.clock.move_to(shared.layers[0].length)
         self.graph.replay()
-        self.cache.advance(1)
-        decoding.forget_rows(self.cache.shared)
+        shared.advance(1)
+        decoding.forget_rows(shared)
         return _fresh(self.output)
 
 
@@ -90,6 +92,16 @@ def _foreign_hooks(model: nn.Module) -> bool:
     return not all(map(is_ours, hooks))
 
 
+def _not_capturable(cache: Cache | Int8Cache) -> str:
+    """Why a step over this cache cannot be captured; empty if it can."""
+    layers = cache.shared.layers
+    if cache.offloading or not all(layer.capturable for layer in layers):
+        return "a layer of the cache waits for the host"
+    if len(layers) != len(cache.layers) or len({layer.device for layer in layers}) != 1:
+        return "layers of the cache are not all kept in place on one GPU"
+    return "" if len({layer.length for layer in layers}) == 1 else "layers of the cache have different lengths"
+
+
 class _Replay:
     """The forward passes of one call of ``generate``."""
 
@@ -107,7 +119,8 @@ class _Replay:
         if why:
             self._tell(why)
             return self.forward(*args, **kwargs)
-        kwargs[_CACHE].reserve(1)
+        for layer in kwargs[_CACHE].shared.layers:
+            layer.reserve(1)
         if self._ready(kwargs):
             assert self.graph is not None
             return self.graph.replay(kwargs) if self.proofs == PROOFS else self._proven(kwargs)
@@ -134,7 +147,7 @@ class _Replay:
             return "a recording sees every call"
         known = (torch.Tensor, bool, int, float, str, type(None), Cache, Int8Cache)
         strange = [name for name, x in kwargs.items() if not isinstance(x, known)]
-        return f"{strange[0]} is neither a tensor nor a constant" if strange else cache.not_capturable()
+        return f"{strange[0]} is neither a tensor nor a constant" if strange else _not_capturable(cache)
 
     def _ready(self, kwargs: dict[str, Any]) -> bool:
         """Whether there is a graph of such a step; one is captured once enough steps were seen."""
@@ -171,9 +184,9 @@ class _Replay:
         """The forward pass itself, once the replay was compared with it."""
         assert self.graph is not None
         cache = kwargs[_CACHE]
-        state = cache.mark()
+        state = cache.shared.mark()
         replayed = self.graph.replay(kwargs)
-        cache.rewind(state)
+        cache.shared.rewind(state)
         output = self.forward(**kwargs)
         if _same(replayed, output):
             self.proofs += 1
