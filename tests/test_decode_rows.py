@@ -103,3 +103,19 @@ def decoder() -> decode.Decoder:
 def test_rows_see_what_they_say(decoder, tensors, name, rows, codes):
     q, k, v = tensors
     check(decoder, q, k, v, decode.index_keys(k, codes=codes), rows)
+
+
+ALWAYS: list[tuple[str, Always, Rows]] = [
+    ("both", Always(4, 20), [(0, 700, 90), (600, 700, 30)]),
+    ("nothing else", Always(3, 5), [(0, 700, 8), (100, 110, 8)]),
+    ("overlapping", Always(30, 40), [(0, 60, 60), (513, 514, 1)]),
+    ("sinks", Always(4, 0), [(510, 700, 5), (0, 3, 3)]),
+    ("recent", Always(0, 80), [(0, 700, 90), (7, 600, 81)]),
+]
+
+
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize(("name", "always", "rows"), ALWAYS, ids=[name for name, _, _ in ALWAYS])
+def test_what_is_always_kept_counts(decoder, tensors, name, always, rows, codes):
+    q, k, v = tensors
+    check(decoder, q, k, v, decode.index_keys(k, codes=codes), rows, always)

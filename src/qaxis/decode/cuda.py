@@ -221,11 +221,13 @@ def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
 def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     """The kernels that score and that choose and attend, or None if they cannot be compiled."""
     common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group, "sub": plan.sub}
-    common["forced"] = int(shape.forced)
-    file, name = (SCORE_CODES, "score_codes") if shape.coded else (SCORE_KEYS, "score_keys")
-    score = compiled(file, name, 0, shape.device, (SEEN,), **common)
+    forced = {"forced": int(shape.forced)}
+    if shape.coded:
+        score = compiled(SCORE_CODES, "score_codes", 0, shape.device, (SEEN,), **common)
+    else:
+        score = compiled(SCORE_KEYS, "score_keys", 0, shape.device, (SEEN,), **common, **forced)
     choose = compiled(
-        CHOOSE, "choose_and_attend", plan.shared, shape.device, (SEEN,), **common, dim_v=shape.dim_v,
+        CHOOSE, "choose_and_attend", plan.shared, shape.device, (SEEN,), **common, **forced, dim_v=shape.dim_v,
         cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1,
         coded=int(shape.coded), stored=int(shape.stored), profile=int(profile), shared=plan.fixed,
     )  # fmt: skip
