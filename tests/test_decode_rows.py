@@ -119,3 +119,17 @@ ALWAYS: list[tuple[str, Always, Rows]] = [
 def test_what_is_always_kept_counts(decoder, tensors, name, always, rows, codes):
     q, k, v = tensors
     check(decoder, q, k, v, decode.index_keys(k, codes=codes), rows, always)
+
+
+LOGITS: dict[str, Logits] = {
+    "cap": Logits(0.125, 5.0), "scale 1, little cap": Logits(1.0, 0.5), "sink": Logits(0.125, None, bell(4, seed=3) * 4),
+    "both": Logits(0.3, 30.0, bell(8, seed=4)[::2].half()), "bfloat16": Logits(0.125, None, bell(4).bfloat16()),
+    "float64": Logits(0.125, None, bell(1).double().expand(4)),
+    "no numbers": Logits(0.125, None, torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_soft_caps_and_sinks_have_the_bits_of_the_reference(decoder, tensors, name):
+    q, k, v = tensors
+    check(decoder, q, k, v, decode.index_keys(k), [(0, 700, 90), (300, 301, 1)], logits=LOGITS[name])

@@ -884,6 +884,34 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
 
 constexpr int SUMS = E + 1;  // numerators of a lane, and the denominator
 
+// Number `at` of sink logits: float32, float16, bfloat16, float64.
+__device__ __forceinline__ float sink_at(const void* sinks, int kind, i64 at) {
+    if (kind == 3) return (float)((const double*)sinks)[at];
+    if (kind == 0) return ((const float*)sinks)[at];
+    const u32 bits = ((const u16*)sinks)[at];
+    float half, none;
+    halves_to_floats(bits, half, none);
+    return kind == 1 ? half : __uint_as_float(bits << 16);
+}
+
+// From scores to logits, as attention/reference.py has it. `factor` turns what the softmax takes into powers of two.
+struct Logits {
+    float factor, scale, cap, sink;
+    bool has_sink;
+    __device__ __forceinline__ float of(float score) const {
+        if constexpr (LOGITS == 0) return score;
+        const float x = __fmul_rn(score, scale);
+        if constexpr (LOGITS < 2) return x;
+        const float y = __fdiv_rn(x, cap);
+        const float e = exp2_canonical(__fmul_rn(__int_as_float(__float_as_int(y) & 0x7fffffff), -2.0f * factor));
+        const float tanh = __fdiv_rn(__fsub_rn(1.0f, e), __fadd_rn(1.0f, e));
+        return __fmul_rn(__int_as_float(__float_as_int(tanh) | (__float_as_int(y) & 0x80000000)), cap);
+    }
+    __device__ __forceinline__ float power(float logit, float top) const {
+        return exp2_canonical(__fmul_rn(__fsub_rn(logit, top), factor));
+    }
+};
+
 // x is the u-th of 1 << DEPTH neighbours: pairs are added when their second comes, as carries are in a counter. After
 // the last, x is the sum of all. A sum that is not complete can wait at a level, but is overwritten before it is read.
 template <int DEPTH> __device__ __forceinline__ void add_up(float (&level)[DEPTH + 1][SUMS], float (&x)[SUMS], int u) {
@@ -905,14 +933,41 @@ __device__ __forceinline__ void write_indices(const Program& p, int live, int mo
     for (int i = p.k_eff + p.rank * THREADS + p.tid; i < most; i += CLUSTER * THREADS) indices[i] = -1;
 }
 
-// Over words their weights (rules 3 and 5).
-__device__ __forceinline__ void weigh(const Program& p, int live, int highest, float factor) {
-    const float top = score_of(highest);
+// Over words their logits; returns the highest of all. A product with the scale is monotone, so its highest is that of the
+// highest score; nothing proves that of a rounded cap.
+__device__ __forceinline__ float to_logits(const Program& p, const Logits& logits, int live, int highest) {
+    if constexpr (LOGITS == 2) {
+        if (p.tid == 0) p.s.highest = NONE;
+        __syncthreads();
+        highest = NONE;
+    }
+#pragma unroll 1
+    for (int i = p.tid; i < live; i += THREADS) {
+        const float logit = logits.of(score_of(p.chosen[i]));
+        p.chosen[i] = __float_as_int(logit);
+        if (LOGITS == 2) highest = max(highest, word_of(logit));
+    }
+    float top = LOGITS == 2 ? 0.0f : logits.of(score_of(highest));
+    if constexpr (LOGITS == 2) {
+        tell_highest(p, highest);
+        cluster_sync();
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
+        top = score_of(highest);
+    }
+    return logits.has_sink ? fmaxf(top, logits.sink) : top;
+}
+
+// Over words their weights (rules 3 and 5); returns the highest logit.
+__device__ __forceinline__ float weigh(const Program& p, const Logits& logits, int live, int highest) {
+    float top = score_of(highest);
+    if (LOGITS > 0) top = to_logits(p, logits, live, highest);
 #pragma unroll 1
     for (int i = p.tid; i < p.span(); i += THREADS) {
-        const float t = i < live ? __fmul_rn(__fsub_rn(score_of(p.chosen[i]), top), factor) : 0.0f;
-        p.chosen[i] = __float_as_int(i < live ? exp2_canonical(t) : 0.0f);
+        const float logit = LOGITS > 0 ? __int_as_float(p.chosen[i]) : score_of(p.chosen[i]);
+        p.chosen[i] = __float_as_int(i < live ? logits.power(logit, top) : 0.0f);
     }
+    return top;
 }
 
 // The sum of RANKS weighted values, from the i-th on. PLAIN: all are coded.
@@ -991,30 +1046,35 @@ __device__ __forceinline__ void store(void* out, i64 at, float y) {
 }
 
 // The sum of the cluster, divided (rule 3) and rounded to the dtype of the output.
-__device__ __forceinline__ void write_output(const Program& p, void* out) {
+__device__ __forceinline__ void write_output(const Program& p, const Logits& logits, float top, void* out) {
     Shared& s = p.s;
+    const bool sinks = LOGITS > 0 && logits.has_sink;
+    const float sink = sinks ? logits.power(logits.sink, top) : 0.0f;
 #pragma unroll 1
     for (int d = p.tid; d < DIM_V; d += THREADS) {
         float x[CLUSTER], w[CLUSTER];
 #pragma unroll
         for (int r = 0; r < CLUSTER; r++) x[r] = s.numerators[r][d], w[r] = s.denominators[r];
         tree<CLUSTER>(x), tree<CLUSTER>(w);
-        store(out, (i64)p.row * DIM_V + d, __fdiv_rn(__fadd_rn(x[0], 0.0f), w[0]));
+        if (sinks) w[0] = __fadd_rn(w[0], sink);
+        const float y = __fdiv_rn(__fadd_rn(x[0], 0.0f), w[0]);
+        // Where a sink is no number there is no denominator, and where it is infinite it has all the weight.
+        store(out, (i64)p.row * DIM_V + d, sinks && !(logits.sink < __int_as_float(0x7f800000)) ? 0.0f : y);
     }
 }
 
 __device__ __forceinline__ void attend(
-    const Program& p, const Rows& values, int highest, float factor, int most, i64* indices, void* out) {
+    const Program& p, const Rows& values, const Logits& logits, int highest, int most, i64* indices, void* out) {
     const int live = p.live();
     write_indices(p, live, most, indices);
-    weigh(p, live, highest, factor);
+    const float top = weigh(p, logits, live, highest);
     __syncthreads();
     sum_warp(p, values, live);
     __syncthreads();
     mark(p, 14);
     sum_program(p);
     cluster_sync();
-    if (p.rank == 0) write_output(p, out);
+    if (p.rank == 0) write_output(p, logits, top, out);
 }
 
 // A row that keeps nothing.
@@ -1031,7 +1091,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, const Fast* best, int* word,
     const float* limits, void* out, i64* indices, int* count, i64* marks,
     int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
-    int q_b, int q_h, double factor) {
+    int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h) {
     DYNAMIC_SHARED(memory);
     const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
     const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
@@ -1052,6 +1112,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     mark(p, 12);
     cluster_sync();
     mark(p, 13);
-    attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), highest, (float)factor, k_eff, indices, out);
+    Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
+    if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
+    attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);
     mark(p, 15);
 }
