@@ -103,3 +103,33 @@ def decoder() -> decode.Decoder:
 def test_rows_see_what_they_say(decoder, tensors, name, rows, codes):
     q, k, v = tensors
     check(decoder, q, k, v, decode.index_keys(k, codes=codes), rows)
+
+
+ALWAYS: list[tuple[str, Always, Rows]] = [
+    ("both", Always(4, 20), [(0, 700, 90), (600, 700, 30)]),
+    ("nothing else", Always(3, 5), [(0, 700, 8), (100, 110, 8)]),
+    ("overlapping", Always(30, 40), [(0, 60, 60), (513, 514, 1)]),
+    ("sinks", Always(4, 0), [(510, 700, 5), (0, 3, 3)]),
+    ("recent", Always(0, 80), [(0, 700, 90), (7, 600, 81)]),
+]
+
+
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize(("name", "always", "rows"), ALWAYS, ids=[name for name, _, _ in ALWAYS])
+def test_what_is_always_kept_counts(decoder, tensors, name, always, rows, codes):
+    q, k, v = tensors
+    check(decoder, q, k, v, decode.index_keys(k, codes=codes), rows, always)
+
+
+LOGITS: dict[str, Logits] = {
+    "cap": Logits(0.125, 5.0), "scale 1, little cap": Logits(1.0, 0.5), "sink": Logits(0.125, None, bell(4, seed=3) * 4),
+    "both": Logits(0.3, 30.0, bell(8, seed=4)[::2].half()), "bfloat16": Logits(0.125, None, bell(4).bfloat16()),
+    "float64": Logits(0.125, None, bell(1).double().expand(4)),
+    "no numbers": Logits(0.125, None, torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_soft_caps_and_sinks_have_the_bits_of_the_reference(decoder, tensors, name):
+    q, k, v = tensors
+    check(decoder, q, k, v, decode.index_keys(k), [(0, 700, 90), (300, 301, 1)], logits=LOGITS[name])

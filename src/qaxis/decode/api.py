@@ -11,7 +11,7 @@ from ..arithmetic.triton import check_device
 from ..attention.always import NONE, Always
 from ..attention.logits import Logits
 from ..validation import check_scale, require
-from .cuda import CudaStep, Shape, refusal, shape_of, step_of, takes, why_none
+from .cuda import CudaStep, Shape, refusal, shape_of, step_of, takes, variant_of, why_none
 from .form import MadeFor, Numbers, device_of, layout, outline, readable_of
 from .index import KeyIndex
 from .rows import fixed_rows
@@ -137,22 +137,18 @@ class Decoder:
     def _shape(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None
     ) -> Shape:
-        return shape_of(q, k, v, index, self.made_for.n, self.made_for.k_eff, always)
+        return shape_of(q, k, v, index, self.made_for.n, self.made_for.k_eff, variant_of(always, logits))
 
     def _step(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None
     ) -> CudaStep | None:
-        found = (layout(q, k, v, index), always != NONE)
+        found = (layout(q, k, v, index), variant_of(always, logits))
         if found not in self.laid_out:
-            self.laid_out[found] = self._new_or_kept(q, k, v, index, always, logits)
+            shape = self._shape(q, k, v, index, always, logits)
+            self.laid_out[found] = self._new_or_kept(shape) if takes(q, k, v, index) else None
         return self.laid_out[found]
 
-    def _new_or_kept(
-        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None
-    ) -> CudaStep | None:
-        if not takes(q, k, v, index):
-            return None
-        shape = self._shape(q, k, v, index, always, logits)
+    def _new_or_kept(self, shape: Shape) -> CudaStep | None:
         if shape not in self.steps:
             self.steps[shape] = step_of(shape)
         return self.steps[shape]

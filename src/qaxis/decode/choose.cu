@@ -7,7 +7,8 @@
 //
 // compiler.py puts hardware.cuh, canonical.cuh and seen.cuh before this and defines, besides what is said there: DIM_V, GROUP,
 // SUB (keys of a neighbourhood), CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED
-// (keys and values are an 8-bit cache), PROFILE, SHARED (bytes).
+// (keys and values are an 8-bit cache), FORCED (some keys are always kept), LOGITS (0: scaled scores; 1: with a sink; 2: capped,
+// perhaps with a sink), PROFILE, SHARED (bytes).
 //
 // A row sees keys [begin, end). Only blocks that hold some of them are looked at: positions count from the first of these
 // blocks, `base`, up to where indices are written.
@@ -349,6 +350,7 @@ struct Program {
     int row, b, h, g;                // one row is head h of batch b; its KV head
     int base, begin, end;            // the row sees [begin, end), from `base` on as all positions
     int start, stop;                 // keys that have a fast score
+    int first, last;                 // those before `first` and from `last` on are always kept
     int k_eff, turns;                // keys to choose; a power of two of turns of ranks, as few as do
     int room, blocks, own, packs;    // of candidates; blocks of keys, own ones; bests in 16 bytes
 
@@ -359,6 +361,7 @@ struct Program {
         rank = cluster_rank(), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
         row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP;
         begin = seen.begin - base, end = seen.end - base, start = seen.start - base, stop = seen.stop - base;
+        first = seen.first - base, last = seen.last - base;
         blocks = whole_blocks(end) / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
         packs = start < stop ? whole_blocks(stop) / SUB / PACK : 0;
         const int rounds = (k_eff - 1) / (TURN * CLUSTER);  // full ones, before the last
@@ -374,6 +377,11 @@ struct Program {
     }
     __device__ __forceinline__ uint4 bests(int i) const { return ((const uint4*)best)[i]; }
     __device__ __forceinline__ int span() const { return turns * TURN; }
+    __device__ __forceinline__ bool forced(int j) const { return FORCED && (j < first || j >= last); }
+    // How many of the others are chosen.
+    __device__ __forceinline__ int ranked() const { return FORCED ? k_eff - (first - begin) - (end - last) : k_eff; }
+    // Whether a key can be the highest of the chosen ones, if no other is higher.
+    __device__ __forceinline__ bool may_be_highest(int j) const { return !FORCED || forced(j) || ranked() > 0; }
     __device__ __forceinline__ int live() const { return max(0, min(span(), k_eff - span() * rank)); }
 
     // Blocks of keys go round the programs, so that neighbours that score alike do not fall to one of them. With EACH
@@ -418,20 +426,21 @@ __device__ __forceinline__ void clear(const Program& p) {
     }
 }
 
-// All scores of `packs` packs: f(what is in it).
+// All scores of `packs` packs: f(pack, what is in it).
 template <class F>
 __device__ __forceinline__ void look_at(const uint4* from, const uint4 (&kept)[KEPT], int packs, F f) {
     const int tid = threadIdx.x;
 #pragma unroll
     for (int u = 0; u < KEPT; u++)
-        if (tid + u * THREADS < packs) f(kept[u]);
+        if (tid + u * THREADS < packs) f(tid + u * THREADS, kept[u]);
 #pragma unroll 1
-    for (int i = tid + KEPT * THREADS; i < packs; i += THREADS) f(from[i]);
+    for (int i = tid + KEPT * THREADS; i < packs; i += THREADS) f(i, from[i]);
 }
 
 __device__ __forceinline__ Cut find_cut(const Program& p, const float* limits) {
     Shared& s = p.s;
-    const bool few = SUB > 1 && (p.stop - p.start) / SUB < p.k_eff + p.k_eff / 4;
+    const int needed = p.ranked();
+    const bool few = SUB > 1 && (p.stop - p.start) / SUB < needed + needed / 4;
     const uint4* from = (const uint4*)(few ? p.fast : p.best);
     const int packs = few ? p.packs * SUB : p.packs;
     uint4 kept[KEPT];
@@ -441,29 +450,34 @@ __device__ __forceinline__ Cut find_cut(const Program& p, const float* limits) {
     __syncthreads();
     // First the range: of 16-bit scores about, as bins are clamped; the highest canonical score is exact.
     Extremes extremes;
-    look_at(from, kept, packs, [&](uint4 raw) { extremes.extend(raw); });
+    look_at(from, kept, packs, [&](int, uint4 raw) { extremes.extend(raw); });
     const int low = __reduce_min_sync(ALL, extremes.low()), high = __reduce_max_sync(ALL, extremes.high());
     if (p.lane == 0) atomicMin(&s.low, low), atomicMax(&s.high, high);
     __syncthreads();
     const FastBins bins(s.low, s.high);
     mark(p, 1);
-    look_at(from, kept, packs, [&](uint4 raw) {
+    look_at(from, kept, packs, [&](int i, uint4 raw) {
         int w[PACK];
         unpack(raw, w);
 #pragma unroll
-        for (int e = 0; e < PACK; e++)
-            if (w[e] != NO_FAST) atomicAdd(&s.counts[bins.of(w[e])], 1);
+        for (int e = 0; e < PACK; e++) {
+            // Words of keys that are not ranked lie among the fast scores, though not among the bests.
+            const bool apart = FORCED && !CODED && few && p.forced(i * PACK + e);
+            if (w[e] != NO_FAST && !apart) atomicAdd(&s.counts[bins.of(w[e])], 1);
+        }
     });
     __syncthreads();
     mark(p, 2);
-    const Found at = find_bin<BINS, 1>(s.counts, p.k_eff, s.scratch);
-    return bins.cut(at.bin, limits + p.row * 2);
+    const Found at = find_bin<BINS, 1>(s.counts, needed, s.scratch);
+    Cut cut = bins.cut(at.bin, limits + p.row * 2);
+    if (FORCED && needed == 0) cut.least = 0x7fffffff;
+    return cut;
 }
 
 // ---- 2. candidates --------------------------------------------------------------------------------------------------
 //
 // Keys that reach the cut, in any order. Such a key's neighbourhood has a best that reaches it too, so only those are
-// looked into. Keys without a fast score are always candidates.
+// looked into. Keys without a fast score are always candidates; so are those that are kept in any case, whatever they score.
 
 // Own neighbourhoods whose best passes.
 __device__ __forceinline__ void stage_neighbourhoods(const Program& p, const Cut& cut) {
@@ -533,7 +547,10 @@ __device__ __forceinline__ void list_unscored(const Program& p) {
         const int at = i + p.lane, j = at < before ? p.begin + at : p.stop + at - before;
         const bool is = at < all && p.owns(j);
         const int to = reserve(&p.s.found, is, p.lane);
-        if (is && to < p.room) p.position[to] = j;
+        if (is && to < p.room) {
+            p.position[to] = j;
+            if (!CODED) p.value[to] = p.fast[j];
+        }
     }
 }
 
@@ -544,7 +561,7 @@ __device__ __forceinline__ int list_candidates(const Program& p, const Cut& cut,
     __syncthreads();
     mark(p, 4);
     look_into_neighbourhoods(p, cut);
-    if (CODED) list_unscored(p);
+    if (CODED || FORCED) list_unscored(p);
     __syncthreads();
     const int found = min(s.found, p.room);
     if (p.tid == 0) s.full = s.found > p.room, count[p.row * CLUSTER + p.rank] = s.found;
@@ -613,24 +630,25 @@ __device__ __forceinline__ void tell_highest(const Program& p, int highest) {
 }
 
 __device__ __forceinline__ void score_candidates(const Program& p, const Scorer& scorer, const Bins& fine, int found) {
-    int* counts = p.s.candidates;
+    int highest = NONE;
+    auto count = [&](int i, int w) {
+        if (p.may_be_highest(p.position[i])) highest = max(highest, w);
+        if (!p.forced(p.position[i])) atomicAdd(&p.s.candidates[fine.of(score_of(w))], 1);
+    };
     if (!CODED) {
 #pragma unroll 1
-        for (int i = p.tid; i < found; i += THREADS) atomicAdd(&counts[fine.of(score_of(p.value[i]))], 1);
-        return;
+        for (int i = p.tid; i < found; i += THREADS) count(i, p.value[i]);
+        if (!FORCED) return;
+    } else {
+        scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) { p.value[i] = w, count(i, w); });
     }
-    int highest = NONE;
-    scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) {
-        p.value[i] = w, highest = max(highest, w);
-        atomicAdd(&counts[fine.of(score_of(w))], 1);
-    });
     tell_highest(p, highest);
 }
 
 // ---- 4. the choice --------------------------------------------------------------------------------------------------
 //
 // A candidate in a bin above the edge, the bin of the k_eff-th, is among the best, as bins are monotone; one below it
-// is not. Those at the edge are few and compared with each other (rule 4). The rank of a chosen key is the number of
+// is not. Those at the edge are few and compared with each other (rule 4). Keys that are kept in any case are like those above. The rank of a chosen key is the number of
 // chosen keys at lower positions: those of earlier blocks are counted, those of its own block have bits.
 
 // Of every program, the chosen keys of its blocks.
@@ -659,9 +677,8 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int
     Shared& s = p.s;
 #pragma unroll 1
     for (int i = p.tid; i < found; i += THREADS) {
-        const int bin = fine.of(score_of(p.value[i]));
+        const int j = p.position[i], bin = p.forced(j) ? BINS + 1 : fine.of(score_of(p.value[i]));
         if (bin > edge) {
-            const int j = p.position[i];
             atomicOr(p.bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
             atomicAdd(&p.own_count[p.own_block(j)], 1);
         }
@@ -670,7 +687,7 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int
 #pragma unroll
             for (int r = 0; r < CLUSTER; r++) {
                 push(s.near_word + p.rank * NEAR + at, r, p.value[i]);
-                push(s.near_position + p.rank * NEAR + at, r, p.position[i]);
+                push(s.near_position + p.rank * NEAR + at, r, j);
             }
         }
     }
@@ -706,7 +723,7 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fin
     cluster_sync();
     mark(p, 10);
     gather_counts(p);
-    find_winners(p, p.k_eff - edge.above);
+    find_winners(p, p.ranked() - edge.above);
     sums_before(p.before, p.blocks, s.scratch);
     mark(p, 11);
     const int winners = s.winners;
@@ -723,14 +740,16 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fin
 struct WordSearch {
     const Program& p;
     int* words;  // of the row
-    u32* equal;  // as the bitmap, of keys that have the k_eff-th word; where the candidates were
-    u32 word;    // the k_eff-th, as far as it is known
+    u32* equal;  // as the bitmap, of keys that have the last word to be chosen; where the candidates were
+    u32 word;    // that, as far as it is known
     int needed;  // how many of those that have it
 
     __device__ __forceinline__ WordSearch(const Program& p, int* words)
-        : p(p), words(words), equal((u32*)p.position), word(0), needed(p.k_eff) {}
+        : p(p), words(words), equal((u32*)p.position), word(0), needed(p.ranked()) {}
     __device__ __forceinline__ int key(int i) const { return p.dealt<BLOCK>(i); }
-    __device__ __forceinline__ u32 at(int j) const { return j < p.end ? (u32)words[j] ^ 0x80000000u : 0; }
+    __device__ __forceinline__ u32 at(int j) const {
+        return j < p.end && !p.forced(j) ? (u32)words[j] ^ 0x80000000u : 0;
+    }
 
     // Canonical words, where there are none yet.
     __device__ __forceinline__ void score(const Scorer& scorer, const Cut& cut) const {
@@ -741,7 +760,7 @@ struct WordSearch {
             const int j = key(i);
             const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || cut.passes(p.fast[j]));
             if (j < p.end) words[j] = is ? w : NONE;
-            if (is) highest = max(highest, w);
+            if (is && p.may_be_highest(j)) highest = max(highest, w);
         });
         tell_highest(p, highest);
         cluster_sync();
@@ -767,15 +786,20 @@ struct WordSearch {
 #pragma unroll 1
         for (int i = p.tid; i < p.own; i += THREADS) p.own_count[i] = 0;
         __syncthreads();
+        int highest = NONE;
 #pragma unroll 1
         for (int i = p.warp * 32; i < p.own * BLOCK; i += THREADS) {
-            const u32 w = at(key(i + p.lane));
-            const u32 above = __ballot_sync(ALL, w > word), same = __ballot_sync(ALL, w == word && w != 0);
+            const int j = key(i + p.lane);
+            const u32 w = at(j);
+            const bool kept = FORCED && j >= p.begin && j < p.end && p.forced(j);
+            const u32 above = __ballot_sync(ALL, w > word || kept), same = __ballot_sync(ALL, w == word && w != 0);
             if (p.lane == 0) {
                 p.bitmap[i / 32] = above, equal[i / 32] = same;
                 if (same) atomicAdd(&p.own_count[i / BLOCK], __popc(same));
             }
+            if (kept) highest = max(highest, words[j]);
         }
+        if (FORCED) tell_highest(p, highest);
     }
     // The first of those that have the word, as many as are needed; own_count is of all chosen keys then.
     __device__ __forceinline__ void take_ties() const {
@@ -806,8 +830,10 @@ __device__ __forceinline__ void choose_by_words(const Program& p, const Scorer& 
     WordSearch search(p, words);
     cluster_sync();
     if (CODED) search.score(scorer, cut);
+    if (FORCED && search.needed == 0) search.word = ALL;
+    else
 #pragma unroll 1
-    for (int shift = 24; shift >= 0; shift -= 8) search.find_byte(shift);
+        for (int shift = 24; shift >= 0; shift -= 8) search.find_byte(shift);
     search.compare();
     search.count_before();
     cluster_sync();
@@ -822,8 +848,8 @@ __device__ __forceinline__ void choose_by_words(const Program& p, const Scorer& 
 
 // The highest canonical word of the row.
 __device__ __forceinline__ int highest_of_row(const Program& p, const Cut& cut) {
-    if (!CODED) return cut.highest;
-    int highest = NONE;
+    if (!CODED && !FORCED) return cut.highest;
+    int highest = CODED || p.ranked() == 0 ? NONE : cut.highest;
 #pragma unroll
     for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
     return highest;
@@ -836,7 +862,8 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
 #pragma unroll
     for (int r = 0; r < CLUSTER; r++) slow |= pull(&s.full, r) != 0;
     int highest = highest_of_row(p, cut);
-    const Found edge = find_bin<BINS, CLUSTER>(s.candidates, p.k_eff, s.scratch);
+    Found edge = find_bin<BINS, CLUSTER>(s.candidates, p.ranked(), s.scratch);
+    if (FORCED && p.ranked() == 0) edge.bin = BINS, edge.above = edge.inside = 0;
     slow |= edge.bin < 0 || edge.inside > NEAR;
     mark(p, 8);
     if (!slow) {
@@ -856,6 +883,34 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
 // (rule 5).
 
 constexpr int SUMS = E + 1;  // numerators of a lane, and the denominator
+
+// Number `at` of sink logits: float32, float16, bfloat16, float64.
+__device__ __forceinline__ float sink_at(const void* sinks, int kind, i64 at) {
+    if (kind == 3) return (float)((const double*)sinks)[at];
+    if (kind == 0) return ((const float*)sinks)[at];
+    const u32 bits = ((const u16*)sinks)[at];
+    float half, none;
+    halves_to_floats(bits, half, none);
+    return kind == 1 ? half : __uint_as_float(bits << 16);
+}
+
+// From scores to logits, as attention/reference.py has it. `factor` turns what the softmax takes into powers of two.
+struct Logits {
+    float factor, scale, cap, sink;
+    bool has_sink;
+    __device__ __forceinline__ float of(float score) const {
+        if constexpr (LOGITS == 0) return score;
+        const float x = __fmul_rn(score, scale);
+        if constexpr (LOGITS < 2) return x;
+        const float y = __fdiv_rn(x, cap);
+        const float e = exp2_canonical(__fmul_rn(__int_as_float(__float_as_int(y) & 0x7fffffff), -2.0f * factor));
+        const float tanh = __fdiv_rn(__fsub_rn(1.0f, e), __fadd_rn(1.0f, e));
+        return __fmul_rn(__int_as_float(__float_as_int(tanh) | (__float_as_int(y) & 0x80000000)), cap);
+    }
+    __device__ __forceinline__ float power(float logit, float top) const {
+        return exp2_canonical(__fmul_rn(__fsub_rn(logit, top), factor));
+    }
+};
 
 // x is the u-th of 1 << DEPTH neighbours: pairs are added when their second comes, as carries are in a counter. After
 // the last, x is the sum of all. A sum that is not complete can wait at a level, but is overwritten before it is read.
@@ -878,14 +933,41 @@ __device__ __forceinline__ void write_indices(const Program& p, int live, int mo
     for (int i = p.k_eff + p.rank * THREADS + p.tid; i < most; i += CLUSTER * THREADS) indices[i] = -1;
 }
 
-// Over words their weights (rules 3 and 5).
-__device__ __forceinline__ void weigh(const Program& p, int live, int highest, float factor) {
-    const float top = score_of(highest);
+// Over words their logits; returns the highest of all. A product with the scale is monotone, so its highest is that of the
+// highest score; nothing proves that of a rounded cap.
+__device__ __forceinline__ float to_logits(const Program& p, const Logits& logits, int live, int highest) {
+    if constexpr (LOGITS == 2) {
+        if (p.tid == 0) p.s.highest = NONE;
+        __syncthreads();
+        highest = NONE;
+    }
+#pragma unroll 1
+    for (int i = p.tid; i < live; i += THREADS) {
+        const float logit = logits.of(score_of(p.chosen[i]));
+        p.chosen[i] = __float_as_int(logit);
+        if (LOGITS == 2) highest = max(highest, word_of(logit));
+    }
+    float top = LOGITS == 2 ? 0.0f : logits.of(score_of(highest));
+    if constexpr (LOGITS == 2) {
+        tell_highest(p, highest);
+        cluster_sync();
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
+        top = score_of(highest);
+    }
+    return logits.has_sink ? fmaxf(top, logits.sink) : top;
+}
+
+// Over words their weights (rules 3 and 5); returns the highest logit.
+__device__ __forceinline__ float weigh(const Program& p, const Logits& logits, int live, int highest) {
+    float top = score_of(highest);
+    if (LOGITS > 0) top = to_logits(p, logits, live, highest);
 #pragma unroll 1
     for (int i = p.tid; i < p.span(); i += THREADS) {
-        const float t = i < live ? __fmul_rn(__fsub_rn(score_of(p.chosen[i]), top), factor) : 0.0f;
-        p.chosen[i] = __float_as_int(i < live ? exp2_canonical(t) : 0.0f);
+        const float logit = LOGITS > 0 ? __int_as_float(p.chosen[i]) : score_of(p.chosen[i]);
+        p.chosen[i] = __float_as_int(i < live ? logits.power(logit, top) : 0.0f);
     }
+    return top;
 }
 
 // The sum of RANKS weighted values, from the i-th on. PLAIN: all are coded.
@@ -964,30 +1046,35 @@ __device__ __forceinline__ void store(void* out, i64 at, float y) {
 }
 
 // The sum of the cluster, divided (rule 3) and rounded to the dtype of the output.
-__device__ __forceinline__ void write_output(const Program& p, void* out) {
+__device__ __forceinline__ void write_output(const Program& p, const Logits& logits, float top, void* out) {
     Shared& s = p.s;
+    const bool sinks = LOGITS > 0 && logits.has_sink;
+    const float sink = sinks ? logits.power(logits.sink, top) : 0.0f;
 #pragma unroll 1
     for (int d = p.tid; d < DIM_V; d += THREADS) {
         float x[CLUSTER], w[CLUSTER];
 #pragma unroll
         for (int r = 0; r < CLUSTER; r++) x[r] = s.numerators[r][d], w[r] = s.denominators[r];
         tree<CLUSTER>(x), tree<CLUSTER>(w);
-        store(out, (i64)p.row * DIM_V + d, __fdiv_rn(__fadd_rn(x[0], 0.0f), w[0]));
+        if (sinks) w[0] = __fadd_rn(w[0], sink);
+        const float y = __fdiv_rn(__fadd_rn(x[0], 0.0f), w[0]);
+        // Where a sink is no number there is no denominator, and where it is infinite it has all the weight.
+        store(out, (i64)p.row * DIM_V + d, sinks && !(logits.sink < __int_as_float(0x7f800000)) ? 0.0f : y);
     }
 }
 
 __device__ __forceinline__ void attend(
-    const Program& p, const Rows& values, int highest, float factor, int most, i64* indices, void* out) {
+    const Program& p, const Rows& values, const Logits& logits, int highest, int most, i64* indices, void* out) {
     const int live = p.live();
     write_indices(p, live, most, indices);
-    weigh(p, live, highest, factor);
+    const float top = weigh(p, logits, live, highest);
     __syncthreads();
     sum_warp(p, values, live);
     __syncthreads();
     mark(p, 14);
     sum_program(p);
     cluster_sync();
-    if (p.rank == 0) write_output(p, out);
+    if (p.rank == 0) write_output(p, logits, top, out);
 }
 
 // A row that keeps nothing.
@@ -1004,7 +1091,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, const Fast* best, int* word,
     const float* limits, void* out, i64* indices, int* count, i64* marks,
     int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
-    int q_b, int q_h, double factor) {
+    int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h) {
     DYNAMIC_SHARED(memory);
     const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
     const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
@@ -1025,6 +1112,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     mark(p, 12);
     cluster_sync();
     mark(p, 13);
-    attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), highest, (float)factor, k_eff, indices, out);
+    Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
+    if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
+    attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);
     mark(p, 15);
 }

@@ -29,6 +29,8 @@ from .index import KeyIndex
 SCORE_KEYS, SCORE_CODES, CHOOSE, SEEN = (
     Path(__file__).with_name(name) for name in ("score_keys.cu", "score_codes.cu", "choose.cu", "seen.cuh")
 )
+#: dtypes of sink logits, as choose.cu numbers them
+SINKS = {**ELEMENTS, torch.float64: 3}
 #: needed by choose.cu
 CAPABILITY = (9, 0)
 #: as in choose.cu: keys of a block, whose chosen ones are counted together; bins of a histogram, against shared memory;
@@ -77,6 +79,8 @@ class Shape:
     stored: bool
     #: some keys are always kept
     forced: bool
+    #: as LOGITS in choose.cu
+    logits: int
 
     @property
     def rows(self) -> int:
@@ -89,14 +93,21 @@ class Shape:
         return self.heads // self.kv_heads
 
 
+def variant_of(always: Always, logits: Logits | None) -> tuple[bool, int]:
+    """What of these is compiled into a step: ``forced`` and ``logits`` of its shape. Their numbers are not."""
+    kind = 0 if logits is None or logits.plain else 1 if logits.soft_cap is None else 2
+    return always != NONE, kind
+
+
 def shape_of(
-    q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, n: int, k_eff: int, always: Always = NONE
-) -> Shape:
+    q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, n: int, k_eff: int,
+    variant: tuple[bool, int] = (False, 0),
+) -> Shape:  # fmt: skip
     """The shape of a step over at most ``n`` places that keeps at most ``k_eff`` keys."""
     return Shape(
         batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], n=n, head_dim=k.shape[3], dim_v=v.shape[3],
         k_eff=k_eff, dtype=q.dtype, device=q.device, each=in_16_bytes(q),
-        coded=index.codes is not None, stored=isinstance(k, Stored), forced=always != NONE,
+        coded=index.codes is not None, stored=isinstance(k, Stored), forced=variant[0], logits=variant[1],
     )  # fmt: skip
 
 
@@ -221,13 +232,15 @@ def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
 def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     """The kernels that score and that choose and attend, or None if they cannot be compiled."""
     common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group, "sub": plan.sub}
-    common["forced"] = int(shape.forced)
-    file, name = (SCORE_CODES, "score_codes") if shape.coded else (SCORE_KEYS, "score_keys")
-    score = compiled(file, name, 0, shape.device, (SEEN,), **common)
+    forced = {"forced": int(shape.forced)}
+    if shape.coded:
+        score = compiled(SCORE_CODES, "score_codes", 0, shape.device, (SEEN,), **common)
+    else:
+        score = compiled(SCORE_KEYS, "score_keys", 0, shape.device, (SEEN,), **common, **forced)
     choose = compiled(
-        CHOOSE, "choose_and_attend", plan.shared, shape.device, (SEEN,), **common, dim_v=shape.dim_v,
+        CHOOSE, "choose_and_attend", plan.shared, shape.device, (SEEN,), **common, **forced, dim_v=shape.dim_v,
         cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1,
-        coded=int(shape.coded), stored=int(shape.stored), profile=int(profile), shared=plan.fixed,
+        coded=int(shape.coded), stored=int(shape.stored), logits=shape.logits, profile=int(profile), shared=plan.fixed,
     )  # fmt: skip
     return None if score is None or choose is None else (score, choose)
 
@@ -306,7 +319,7 @@ class CudaStep:
             q, *self._side(k, q), *self._side(v, q), rows, work.fast, work.best, work.word,
             work.limits, out, indices, work.count, work.marks,
             shape.heads, shape.n, plan.padded, shape.k_eff, plan.room, plan.span, in_full, *always,
-            *units(q, 1)[:2], exponent_factor(logits.scale),
+            *units(q, 1)[:2], *_of_logits(logits, q),
         ], shared_mem=plan.shared)  # fmt: skip
         return out, indices
 
@@ -316,6 +329,14 @@ class CudaStep:
         parts = [x.codes, x.scales, x.first, x.first if x.newest is None else x.newest]
         starts = (start_of(part, none) for part in parts)
         return [*starts, *(s for part in parts for s in units(part, self.shape.each))]
+
+
+def _of_logits(logits: Logits, none: torch.Tensor) -> list[Any]:
+    """Arguments of choose.cu; a scale alone is folded into the change of base, as ``weighted_sum`` does it."""
+    factor = exponent_factor(logits.scale if logits.plain else 1.0)
+    cap = 1.0 if logits.soft_cap is None else float(logits.soft_cap)
+    sink = (none, -1, 0) if logits.sink is None else (logits.sink, SINKS[logits.sink.dtype], logits.sink.stride(0))
+    return [factor, float(logits.scale), cap, *sink]
 
 
 def step_of(shape: Shape, *, profile: bool = False) -> CudaStep | None:

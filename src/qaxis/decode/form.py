@@ -19,7 +19,7 @@ from ..storage.lazy import ReadOnlyTensor, dequantized, stored_or_tensor
 from ..storage.side import Stored
 from ..storage.triton import readable
 from ..validation import (
-    MOST_KEYS, check_form, check_like, check_memory, check_scale, check_shapes, has_memory, is_integer, require,
+    DTYPES, MOST_KEYS, check_form, check_like, check_memory, check_scale, check_shapes, has_memory, is_integer, require,
 )  # fmt: skip
 from .index import KeyIndex
 
@@ -69,13 +69,14 @@ def _layout(x: object) -> object:
         batches, heads, tokens, dim = x.shape
         return batches, heads, min(tokens, 2), dim, x.dtype, x.stride(), x.data_ptr() % 16
     if isinstance(x, Stored):
-        return x.grid, x.dtype, *map(_layout, (x.codes, x.scales, x.first, x.newest))
+        return x.grid, x.dtype, x.first.shape[2], *map(_layout, (x.codes, x.scales, x.first, x.newest))
     return None
 
 
 def layout(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> Hashable:
     """How the arguments lie, whatever number of tokens they have: what a kernel can read is decided by it."""
-    return *map(_layout, (q, k, v, index.codes)), index.largest_scales.data_ptr() % 16
+    alike = isinstance(k, Stored) and isinstance(v, Stored) and k.codes.shape[2] == v.codes.shape[2]
+    return *map(_layout, (q, k, v, index.codes)), alike, index.largest_scales.data_ptr() % 16
 
 
 def readable_of(k: Any, v: Any, index: object) -> tuple[Any, Any]:
@@ -171,11 +172,7 @@ class MadeFor:
         cap = logits.soft_cap
         require(cap is None or 0 < cap < math.inf, "logits.soft_cap", cap, "a positive number, or None")
         if logits.sink is not None:
-            _check_tensor("logits.sink", logits.sink, (self.heads,), self.device, FLOATS)
-
-
-#: dtypes of sink logits
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+            _check_tensor("logits.sink", logits.sink, (self.heads,), self.device, (*DTYPES, torch.float64))
 
 
 def _check_tensor(
