@@ -6,6 +6,8 @@ from collections.abc import Hashable
 
 import torch
 
+from ..attention.always import NONE
+from ..attention.logits import Logits
 from ..validation import check_scale
 from .cuda import CudaStep, Shape, shape_of, step_of, takes
 from .form import MadeFor, Numbers, device_of, outline, readable_of
@@ -60,7 +62,8 @@ class Decoder:
         step = self.cuda_step(q, k, v, index)
         scale = check_scale(scale, self.made_for.head_dim)
         if step is None:
-            return self._triton_step().run(q, k, v, index, scale)
+            other = self._triton_step()
+            return other.run(q, k, v, index, other.full, Logits(scale), NONE)
         with torch.cuda.device_of(q):
             step.score(q, k, index)
             return Step(*step.choose(q, k, v, index, scale), step.count)
