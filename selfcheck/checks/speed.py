@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 import qaxis
+from qaxis.attention.logits import Logits
 from qaxis.decode import Decoder, KeyIndex
 from qaxis.decode.cuda import CudaStep, step_for
 from qaxis.decode.triton_step import TritonStep
@@ -221,15 +222,15 @@ def _stages(
             "score": partial(fast.score, q, keys, index),
             "rest": partial(fast.choose, q, keys, values, index, scale),
         }, shares
-    start, end = slow.score(q, keys, index)
-    indices, score = slow.select(q, keys, index)
+    rows, logits = slow.full, Logits(scale)
+    indices, logit = slow.select(q, keys, index, rows, logits)
     return {
         "all": lambda: slow(q, keys, values, index)[:2],
-        "score": lambda: slow.score(q, keys, index),
-        "compact": lambda: slow.compact(q, keys.shape[1], index, start, end),
-        "rescore": lambda: slow.rescore(q, keys),
-        "choose": lambda: slow.choose(batch, heads),
-        "attend": lambda: slow.attend(indices, score, values, scale),
+        "score": lambda: slow.score(q, keys, index, rows),
+        "compact": lambda: slow.compact(q, keys.shape[1], index, rows),
+        "rescore": lambda: slow.rescore(q, keys, rows),
+        "choose": lambda: slow.choose(batch, heads, rows, logits),
+        "attend": lambda: slow.attend(indices, logit, values, rows, logits),
     }, {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable
 
 import torch
@@ -89,7 +88,7 @@ class Decoder:
         """
         step = self._step(q, k, v, index, always, logits)
         if step is None:
-            return _on_triton(self._triton_step(), q, k, v, index, rows, logits, always)
+            return self._triton_step().run(q, k, v, index, rows, logits, always)
         with torch.cuda.device_of(q):
             return Step(*step.run(q, k, v, index, rows, logits, always), step.count)
 
@@ -158,12 +157,3 @@ class Decoder:
             m = self.made_for
             self.triton = TritonStep(m.batch, m.heads, m.n, m.head_dim, m.k_eff, m.device)
         return self.triton
-
-
-def _on_triton(
-    step: TritonStep, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits,
-    always: Always,
-) -> Step:  # fmt: skip
-    if "rows" in inspect.signature(step.run).parameters:
-        return step.run(q, k, v, index, rows, logits, always)  # type: ignore[call-arg, arg-type]
-    return step.run(q, k, v, index, logits.scale)
