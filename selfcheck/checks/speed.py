@@ -208,21 +208,19 @@ def _stages(
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """What of a step can be repeated by itself, and of choose.cu ("rest") the share of each stage, by its own clock."""
     batch, heads = q.shape[:2]
-    scale = q.shape[3] ** -0.5
+    rows, logits = slow.full, Logits(q.shape[3] ** -0.5)
     if fast is not None:
         profiled = cast(CudaStep, step_for(q, keys, values, index, fast.shape.k_eff, profile=True))
         for _ in range(3):
-            profiled.score(q, keys, index)
-            profiled.choose(q, keys, values, index, scale)
+            profiled.run(q, keys, values, index, rows, logits)
         took = profiled.marks.double().diff(dim=-1).flatten(0, 1).mean(0).tolist()
         ends = itertools.pairwise([0, *MARKS.values()])
         shares = {stage: sum(took[a:b]) / sum(took) for stage, (a, b) in zip(MARKS, ends, strict=True)}
-        fast.score(q, keys, index)
+        fast.score(q, keys, index, rows)
         return {
-            "score": partial(fast.score, q, keys, index),
-            "rest": partial(fast.choose, q, keys, values, index, scale),
+            "score": partial(fast.score, q, keys, index, rows),
+            "rest": partial(fast.choose, q, keys, values, index, rows, logits),
         }, shares
-    rows, logits = slow.full, Logits(scale)
     indices, logit = slow.select(q, keys, index, rows, logits)
     return {
         "all": lambda: slow(q, keys, values, index)[:2],
