@@ -92,9 +92,7 @@ def _held(layer: DynamicSlidingWindowLayer, seen: int) -> int:
 
 
 def _wrong(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    return ValueError(
-        f"path={str(path)!r}: allowed is a whole file that save wrote for this cache and model ({error})"
-    )
+    return ValueError(f"path={str(path)!r}: allowed is a whole file that save wrote for this cache and model ({error})")
 
 
 def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
