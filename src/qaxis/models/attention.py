@@ -22,7 +22,7 @@ from ..attention.selection import indices_to_mask, select_mask
 from ..storage.lazy import dequantized, stored_or_tensor
 from ..storage.side import Stored
 from ..validation import DTYPES, check_scale, require
-from . import decoding, prompts
+from . import compiled, decoding, prompts
 from .layers import HARMLESS
 from .masks import Shown, shown_by, visible_keys
 from .settings import NAME, Settings, count_call, settings_of
@@ -121,7 +121,6 @@ def _settings(module: nn.Module) -> Settings:
     return settings_of(module) or (Settings() if decoder else Settings(budget=None))
 
 
-@torch.compiler.disable(reason="a compiler may contract or reorder canonical arithmetic; the kernels stay as they are")
 def qaxis_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -145,10 +144,22 @@ def qaxis_attention_forward(
         ValueError: for training, dropout, float64, a bias that differs between keys, or an argument that qaxis does
             not know.
     """
+    if compiled.tracing and torch.compiler.is_compiling():
+        return compiled.traced_attention(module, query, key, value, scaling, softcap, s_aux)
+    logits = (scaling, softcap, s_aux)
+    return _attention(module, query, key, value, attention_mask, logits, dropout, is_causal, kwargs)
+
+
+@torch.compiler.disable(reason="a compiler may contract or reorder canonical arithmetic; the kernels stay as they are")
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, of_logits: tuple[float | None, float | None, torch.Tensor | None],
+    dropout: float, is_causal: bool | None, kwargs: Mapping[str, Any],
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     settings = _settings(module)
     _check_supported(kwargs, dropout, query, key, value)
     query, key, value = _in_one_dtype(query, key, value)
-    logits = Logits(check_scale(scaling, query.shape[-1]), softcap, s_aux)
+    logits = Logits(check_scale(of_logits[0], query.shape[-1]), *of_logits[1:])
     shown = shown_by(module, attention_mask, query, key, is_causal)
     # As they were when the call began: another thread may begin or end a recording meanwhile.
     watching = tuple(recorders)

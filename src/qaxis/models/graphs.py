@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,21 +22,31 @@ from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..attention.logits import Logits
 from . import attention, decoding
 from .cache import Cache, Int8Cache
-from .masks import left_pads
-from .settings import is_ours
+from .compiled import CompiledForward
+from .masks import Shown, left_pads
+from .settings import is_ours, settings_of
 
 log = logging.getLogger(__name__)
 #: steps before one is captured: kernels are compiled in them, and short answers are over
 WARM = 2
 #: tokens for which a replay must have the bits of the forward pass before it stands for it
 PROOFS = 2
+#: how far, of the largest logit, those of a compiled step may be from those of the model's own kernels
+ROUNDING = 0.05
+#: tokens before a step is captured: by then a cache has all that it keeps in full of the first ones
+LEAST = 128
 _CACHE, _MASK, _FORWARD = "past_key_values", "attention_mask", "forward"
 
 
 class _Graph:
-    """One captured step, its inputs and its output."""
+    """One captured step, its inputs and its output.
+
+    Args:
+        forward: what is captured; with ``kwargs`` but the mask, of which only the pads are left.
+    """
 
     def __init__(self, forward: Any, kwargs: dict[str, Any], pads: torch.Tensor | None) -> None:
         self.cache = kwargs[_CACHE]
@@ -84,6 +95,12 @@ def _same(x: Any, y: Any) -> bool:
     return all(map(_same, x, y)) and len(x) == len(y) if isinstance(x, tuple) else True
 
 
+def _close(x: Any, y: Any) -> bool:
+    """Whether the logits of two outputs differ by what the rounding of 16 bits explains."""
+    a, b = x["logits"].float(), y["logits"].float()
+    return bool((a - b).abs().amax() <= ROUNDING * b.abs().amax())
+
+
 def _foreign_hooks(model: nn.Module) -> bool:
     """Whether somebody else looks at, or changes, what modules compute: replays would pass them by."""
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
@@ -105,8 +122,9 @@ def _not_capturable(cache: Cache | Int8Cache) -> str:
 class _Replay:
     """The forward passes of one call of ``generate``."""
 
-    def __init__(self, model: PreTrainedModel, forward: Any) -> None:
-        self.model, self.forward = model, forward
+    def __init__(self, model: PreTrainedModel, forward: Any, compiled: CompiledForward | None) -> None:
+        self.model, self.forward, self.compiled = model, forward, compiled
+        self.settings = {int(m.layer_idx): s for m in model.modules() if (s := settings_of(m)) is not None}  # type: ignore[arg-type]
         self.graph: _Graph | None = None
         self.key: Any = None
         self.warm = self.proofs = 0
@@ -159,7 +177,7 @@ class _Replay:
         if self.graph is not None and self.key == key:
             return True
         self.graph, self.proofs = None, 0
-        if self.warm < WARM:
+        if self.warm < WARM or cache.get_seq_length() < LEAST:
             self.warm += 1
             return False
         if _foreign_hooks(self.model):
@@ -173,25 +191,53 @@ class _Replay:
 
     def _captured(self, kwargs: dict[str, Any], pads: torch.Tensor | None, key: Any) -> bool:
         try:
-            self.graph, self.key = _Graph(self.forward, kwargs, pads), key
+            if self.compiled is not None:
+                # The compiler's work is done before anything is captured.
+                self._rewound(kwargs, partial(self._compiled, pads))
+            forward = self.forward if self.compiled is None else partial(self._compiled, pads)
+            self.graph, self.key, self.pads = _Graph(forward, kwargs, pads), key, pads
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if self.compiled is not None:
+                self.compiled = None
+                log.warning("qaxis: the step cannot be compiled (%s)", str(error).splitlines()[0])
+                return False
             self.failed = f"the step cannot be captured ({str(error).splitlines()[0]})"
             log.warning("qaxis: %s; tokens take longer", self.failed)
             return False
         return True
 
+    def _compiled(self, pads: torch.Tensor | None, **kwargs: Any) -> Any:
+        """The compiled forward pass of a token."""
+        assert self.compiled is not None
+        cache, shown = kwargs[_CACHE], Shown(pads)
+
+        def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, logits: Logits) -> torch.Tensor:
+            keys, values = cache.update(k, v, layer)
+            done = decoding.attend(q, keys, values, shown, logits, self.settings[layer])
+            return done.output.transpose(1, 2).contiguous()
+
+        return self.compiled({**kwargs, _MASK: None}, cache, step)
+
+    def _rewound(self, kwargs: dict[str, Any], forward: Any) -> Any:
+        """What ``forward`` gives for these inputs; the host counts as before."""
+        state = kwargs[_CACHE].shared.mark()
+        output = forward(**kwargs)
+        kwargs[_CACHE].shared.rewind(state)
+        return output
+
     def _proven(self, kwargs: dict[str, Any]) -> Any:
         """The forward pass itself, once the replay was compared with it."""
         assert self.graph is not None
-        cache = kwargs[_CACHE]
-        state = cache.shared.mark()
-        replayed = self.graph.replay(kwargs)
-        cache.shared.rewind(state)
+        replayed = self._rewound(kwargs, lambda **_: self.graph.replay(kwargs))
+        expected = None
+        if self.compiled is not None:
+            expected = self._rewound(kwargs, partial(self._compiled, self.pads))
         output = self.forward(**kwargs)
-        if _same(replayed, output):
+        same = _same(replayed, output if expected is None else expected)
+        if same and (expected is None or _close(replayed, output)):
             self.proofs += 1
         else:
-            self.graph, self.failed = None, "a replay did not give the bits of the forward pass"
+            self.graph, self.failed = None, "a replay did not give what the forward pass gives"
             log.warning("qaxis: %s: this model keeps something on the host; tokens take longer", self.failed)
         return output
 
@@ -223,10 +269,11 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def replaying(model: PreTrainedModel) -> Iterator[None]:
+def replaying(model: PreTrainedModel, compiled: CompiledForward | None = None) -> Iterator[None]:
     """Inside, forward passes of ``model`` in this thread that decode a token are replays of a captured one.
 
-    Only on a GPU, over a cache of ours, and where the replay has been seen to give the same bits.
+    Only on a GPU, over a cache of ours, and where the replay has been seen to give the same bits; with ``compiled``
+    those of the compiled pass.
     """
     if model.device.type != "cuda" or torch.version.hip:
         yield
@@ -236,7 +283,7 @@ def replaying(model: PreTrainedModel) -> Iterator[None]:
         if not isinstance(forward, _Forward):
             forward = model.__dict__[_FORWARD] = _Forward(model)
         forward.users += 1
-    forward.stack().append(_Replay(model, forward.original))
+    forward.stack().append(_Replay(model, forward.original, compiled))
     try:
         yield
     finally:

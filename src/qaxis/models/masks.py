@@ -15,6 +15,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_
 
 from ..attention.selection import causal_mask
 from ..validation import require
+from . import compiled
 from .settings import NAME
 from .switching import original_of
 
@@ -127,6 +128,8 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
 
     A bidirectional mask is for modules that stay what they are (cross attention): it is made as they expect it.
     """
+    if compiled.tracing and torch.compiler.is_compiling():
+        return None
     before, causal = original_of(kwargs.get("config")) or (None, False)
     if "allow_is_bidirectional_skip" in kwargs and before not in (None, NAME):
         known = AttentionMaskInterface()[before]
