@@ -214,7 +214,7 @@ LOGITS = [
 @pytest.mark.parametrize("logits", LOGITS, ids=range(len(LOGITS)))
 def test_soft_caps_and_sinks(logits):
     form, always = ("cache", NONE) if logits.sink is None else ("keys", Always(2, 1))
-    step, g = TritonStep(3, 4, 150, 32, 30, "cpu", SMALL), given(3, 4, 2, 140, 32, torch.bfloat16, form)
+    step, g = TritonStep(3, 4, 150, 32, 30, "cpu", SMALL), given(3, 4, 2, 140, 32, form=form)
     check(step, g, rows_of((0, 140, 30), (90, 140, 0), (21, 140, 3)), logits, always)
 
 
