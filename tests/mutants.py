@@ -94,6 +94,7 @@ LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switc
 BUILDS = "test_enable.py::"
 
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
+ROWS = "test_decode_rows.py::"
 EVIDENCE, TRACING = "selfcheck/harness/states.py", "selfcheck/harness/tracing.py"
 RECORDS, KEEPING = "selfcheck/harness/records.py", "selfcheck/harness/keeping.py"
 MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py"
@@ -170,6 +171,15 @@ MUTANTS = (
     Mutant("certified", "keys without a fast score are dropped", CERTIFIED, "(fast >= cut) | (j < start)", "(fast >= cut) & (j >= start)"),
     Mutant("test_decode.py::test_codes_that_are_nearly_all_zero_are_ranked_by_both_parts_of_the_query", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
     Mutant("test_decode.py::test_ties_go_to_the_lower_position", "ties go to the higher position", CERTIFIED, "j = tl.load(position_ptr + offset + o,", "j = tl.load(position_ptr + total - 1 - offset - o,"),
+    Mutant(ROWS + "test_rows_see_and_keep_different_keys", "rows that keep fewer keys are padded with a position", CERTIFIED, "tl.full((OUT,), -1, tl.int64)", "tl.full((OUT,), 0, tl.int64)"),
+    Mutant(ROWS + "test_rows_see_and_keep_different_keys", "keys before the first visible one are candidates", CERTIFIED, "may & (j >= begin) & (j < end)", "may & (j < end)"),
+    Mutant(ROWS + "test_one_step_serves_a_growing_cache", "the last tokens are thought to have codes", KERNELS, "return end - end % SHARING", "return end"),
+    Mutant(ROWS + "test_what_is_always_kept_counts", "recent keys are not kept always", CERTIFIED, "tl.minimum(k_eff - oldest, recent)", "tl.minimum(k_eff - oldest, 0)"),
+    Mutant(ROWS + "test_what_is_always_kept_counts", "sinks are not kept always", CERTIFIED, "oldest = tl.minimum(k_eff, sinks)", "oldest = tl.minimum(k_eff, 0)"),
+    Mutant(ROWS + "test_soft_caps_and_sinks", "a sink is not in the maximum", CERTIFIED, "    if SINK:\n", "    if False:\n"),
+    Mutant(ROWS + "test_attention_over_given_keys", "a soft cap loses the sign", KERNELS, "((bits & 2147483647) | sign)", "(bits & 2147483647)"),
+    Mutant(ROWS + "test_attention_over_given_keys", "a sink weighs nothing", KERNELS, "        if SINK:\n", "        if False:\n"),
+    Mutant(ROWS + "test_launches_depend_on_the_room_and_not_on_the_length", "a grid for the codes there are", "src/qaxis/decode/triton_step.py", "triton.cdiv(self.n // size, t.codes_loop)", "triton.cdiv(c.scales.shape[2], t.codes_loop)"),
     # The CUDA C++, emulated
     Mutant("native", "no error behind codes", NATIVE, "(int)ceilf((float)found - margin)", "(int)ceilf((float)found)"),
     Mutant("native", "keys without a code are dropped", NATIVE, "i < start + n - end; i += THREADS", "i < 0; i += THREADS"),
@@ -217,7 +227,7 @@ MUTANTS = (
     Mutant("golden", "bfloat16 subnormals lost", RULES, "return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)", "return x.to(tl.float32)"),
     Mutant("golden", "ranking key rounded to bfloat16", ARITHMETIC, "bits = (score + 0.0).view", "bits = (score.bfloat16().float() + 0.0).view"),
     Mutant("kernel-grid", "fast exponential in the kernel", KERNELS, "p = tl.where(live, exp2(t), 0.0)", "p = tl.where(live, tl.exp2(t), 0.0)"),
-    Mutant("kernel-grid", "maximum not subtracted", KERNELS, "(score - top) * factor", "score * factor"),
+    Mutant("kernel-grid", "maximum not subtracted", KERNELS, "(logit - top) * factor", "logit * factor"),
     # Selection
     Mutant("golden", ">= became >", SELECTION, "selected = fast >= kth", "selected = fast > kth"),
     Mutant("golden", "band ignored", SELECTION, "band = 2 * product_error_bound(q, k)", "band = 0 * product_error_bound(q, k)"),

@@ -121,7 +121,7 @@ def test_keys_that_no_row_sees_are_not_looked_at(form):
             x[b, :, :begin], x[b, :, end:] = torch.nan, torch.nan
     step = TritonStep(2, 2, 400, 32, 30, "cpu", SMALL)
     check(step, g, rows)
-    assert int(step.count.sum()) < 2 * 2 * 100
+    assert int(step.count.sum()) <= 2 * (170 + 147)
 
 
 def test_a_row_that_sees_nothing_gives_zero():
@@ -214,7 +214,7 @@ LOGITS = [
 @pytest.mark.parametrize("logits", LOGITS, ids=range(len(LOGITS)))
 def test_soft_caps_and_sinks(logits):
     form, always = ("cache", NONE) if logits.sink is None else ("keys", Always(2, 1))
-    step, g = TritonStep(3, 4, 150, 32, 30, "cpu", SMALL), given(3, 4, 2, 140, 32, torch.bfloat16, form)
+    step, g = TritonStep(3, 4, 150, 32, 30, "cpu", SMALL), given(3, 4, 2, 140, 32, form=form)
     check(step, g, rows_of((0, 140, 30), (90, 140, 0), (21, 140, 3)), logits, always)
 
 

@@ -95,7 +95,7 @@ class TritonStep:
     Args:
         batch, heads, head_dim: sizes B, H, D.
         n: most keys there may be: the room. Work is bounded by the keys that there are, but how closely fast scores
-            lead to the best ones is tuned for the room: one that is filled to a quarter is still good.
+            lead to the best ones is tuned for the room: less than half full, more keys are scored canonically.
         k_eff: most keys a query keeps, in 1..n.
         device: where it runs.
         tuning: how the work is cut.
