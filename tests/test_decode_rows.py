@@ -1,4 +1,4 @@
-"""Rows of a decode step that see some of the keys and keep as many as they say: CUDA C++, emulated, has the exact bits."""
+"""Rows that see some of the keys and keep as many as they say: CUDA C++, emulated, has the bits of the reference."""
 
 from __future__ import annotations
 
