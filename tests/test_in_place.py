@@ -48,6 +48,7 @@ def append_by_triton(kv: KeyValues, k: torch.Tensor, v: torch.Tensor) -> None:
     append.append(kv.parts, kv.clock.tensor, k, v)
     assert all(torch.allclose(x, once[name], rtol=0, atol=0, equal_nan=True) for name, x in kv.parts.items())
     kv.length += k.shape[2]
+    kv.indexed = kv.length
 
 
 def check(kv: KeyValues, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -94,12 +95,12 @@ def test_room_grows_by_blocks_and_a_first_fit_is_exact():
     k = torch.zeros(1, 1, 20000, 4)
     kv = fresh(k, k, "codes")
     kv.append(k[:, :, :15000], k[:, :, :15000])
-    assert kv.room == 15360 and kv.shared.version == 1
+    assert kv.room == 15360 and kv.shared.version == 2
     rooms = set()
     for _ in range(40):
         kv.append(k[:, :, :100], k[:, :, :100])
         rooms.add(kv.room)
-    assert rooms == {15360, 16384, 17408, 18944, 20480} and kv.shared.version == 5
+    assert rooms == {15360, 16384, 17408, 18944, 20480} and kv.shared.version == 6
     kv.reserve(50000)
     assert kv.room == 69120
     place, version = kv.parts["k"].data_ptr(), kv.shared.version
@@ -116,6 +117,7 @@ def test_what_is_not_a_number_gives_no_bound_that_is_too_small():
     for function in (KeyValues.append, append_by_triton):
         kv = fresh(k, k, "codes")
         function(kv, k, k)
+        kv.operands()
         assert torch.equal(kv.parts["norm"], torch.full((1, 2), torch.inf))
 
 
@@ -124,7 +126,7 @@ def test_states_that_do_not_fit_are_named():
     kv = fresh(k, v, "codes")
     wrong = {
         "k.dtype": (k.half(), v), "v.dtype": (k, v.half()), "k.shape": (k[:1], v), "v.shape": (k, v[:, :, :3]),
-        "k.device": (k.to("meta"), v), "k=": (None, v),
+        "k.device": (k.to("meta"), v), "k=": (None, v), "v=": (k, None),
     }  # fmt: skip
     for name, states in wrong.items():
         with pytest.raises(ValueError, match=name):

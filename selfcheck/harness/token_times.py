@@ -72,7 +72,6 @@ class Median(NamedTuple):
 def median(x: list[float]) -> Median:
     """Of at least one number."""
     ordered, n = sorted(x), len(x)
-    spread = 0.98 * math.sqrt(n)
-    low, high = max(0, math.floor(n / 2 - spread)), min(n - 1, math.ceil(n / 2 + spread))
+    low = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    return Median(middle, ordered[low], ordered[high], sum(x) / n, ordered[-1], n)
+    return Median(middle, ordered[low], ordered[n - 1 - low], sum(x) / n, ordered[-1], n)

@@ -129,9 +129,14 @@ def _sdpa(backend: SDPBackend) -> Callable[..., torch.Tensor]:
     return attend
 
 
+def stretches(n: int) -> int:
+    """Stretches of ``n`` keys that programs share: enough for every multiprocessor, where there are keys enough."""
+    return 64 if n > 1 << 16 else 32 if n > 1 << 12 else 4
+
+
 def _triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache, layer: int) -> torch.Tensor:
     """Reads exactly the keys that there are, also when replayed."""
-    return split_k(q.contiguous(), k, v, 64 if k.shape[2] > 1 << 16 else 32, last=cache.at)
+    return split_k(q.contiguous(), k, v, stretches(k.shape[2]), last=cache.at)
 
 
 def _int8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Any, layer: int) -> torch.Tensor:
@@ -140,7 +145,7 @@ def _int8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: Any, layer: 
     keys, values = (
         replace(side, newest=new[:, :, :n]) for side, new in zip(cache.sides[layer], (k, v), strict=True)
     )  # fmt: skip
-    return attend_codes(q, keys, values, 63 if cache.coded > 1 << 16 else 31)
+    return attend_codes(q, keys, values, stretches(cache.coded) - 1)
 
 
 def _none(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: InPlaceCache, layer: int) -> torch.Tensor:

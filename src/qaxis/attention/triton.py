@@ -57,12 +57,12 @@ def coded_of(end, SHARING: tl.constexpr, PER_TOKEN: tl.constexpr):
 
 @jit
 def _logits_kernel(
-    score_ptr, out_ptr, numbers, scale, cap, PLAIN: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    score_ptr, out_ptr, many, scale, cap, PLAIN: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits of all scores."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(score_ptr + i, mask=i < numbers, other=0.0)
-    tl.store(out_ptr + i, logit_of(score, scale, cap, PLAIN, CAPPED), mask=i < numbers)
+    score = tl.load(score_ptr + i, mask=i < many, other=0.0)
+    tl.store(out_ptr + i, logit_of(score, scale, cap, PLAIN, CAPPED), mask=i < many)
 
 
 @jit

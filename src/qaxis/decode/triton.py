@@ -235,7 +235,7 @@ def _stretch_of(begin, end, STRETCHES: tl.constexpr, LINES: tl.constexpr, LINE: 
 @jit
 def compact_kernel(
     q_ptr, norm_ptr, residual_ptr, largest_scales_ptr, rows_ptr, fast_ptr, best_ptr, position_ptr, count_ptr,
-    heads, group, sinks, recent, in_full, padded, dim, relative, split,
+    heads, group, sinks, recent, in_full, padded, stride_best, dim, relative, split,
     stride_qb, stride_qh, stride_qd,
     GROUP_SIZE: tl.constexpr, SUB: tl.constexpr, STRETCHES: tl.constexpr, MANY: tl.constexpr,
     LINES: tl.constexpr, LINE: tl.constexpr, DIM: tl.constexpr,
@@ -259,7 +259,7 @@ def compact_kernel(
     d = tl.arange(0, DIM).to(tl.int64)
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + d * stride_qd, mask=d < dim, other=0.0)
     cut = _cut(
-        q, best_ptr + query * (padded // SUB), norm_ptr + kv, residual_ptr + kv, largest_scales_ptr + kv * dim,
+        q, best_ptr + query * stride_best, norm_ptr + kv, residual_ptr + kv, largest_scales_ptr + kv * dim,
         dim, start // SUB, (tl.maximum(stop, start) + SUB - 1) // SUB, k_eff - oldest - newest, relative, split,
         MANY, DIM,
     )  # fmt: skip

@@ -215,7 +215,8 @@ class TritonStep:
         split = 0.0 if c is None else fast_scores.SPLIT * dim
         compact_kernel[(self.stretches * batch * heads,)](
             q, index.norm, index.residual, index.largest_scales, rows, self.fast, self.best, self.position, self.count,
-            heads, heads // kv_heads, *always, in_full, self.padded, dim, relative, split,
+            heads, heads // kv_heads, *always, in_full, self.padded, self.best.shape[1], dim,
+            relative, split,
             q.stride(0), q.stride(1), q.stride(3),
             GROUP_SIZE=0 if c is None else c.grid.group_size, SUB=self.sub, STRETCHES=self.stretches,
             MANY=max(16, min(t.threshold, next_power_of_two(self.best.shape[1]))), LINES=self.lines,

@@ -7,7 +7,7 @@ another on the host and no shape depends on data, so the whole can be captured i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -143,24 +143,31 @@ def fill(
     result: Prefill, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, budget: Budget, logits: Logits,
     backend: str, pads: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Carry the plan out; k and v have a last stride of 1, ``backend`` is one of two, pads are int32."""
-    buffers, of_seen = Buffers(plan, q.device), tables(budget, plan.n, str(q.device), plan.always)
-    for b, h, kv in plan.parts(q.shape[0]):
-        bits, band = (None if x is None else x[b, h] for x in result[1:])
-        sink = None if logits.sink is None else logits.sink[h]
-        part = Part(
-            plan, buffers, of_seen, q[b, h], k[b, kv], v[b, kv], _ranges(plan, k[b, kv]),
-            None if pads is None else pads[b], replace(logits, sink=sink), result.output[b, h], bits, band,
-        )  # fmt: skip
+    """Carry the plan out; arguments as :func:`parts_of`, and ``backend`` is one of two."""
+    for part in parts_of(result, plan, q, k, v, budget, logits, pads):
         for stretch in plan.stretches():
             for chunk in plan.chunks(stretch):
                 score(part, stretch, chunk)
                 capacity = select(part, stretch, chunk, backend)
                 order_wide_bands(part, stretch, chunk, capacity)
-                if part.band is not None:
-                    part.band[:, :, chunk.start : chunk.start + chunk.rows] = _by_head(part, chunk, buffers.band)
+                hand_over_band(part, chunk)
             attend(part, stretch)
-            _hand_over(part, stretch)
+            hand_over_bits(part, stretch)
+
+
+def parts_of(
+    result: Prefill, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, budget: Budget, logits: Logits,
+    pads: torch.Tensor | None = None,
+) -> Iterator[Part]:  # fmt: skip
+    """The heads in flight, in turn, in the same buffers; k and v have a last stride of 1, pads are int32."""
+    buffers, of_seen = Buffers(plan, q.device), tables(budget, plan.n, str(q.device), plan.always)
+    for b, h, kv in plan.parts(q.shape[0]):
+        bits, band = (None if x is None else x[b, h] for x in result[1:])
+        sink = None if logits.sink is None else logits.sink[h]
+        yield Part(
+            plan, buffers, of_seen, q[b, h], k[b, kv], v[b, kv], ranges_of(plan, k[b, kv]),
+            None if pads is None else pads[b], replace(logits, sink=sink), result.output[b, h], bits, band,
+        )  # fmt: skip
 
 
 def selected_positions(bits: torch.Tensor) -> torch.Tensor:
@@ -190,7 +197,7 @@ def _positions(rows: torch.Tensor) -> torch.Tensor:
     return torch.where(position == n, -1, position)
 
 
-def _ranges(plan: Plan, k: torch.Tensor) -> Ranges:
+def ranges_of(plan: Plan, k: torch.Tensor) -> Ranges:
     """What the range of scores comes from: keys are long that are longer than _LONG times the mean.
 
     No more than ``plan.long`` of them: else the range is that of the longest but these.
@@ -302,7 +309,13 @@ def _by_head(part: Part, frame: Frame, x: torch.Tensor) -> torch.Tensor:
     return x[: part.heads * frame.rows].view(*part.q.shape[:2], frame.rows, *x.shape[1:])
 
 
-def _hand_over(part: Part, stretch: Frame) -> None:
+def hand_over_band(part: Part, chunk: Frame) -> None:
+    """Copy how many keys were in the bands of a chunk to the result, if it was asked for."""
+    if part.band is not None:
+        part.band[:, :, chunk.start : chunk.start + chunk.rows] = _by_head(part, chunk, part.buffers.band)
+
+
+def hand_over_bits(part: Part, stretch: Frame) -> None:
     """Copy the bits of a stretch to the result, if they were asked for."""
     if part.bits is None:
         return

@@ -67,7 +67,19 @@ class Shared:
         for clock in self.clocks.values():
             clock.at += m
         for layer in self.layers:
-            layer.length += m
+            layer.advance(m)
+
+    def mark(self) -> Any:
+        """How far the host counted, for :meth:`rewind`."""
+        return [clock.at for clock in self.clocks.values()], [layer.length for layer in self.layers]
+
+    def rewind(self, mark: Any) -> None:
+        """Count on the host as at ``mark``, where the device did nothing since, or does it again."""
+        for clock, at in zip(self.clocks.values(), mark[0], strict=True):
+            clock.at = at
+        for layer, length in zip(self.layers, mark[1], strict=True):
+            layer.length = length
+            layer.indexed = layer.held
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "workspace": {}}
@@ -86,6 +98,7 @@ class KeyValues:
     Attributes:
         length: tokens appended, also those that a window dropped.
         reason: why there are no codes where they were asked for; empty otherwise.
+        indexed: places whose keys the index is of: on a CPU, where nothing needs it, it follows when it is asked for.
         parts: the buffers, contiguous; ``bounds.py`` says what they are.
     """
 
@@ -100,11 +113,18 @@ class KeyValues:
     ) -> None:
         require(index in ("bounds", "codes"), "index", index, "'bounds' or 'codes'")
         require(not (window and index == "codes"), "index", index, "'bounds' where there is a window")
-        self.shared, self.window, self.length, self.wanted = shared, window, 0, room
+        self.shared, self.window, self.wanted = shared, window, room
+        self.length = self.indexed = 0
         self.dtypes, self.dims, self.heads = (k.dtype, v.dtype), (k.shape[3], v.shape[3]), k.shape[1]
         self.parts = _empty(k, v, index == "codes", places_for(window) if window else 0)
         shared.clock_on(k.device)
         shared.layers.append(self)
+        shared.version += 1
+
+    def leave(self) -> None:
+        """Take no more part in what the cache's layers share."""
+        self.shared.layers.remove(self)
+        self.shared.version += 1
 
     @property
     def clock(self) -> Clock:
@@ -135,13 +155,20 @@ class KeyValues:
             ValueError: naming the argument, its value and what is allowed.
         """
         for name, x, dtype, dim in zip(names, (k, v), self.dtypes, self.dims, strict=True):
-            check_form(name, x if isinstance(x, torch.Tensor) and dim else k, 4)
+            # Latent attention may keep all it needs in the keys, and values of no width beside them (GLM 5 Next).
+            bare = dim == 0 and isinstance(x, torch.Tensor) and x.ndim == 4
+            check_form(name, k if bare else x, 4)
             require(x.device == self.device, f"{name}.device", str(x.device), f"the cache's {self.device}")
             require(x.dtype == dtype, f"{name}.dtype", x.dtype, f"the cache's {dtype}")
             fits = (*x.shape[:2], x.shape[3]) == (self.batch, self.heads, dim)
             require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{self.batch}, {self.heads}, n, {dim}]")
         same = k.shape[2] == v.shape[2]
         require(same, f"{names[1]}.shape", tuple(v.shape), f"as many tokens as {names[0]} {tuple(k.shape)}")
+
+    def takes(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether states of this kind can be appended."""
+        alike = (k.dtype, v.dtype) == self.dtypes and (k.shape[3], v.shape[3]) == self.dims and k.device == self.device
+        return alike and tuple(k.shape[:2]) == (self.batch, self.heads)
 
     def reserve(self, m: int) -> None:
         """Make room for ``m`` more tokens; an exact fit, in blocks, the first time. A window has all it needs."""
@@ -172,18 +199,30 @@ class KeyValues:
             from .append import append
 
             append(self.parts, self.clock.tensor, k, v)
+            self.indexed = end
         else:
-            self._write(k, v, start, end)
+            # Their bounds are stated when somebody asks.
+            self.parts["k"][:, :, start:end], self.parts["v"][:, :, start:end] = k, v
         self.length = end
 
-    def _write(self, k: torch.Tensor, v: torch.Tensor, start: int, end: int) -> None:
-        self.parts["k"][:, :, start:end], self.parts["v"][:, :, start:end] = k, v
-        bounds.raise_bounds(self.parts, start, end)
+    def advance(self, m: int) -> None:
+        """Count ``m`` tokens that a replayed graph appended."""
+        self.length += m
+        self.indexed = self.held
+
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values, views of the host's length; a window's are of its places."""
+        n = self.held
+        return self.parts["k"][:, :, :n], self.parts["v"][:, :, :n]
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, KeyIndex]:
-        """Views of the keys, the values and the index, of the host's length; a window's are of its places."""
+        """Views as :meth:`views` has them, and the index of these keys."""
         parts, n = self.parts, self.held
-        k, v = parts["k"][:, :, :n], parts["v"][:, :, :n]
+        if self.indexed < n:
+            with torch.no_grad():
+                bounds.raise_bounds(parts, self.indexed, n)
+            self.indexed = n
+        k, v = self.views()
         codes = None
         if "codes" in parts:
             whole = n // bounds.GROUP
@@ -195,15 +234,18 @@ class KeyValues:
     @torch.no_grad()
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens; of a window only while nothing was dropped from it."""
-        if length < self.length:
-            self.length = length
-            bounds.restate(self.parts, length)
+        self.length = min(length, self.length)
+        if self.indexed > self.length:
+            self.indexed = self.length
+            bounds.restate(self.parts, self.length)
 
     @torch.no_grad()
     def select(self, indices: torch.Tensor) -> None:
         """Batch rows that ``indices`` name, int64 or bool; buffers stay where they are if the batch stays as large."""
         for name, x in list(self.parts.items()):
-            chosen = x[indices.to(x.device)]
+            rows = indices.to(x.device)
+            with torch.inference_mode(False):
+                chosen = x[rows]
             if chosen.shape == x.shape:
                 x.copy_(chosen)
             else:
@@ -213,11 +255,11 @@ class KeyValues:
         """Move all buffers to ``device``, without waiting."""
         for name, x in list(self.parts.items()):
             if x.device != torch.device(device):
-                self._replace(name, x.to(device, non_blocking=True))
+                with torch.inference_mode(False):
+                    self._replace(name, x.to(device, non_blocking=True))
 
     def _replace(self, name: str, x: torch.Tensor) -> None:
-        self.parts[name] = _zeros(tuple(x.shape), x)
-        self.parts[name].copy_(x)
+        self.parts[name] = x
         self.shared.version += 1
 
     def nbytes(self) -> int:
