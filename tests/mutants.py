@@ -101,6 +101,7 @@ MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py
 ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "paper/tex.py"
 SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
 SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
+ROWS = "test_decode_rows.py::"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
@@ -141,7 +142,7 @@ MUTANTS = (
     # Doors: what does not fit, any layout
     Mutant(DECODE + "test_any_layout", "last stride of the keys ignored", CERTIFIED, "j[:, None] * stride_kn + d[None, :] * stride_kd", "j[:, None] * stride_kn + d[None, :]"),
     Mutant(DECODE + "test_what_does_not_fit_is_named", "sizes not compared with the constructor's", "src/qaxis/decode/form.py", "require(q.shape[i] == size,", "require(True,"),
-    Mutant("test_decode_cuda.py::test_any_layout", "what a kernel can read is asked once", "src/qaxis/decode/api.py", "if not takes(q, k, v, index):", "if False:"),
+    Mutant("test_decode_cuda.py::test_any_layout", "what a kernel can read is asked once", "src/qaxis/decode/api.py", "if takes(q, k, v, index) else None", "if True else None"),
     Mutant(PREFILL + "test_what_does_not_fit_is_refused_by_name", "form of a prefill not checked", "src/qaxis/prefill/attention.py", "    check_qkv_form(q, k, v, causal=causal)\n", ""),
     Mutant("kernel-grid", "last strides ignored", "src/qaxis/storage/triton.py", "position * rows_n + d * rows_d, mask=mask", "position * rows_n + d, mask=mask"),
     Mutant("test_interpreter.py::test_triton_first_is_one_clear_sentence", "Triton that came first is not told of", RULES, "if calls_library and LOADED_TOO_EARLY and INTERPRETED:", "if False:"),
@@ -181,8 +182,18 @@ MUTANTS = (
     Mutant(ROWS + "test_attention_over_given_keys", "a sink weighs nothing", KERNELS, "        if SINK:\n", "        if False:\n"),
     Mutant(ROWS + "test_launches_depend_on_the_room_and_not_on_the_length", "a grid for the codes there are", "src/qaxis/decode/triton_step.py", "triton.cdiv(self.n // size, t.codes_loop)", "triton.cdiv(c.scales.shape[2], t.codes_loop)"),
     # The CUDA C++, emulated
+    # What rows see and keep
+    Mutant(ROWS + "test_rows_see_what_they_say", "keys that a row does not see are ranked", "src/qaxis/decode/score_keys.cu", "(u32)(j + c - seen.start) < (u32)(seen.stop - seen.start);", "true;"),
+    Mutant(ROWS + "test_rows_see_what_they_say", "codes of keys that a row does not see are ranked", "src/qaxis/decode/score_codes.cu", ">= (u32)(seen.stop - seen.start)) place = 0;", ">= 0x7fffffffu) place = 0;"),
+    Mutant(ROWS + "test_rows_never_lead_beyond_the_room", "rows are trusted blindly", "src/qaxis/decode/seen.cuh", "max(0, min(rows[4 * b + 1], room.n))", "max(0, min(rows[4 * b + 1], room.n + 40))"),
+    Mutant(ROWS + "test_rows_that_see_little_of_the_room", "the cut is sought among too few bests", NATIVE, "const bool few = SUB > 1 &&", "const bool few = false &&"),
+    Mutant(ROWS + "test_rows_of_any_shape", "ranks beyond the first turn are left out", NATIVE, "for (int c = 0; c < p.turns; c++) {", "for (int c = 0; c < 1; c++) {"),
+    Mutant(ROWS + "test_what_is_always_kept_counts", "what is always kept is ranked", NATIVE, "bin = p.forced(j) ? BINS + 1 : fine.of", "bin = fine.of"),
+    Mutant(ROWS + "test_soft_caps_and_sinks_have_the_bits_of_the_reference", "a sink has no weight", NATIVE, "if (sinks) w[0] = __fadd_rn(w[0], sink);", ""),
+    Mutant(ROWS + "test_what_is_launched_does_not_depend_on_how_many_tokens_there_are", "one token has no stride", "src/qaxis/cuda/compiler.py", "tokens = tokens if tokens < MOST_TOKEN_STRIDE else 0", "tokens = tokens if x.shape[2] > 1 else 0"),
+    Mutant(ROWS + "test_what_is_launched_does_not_depend_on_how_many_tokens_there_are", "a part without tokens has no address", "src/qaxis/cuda/compiler.py", "    if x.numel():\n        return x\n", "    return x\n"),
     Mutant("native", "no error behind codes", NATIVE, "(int)ceilf((float)found - margin)", "(int)ceilf((float)found)"),
-    Mutant("native", "keys without a code are dropped", NATIVE, "i < start + n - end; i += THREADS", "i < 0; i += THREADS"),
+    Mutant("native", "keys without a code are dropped", NATIVE, "i < all; i += THREADS", "i < 0; i += THREADS"),
     Mutant("native", "near keys are not ordered by position", NATIVE, "s.near_position[o] < j", "s.near_position[o] > j"),
     Mutant("native", "a sum over neighbours in another order", "src/qaxis/arithmetic/canonical.cuh", "for (int s = 1; s < n; s *= 2)", "for (int s = n / 2; s > 0; s /= 2)"),
     Mutant("native", "lists that overflow are used as they are", NATIVE, "slow |= pull(&s.full, r) != 0;", "slow |= false;"),

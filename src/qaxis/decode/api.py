@@ -9,7 +9,7 @@ import torch
 from ..arithmetic.triton import check_device
 from ..attention.always import NONE, Always
 from ..attention.logits import Logits
-from ..validation import check_scale, require
+from .asked import check_always, check_rows, check_whole_groups, logits_of
 from .cuda import CudaStep, Shape, refusal, shape_of, step_of, takes, variant_of, why_none
 from .form import MadeFor, Numbers, device_of, layout, outline, readable_of
 from .index import KeyIndex
@@ -59,8 +59,8 @@ class Decoder:
             index: of these keys, by :func:`qaxis.decode.index_keys`; of a cache by :func:`qaxis.decode.index_cache`, in
                 the state that is passed.
             scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``. It cannot change the selection.
-            rows: what each batch row sees and keeps, int32 ``[B, 4]``, contiguous, on q's device (``rows.py``); all keys
-                and k_eff of them if ``None``. Where tokens have codes, every row's end lies in the last group of 128.
+            rows: what each batch row sees and keeps, int32 ``[B, 4]``, contiguous, on q's device (``rows.py``); all
+                keys and k_eff of them if ``None``. Over an 8-bit cache every row ends where the cache does.
             always: the first and newest of the keys a row sees that it keeps in any case; they count towards k_eff.
             logits: what becomes of a score before the softmax, in place of ``scale``.
 
@@ -73,9 +73,9 @@ class Decoder:
             RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
         """
         k, v = readable_of(k, v, index)
-        require(scale is None or logits is None, "scale", scale, "None where logits are given, which have one")
-        logits = Logits(check_scale(scale, self.made_for.head_dim)) if logits is None else logits
-        self._check(q, k, v, index, rows, always, logits)
+        self._check(q, k, v, index, rows)
+        check_always(always, self.made_for)
+        logits = logits_of(logits, scale, self.made_for)
         return self.run(q, k, v, index, self.all_rows if rows is None else rows, logits, always)
 
     def run(
@@ -116,22 +116,20 @@ class Decoder:
         logits: Logits | None = None,
     ) -> CudaStep | None:  # fmt: skip
         """What runs these in CUDA C++, or None where Triton does; arguments, and what is refused, as for a step."""
-        self._check(q, k, v, index, None, always, logits)
+        self._check(q, k, v, index, None)
         return self._step(q, k, v, index, always, logits)
 
-    def _check(
-        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor | None, always: Always,
-        logits: Logits | None,
-    ) -> None:  # fmt: skip
-        self.made_for.check_extras(rows, always, logits)
-        if rows is not None:
-            # Lengths that grow would each have an outline of their own.
-            self.made_for.check(q, k, v, index, shorter=True)
-            return
-        found = outline(q, k, v, index)
-        if found not in self.checked:
-            self.made_for.check(q, k, v, index)
+    def _check(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor | None) -> None:
+        # Of lengths that grow every one would be an outline of its own.
+        found = None if rows is not None else outline(q, k, v, index)
+        if found is None or found not in self.checked:
+            self.made_for.check(q, k, v, index, shorter=rows is not None)
+            for name, x in (("k", k), ("v", v), ("index.codes", index.codes)):
+                check_whole_groups(name, x)
+        if found is not None:
             self.checked.add(found)
+        if rows is not None:
+            check_rows(rows, self.made_for)
 
     def _shape(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None

@@ -17,9 +17,8 @@ from ..arithmetic import fast_scores
 from ..arithmetic.reference import exponent_factor, next_power_of_two
 from ..attention.always import NONE, Always
 from ..attention.logits import Logits
-from ..cuda.compiler import (
-    ELEMENTS, MOST_STRIDE, SHARED_LIMIT, compiled, in_16_bytes, readable, runs_on, start_of, units,
-)  # fmt: skip
+from ..cuda import compiler
+from ..cuda.compiler import ELEMENTS, MOST_STRIDE, SHARED_LIMIT, in_16_bytes, readable, runs_on, start_of, units
 from ..cuda.emulator import MOST_ROWS
 from ..storage.formats import EIGHT
 from ..storage.side import Stored
@@ -234,10 +233,10 @@ def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group, "sub": plan.sub}
     forced = {"forced": int(shape.forced)}
     if shape.coded:
-        score = compiled(SCORE_CODES, "score_codes", 0, shape.device, (SEEN,), **common)
+        score = compiler.compiled(SCORE_CODES, "score_codes", 0, shape.device, (SEEN,), **common)
     else:
-        score = compiled(SCORE_KEYS, "score_keys", 0, shape.device, (SEEN,), **common, **forced)
-    choose = compiled(
+        score = compiler.compiled(SCORE_KEYS, "score_keys", 0, shape.device, (SEEN,), **common, **forced)
+    choose = compiler.compiled(
         CHOOSE, "choose_and_attend", plan.shared, shape.device, (SEEN,), **common, **forced, dim_v=shape.dim_v,
         cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1,
         coded=int(shape.coded), stored=int(shape.stored), logits=shape.logits, profile=int(profile), shared=plan.fixed,
@@ -284,9 +283,7 @@ class CudaStep:
         self.score(q, k, index, rows, always)
         return self.choose(q, k, v, index, rows, logits, always)
 
-    def score(
-        self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, always: Always = NONE
-    ) -> None:
+    def score(self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, always: Always = NONE) -> None:
         """Scores of every key that ``rows`` see, canonical ones or fast ones by codes."""
         shape, plan, work = self.shape, self.plan, self.buffers
         grid, block = (plan.score_programs, shape.batch * shape.kv_heads, 1), (128, 1, 1)
