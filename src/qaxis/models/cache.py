@@ -22,6 +22,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
@@ -32,7 +33,7 @@ from ..storage.lazy import LazyTensor, dequantized
 from ..storage.side import Side
 from ..validation import check_finite, check_form, is_integer, require
 from . import cache_file
-from .in_place import InPlaceLayer
+from .in_place import InPlaceLayer, InPlaceWindowLayer
 from .settings import NAME
 
 #: attention implementations that may be handed lazy tensors: ours reads the codes, the others ask for the numbers by
@@ -342,8 +343,8 @@ class Cache(InPlaceCache):
     them would wait for the device. Inference only.
 
     Args:
-        config: the model's configuration. Layers that hold keys and values of all tokens are held in place; every
-            other kind (sliding window, chunk, recurrent state, shared) as ``DynamicCache(config=config)`` holds it.
+        config: the model's configuration. Layers that hold keys and values, of all tokens or a sliding window, are in
+            place; every other kind (chunk, recurrent state, shared) is as ``DynamicCache(config=config)`` holds it.
         index: ``"codes"``: bounds and 8-bit codes of the keys (half of a bfloat16 key more); ``"bounds"``: bounds.
             Where no kernel scores by codes there are bounds, and ``index_reason`` of the layer says why.
         room: allocate for so many tokens at once instead of growing.
@@ -358,9 +359,15 @@ class Cache(InPlaceCache):
     ) -> None:
         require(index in ("codes", "bounds"), "index", index, "'codes' or 'bounds'")
         super().__init__(config, room, offloading)
+        # Chunks are held by the same layers as windows, but not seen as one.
+        chunked = getattr(config.get_text_config(decoder=True), "attention_chunk_size", None) is not None
+        kinds: dict[type, type[InPlaceLayer]] = {DynamicLayer: InPlaceLayer}
+        if not chunked:
+            kinds[DynamicSlidingWindowLayer] = InPlaceWindowLayer
         for i, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[i] = InPlaceLayer.in_place_of(layer, self.shared, index, room, told=not offloading)
+            if type(layer) in kinds:
+                place = kinds[type(layer)].in_place_of
+                self.layers[i] = place(layer, self.shared, index, room, told=not offloading)  # type: ignore[arg-type]
 
     @classmethod
     def load(
