@@ -154,6 +154,8 @@ def _fill(layer: Any, i: int, tensors: dict[str, torch.Tensor], dtypes: list[str
         codes, dim = tensors[f"{i}.{name}.codes"], int(tensors[f"{i}.{name}.dim"])
         states.append(torch.zeros(*codes.shape[:2], 1, dim, dtype=getattr(torch, dtype), device=codes.device))
     layer.lazy_initialization(*states)
+    newest = tensors.get(f"{i}.values.newest")
+    layer.kv.reserve(tensors[f"{i}.values.codes"].shape[2] + (0 if newest is None else newest.shape[2]))
     for side, name in zip(layer.sides, SIDES, strict=True):
         for part, growing in side.parts.items():
             stored = tensors[f"{i}.{name}.{part}"]

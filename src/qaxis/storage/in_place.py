@@ -265,10 +265,10 @@ class KeyValues:
         return self.parts["k"][:, :, :n], self.parts["v"][:, :, :n]
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, KeyIndex]:
-        """Views as :meth:`views` has them, and the index of these keys."""
+        """Views as :meth:`views` has them, and the index of these keys; of all room while a graph is captured."""
         self._follow()
-        parts, (k, v) = self.parts, self.views()
-        codes, n = None, self.held
+        parts, n = self.parts, self.room if is_captured(self.parts["k"]) else self.held
+        k, v, codes = parts["k"][:, :, :n], parts["v"][:, :, :n], None
         if "codes" in parts:
             whole = n // bounds.GROUP
             coded, scales = parts["codes"][:, :, : whole * bounds.GROUP], parts["scales"][:, :, :whole]
@@ -310,6 +310,11 @@ class KeyValues:
     def nbytes(self) -> int:
         """Bytes of the buffers, room for growth included."""
         return sum(x.untyped_storage().nbytes() for x in self.parts.values())
+
+
+def is_captured(x: torch.Tensor) -> bool:
+    """Whether what is done with ``x`` goes into a graph now: then views are of all room, as a graph's tokens grow."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
