@@ -9,6 +9,7 @@ from qaxis.decode import index_keys
 from qaxis.decode.index import KeyIndex
 from qaxis.storage import append
 from qaxis.storage.in_place import KeyValues, Shared
+from qaxis.storage.window import first_held, places_for
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -33,6 +34,14 @@ def same_index(a: KeyIndex, b: KeyIndex) -> bool:
         return equal and a.codes is b.codes
     parts = ("codes", "scales", "first", "newest")
     return equal and all(torch.equal(getattr(a.codes, name), getattr(b.codes, name)) for name in parts)
+
+
+def append_to_window_by_triton(kv: KeyValues, k: torch.Tensor, v: torch.Tensor) -> None:
+    for i in range(k.shape[2]):
+        kv.clock.move_to(kv.length + 1)
+        for _ in range(2):
+            append.append(kv.parts, kv.clock.tensor, k[:, :, i : i + 1], v[:, :, i : i + 1], kv.window)
+        kv.advance(1)
 
 
 def fresh(k: torch.Tensor, v: torch.Tensor, index: str, **options: int) -> KeyValues:
@@ -135,3 +144,25 @@ def test_states_that_do_not_fit_are_named():
     for options, name in (({"index": "words"}, "index"), ({"index": "codes", "window": 8}, "index")):
         with pytest.raises(ValueError, match=name):
             fresh(k, v, **options)
+
+
+@pytest.mark.parametrize("window", [1, 2, 100, 257])
+def test_a_window_keeps_its_newest_tokens_where_the_clock_says(window):
+    """Token by token and many at a time; from one place of the buffer to the next turn."""
+    k, v = loud(1, 1, 1300, 8), loud(1, 1, 1300, 5, seed=1)
+    kv = fresh(k, v, "bounds", window=window)
+    triton_, n = fresh(k, v, "bounds", window=window), 0
+    for m in (1, window, 300, kv.room, 1, 2, 130, 1):
+        m = min(m, k.shape[2] - n)
+        kv.append(k[:, :, n : n + m], v[:, :, n : n + m])
+        n += m
+        first = first_held(n, window, kv.room)
+        assert kv.held == n - first >= min(n, window) and kv.room == places_for(window)
+        check(kv, k[:, :, first:n], v[:, :, first:n])
+    # The launch takes one token: from a little before the buffer is full to a little after.
+    for start in (0, kv.room - 1, 2 * kv.room - window):
+        triton_.refill(k[:, :, :start], v[:, :, :start], start)
+        triton_.operands()
+        append_to_window_by_triton(triton_, k[:, :, start : start + 2], v[:, :, start : start + 2])
+        first = first_held(start + 2, window, kv.room)
+        check(triton_, k[:, :, first : start + 2], v[:, :, first : start + 2])

@@ -7,9 +7,8 @@ from functools import reduce
 import torch
 
 from ..arithmetic.fast_scores import UPWARD, largest_norm
-from ..arithmetic.reference import power_of_two
 from ..storage.grid import Grid
-from ..storage.key_index import GROUP_SIZES, KeyIndex, check_codes, largest_scales
+from ..storage.key_index import GROUP_SIZES, KeyIndex, check_codes, largest_scales, whole_groups
 from ..storage.lazy import checked_tensor, stored_or_tensor
 from ..storage.side import Side, Stored
 from ..storage.triton import readable
@@ -46,7 +45,7 @@ def index_keys(k: torch.Tensor, *, codes: bool = False) -> KeyIndex:
     residual = zero
     for start in range(0, whole, AT_ONCE):
         some = slice(start, min(start + AT_ONCE, whole))
-        left_out = k[:, :, some].float() - _whole(stored, some)
+        left_out = k[:, :, some].float() - whole_groups(stored, some)
         residual = torch.maximum(residual, largest_norm(left_out))
     return KeyIndex((norm + residual) * UPWARD, residual, largest_scales(stored), stored)
 
@@ -70,16 +69,9 @@ def index_cache(stored: Stored) -> KeyIndex:
     if stored.newest is not None:
         norm = torch.maximum(norm, largest_norm(stored.newest))
     for start in range(0, n, AT_ONCE):
-        norm = torch.maximum(norm, largest_norm(_whole(stored, slice(start, min(start + AT_ONCE, n)))))
+        norm = torch.maximum(norm, largest_norm(whole_groups(stored, slice(start, min(start + AT_ONCE, n)))))
     return KeyIndex(norm, torch.zeros_like(norm), largest_scales(stored), stored)
 
 
 def _largest_norm(k: torch.Tensor) -> torch.Tensor:
     return reduce(torch.maximum, map(largest_norm, k.split(AT_ONCE, dim=2)))
-
-
-def _whole(stored: Stored, part: slice) -> torch.Tensor:
-    """Codes of the tokens ``part``, whole groups, as float32 numbers; exact, as scales are powers of two."""
-    group_size = stored.grid.group_size
-    scales = power_of_two(stored.scales[:, :, part.start // group_size : part.stop // group_size].int())
-    return (stored.codes[:, :, part].unflatten(2, (-1, group_size)) * scales[:, :, :, None]).flatten(2, 3)

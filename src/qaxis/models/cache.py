@@ -13,7 +13,7 @@ layer of the same kind. Windows, chunks, recurrent states and shared layers stay
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,17 +22,19 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
 
 from ..storage.formats import FORMATS, Format
 from ..storage.in_place import Shared
+from ..storage.in_place_quantised import StoredKeyValues
 from ..storage.lazy import LazyTensor, dequantized
 from ..storage.side import Side
-from ..validation import check_finite, check_form, is_integer, require
+from ..validation import check_form, is_integer, require
 from . import cache_file
-from .in_place import InPlaceLayer
+from .in_place import KEPT, InPlaceLayer, InPlaceWindowLayer, tokens_left
 from .settings import NAME
 
 #: attention implementations that may be handed lazy tensors: ours reads the codes, the others ask for the numbers by
@@ -43,19 +45,29 @@ _READ_LAZILY = (NAME, "sdpa", "eager")
 class QuantizedLayer(DynamicLayer):
     """A layer of :class:`Int8Cache` that holds keys and values of all tokens, quantised."""
 
+    shared: Shared
     format: Format
     room: int
-    sides: tuple[Side, ...] = ()
-    #: whether the sides are all there is to it
+    #: whether what is returned tells attention what holds it: not if that is elsewhere by then
+    told: bool
+    kv: StoredKeyValues | None = None
+    #: whether keys and values are all there is to it
     savable = True
 
     @classmethod
-    def in_place_of(cls, layer: DynamicLayer, format: Format, room: int) -> QuantizedLayer:
+    def in_place_of(
+        cls, layer: DynamicLayer, shared: Shared, format: Format, room: int, *, told: bool = True
+    ) -> QuantizedLayer:
         """One with all that the empty ``layer`` has, but for its keys and values."""
         new = cls.__new__(cls)
         vars(new).update({name: x for name, x in vars(layer).items() if name not in cache_file.SIDES})
-        new.format, new.room = format, room
+        new.shared, new.format, new.room, new.told = shared, format, room, told
         return new
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Keys and values as they are stored; nothing before anything was written."""
+        return () if self.kv is None else self.kv.sides
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -67,21 +79,20 @@ class QuantizedLayer(DynamicLayer):
         """The stored values ``[B, Hkv, N, Dv]``, dequantised anew at every look; None before."""
         return dequantized(self.sides[1].stored()) if self.sides else None
 
-    def _empty(self, states: tuple[torch.Tensor, ...]) -> tuple[Side, ...]:
-        grids = (self.format.keys, self.format.values)
-        likes = (x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in states)
-        return tuple(Side(x, grid, self.format.sinks, self.room) for x, grid in zip(likes, grids, strict=True))
+    def _empty(self, states: tuple[torch.Tensor, torch.Tensor]) -> StoredKeyValues:
+        return StoredKeyValues(self.shared, states[0], states[1], self.format, self.room)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._hold(self._empty((key_states, value_states)), key_states)
 
-    def _hold(self, sides: tuple[Side, ...], key_states: torch.Tensor) -> None:
+    def _hold(self, kv: StoredKeyValues, key_states: torch.Tensor) -> None:
+        if self.kv is not None and self.kv is not kv:
+            self.kv.leave()
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.sides, self.is_initialized = sides, True
+        self.kv, self.is_initialized = kv, True
 
-    def _sides_for(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Side, ...]:
-        """Where these states go: what is here, or new sides while nothing is stored."""
-        states = {"key_states": key_states, "value_states": value_states}
+    def _place_for(self, key_states: torch.Tensor, value_states: torch.Tensor) -> StoredKeyValues:
+        """Where these states go: what is here, or anew while nothing is stored."""
         check_form("key_states", key_states, 4)
         # Latent attention may keep all it needs in the keys, and values of no width beside them (GLM 5 Next).
         bare = isinstance(value_states, torch.Tensor) and value_states.ndim == 4 and value_states.shape[3] == 0
@@ -92,15 +103,12 @@ class QuantizedLayer(DynamicLayer):
         require(here, "value_states.device", str(value_states.device), f"that of key_states, {key_states.device}")
         if self.get_seq_length() == 0:
             return self._empty((key_states, value_states))
+        assert self.kv is not None
         require(
             key_states.device == self.device, "key_states.device", str(key_states.device), f"the cache's {self.device}"
         )
-        for (name, x), side in zip(states.items(), self.sides, strict=True):
-            require(x.dtype == side.dtype, f"{name}.dtype", x.dtype, f"the cache's {side.dtype}")
-            batch, heads = side.parts["codes"].buffer.shape[:2]
-            fits = (*x.shape[:2], x.shape[3]) == (batch, heads, side.dim)
-            require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{batch}, {heads}, n, {side.dim}]")
-        return self.sides
+        self.kv.check(key_states, value_states, ("key_states", "value_states"))
+        return self.kv
 
     @torch.compiler.disable(reason="quantising is eager: a compiler would specialise on every length of the buffers")
     def update(
@@ -112,23 +120,27 @@ class QuantizedLayer(DynamicLayer):
         are dequantised when an operation other than qaxis's own attention reads them.
 
         Raises:
-            ValueError: on NaN or Inf, or on a change of dtype, device or shape. The cache is then unchanged.
+            ValueError: on NaN or Inf, or on a change of dtype, device or shape. The cache is then unchanged. On a GPU
+                NaN and Inf are noted instead, as looking at them would wait for it: :meth:`Int8Cache.check_finite`,
+                cropping and saving refuse them.
         """
         self._append(key_states, value_states)
         stored = (LazyTensor(side.stored()) for side in self.sides)
         keys, values = stored if lazy else (x.dequantized() for x in stored)
+        for x in (keys, values) if self.told else ():
+            setattr(x, KEPT, self.kv)
         return keys, values
 
     @torch.no_grad()
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        sides, states = self._sides_for(key_states, value_states), (key_states, value_states)
-        # One wait for the device instead of two, which a decoding step would feel.
-        if not bool(torch.isfinite(key_states).all() & torch.isfinite(value_states).all()):
-            check_finite(key_states=key_states, value_states=value_states)
-        commits = [side.prepare(x) for side, x in zip(sides, states, strict=True)]
-        for commit in commits:
-            commit()
-        self._hold(sides, key_states)
+        kv = self._place_for(key_states, value_states)
+        try:
+            kv.append(key_states, value_states)
+        except ValueError:
+            if kv is not self.kv:
+                kv.leave()
+            raise
+        self._hold(kv, key_states)
 
     def dequantized(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The stored keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` in the model's dtype."""
@@ -136,11 +148,12 @@ class QuantizedLayer(DynamicLayer):
         return keys, values
 
     def get_seq_length(self) -> int:
-        return self.sides[1].length if self.sides else 0
+        return 0 if self.kv is None else self.kv.length
 
     def reset(self) -> None:
-        self.sides = ()
-        self.is_initialized = False
+        if self.kv is not None:
+            self.kv.leave()
+        self.kv, self.is_initialized = None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest ``-tokens_to_remove`` tokens (transformers passes a negative number).
@@ -148,34 +161,30 @@ class QuantizedLayer(DynamicLayer):
         Raises:
             ValueError: for a positive number, or more tokens than are stored.
         """
-        require(tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, "0 or a negative number of tokens")
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        length = self.get_seq_length() + tokens_to_remove
-        require(length >= 0, "tokens_to_remove", tokens_to_remove, f"at most the {self.get_seq_length()} stored")
-        for side in self.sides:
-            side.crop(length)
+        if self.kv is not None:
+            self.kv.crop(tokens_left(self.get_seq_length(), tokens_to_remove))
 
-    def _change(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for side in self.sides:
-            for part in side.parts.values():
-                part.change(f)
+    def _select(self, indices: torch.Tensor) -> None:
+        if self.kv is not None:
+            self.kv.select(indices)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+        if self.kv is not None:
+            self._select(torch.arange(self.kv.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._change(lambda t: t[indices.to(t.device), ...])
+        self._select(indices)
 
     def offload(self) -> None:
-        self._change(lambda t: t.to("cpu", non_blocking=True))
+        if self.kv is not None:
+            self.kv.move("cpu")
 
     def prefetch(self) -> None:
-        if self.is_initialized:
-            self._change(lambda t: t.to(self.device, non_blocking=True))
+        if self.kv is not None:
+            self.kv.move(self.device)
 
 
 class QuantizedIndexedLayer(DynamicIndexedLayer, QuantizedLayer):
@@ -310,11 +319,12 @@ class InPlaceCache(DynamicCache):
         """Why a forward pass over this cache cannot be captured in a graph; empty if it can."""
         if self.offloading:
             return "the cache is offloaded"
-        kept = {id(kv) for kv in self.shared.layers}
         for i, layer in enumerate(self.layers):
-            kv = getattr(layer, "kv", None)
-            if type(layer).__name__ != "DummyLayer" and id(kv) not in kept:
+            if type(layer).__name__ == "DummyLayer":
+                continue
+            if not getattr(layer, "savable", False):
                 return f"layer {i} of the cache is a {type(layer).__name__} that is not in place"
+            kv = getattr(layer, "kv", None)
             if kv is not None and not kv.capturable:
                 return f"layer {i} of the cache quantises with PyTorch"
         return ""
@@ -323,9 +333,8 @@ class InPlaceCache(DynamicCache):
         """Bytes that the cache holds, counted from the storage of its tensors, room for growth included."""
         total = 0
         for layer in self.layers:
-            sides: tuple[Side, ...] = getattr(layer, "sides", ())
             kv = getattr(layer, "kv", None)
-            total += sum(side.nbytes() for side in sides) + (0 if kv is None else kv.nbytes())
+            total += 0 if kv is None else kv.nbytes()
             total += sum(x.untyped_storage().nbytes() for x in _tensors([*vars(layer).values()]))
         return total
 
@@ -342,8 +351,8 @@ class Cache(InPlaceCache):
     them would wait for the device. Inference only.
 
     Args:
-        config: the model's configuration. Layers that hold keys and values of all tokens are held in place; every
-            other kind (sliding window, chunk, recurrent state, shared) as ``DynamicCache(config=config)`` holds it.
+        config: the model's configuration. Layers that hold keys and values, of all tokens or a sliding window, are in
+            place; every other kind (chunk, recurrent state, shared) is as ``DynamicCache(config=config)`` holds it.
         index: ``"codes"``: bounds and 8-bit codes of the keys (half of a bfloat16 key more); ``"bounds"``: bounds.
             Where no kernel scores by codes there are bounds, and ``index_reason`` of the layer says why.
         room: allocate for so many tokens at once instead of growing.
@@ -358,9 +367,15 @@ class Cache(InPlaceCache):
     ) -> None:
         require(index in ("codes", "bounds"), "index", index, "'codes' or 'bounds'")
         super().__init__(config, room, offloading)
+        # Chunks are held by the same layers as windows, but not seen as one.
+        chunked = getattr(config.get_text_config(decoder=True), "attention_chunk_size", None) is not None
+        kinds: dict[type, type[InPlaceLayer]] = {DynamicLayer: InPlaceLayer}
+        if not chunked:
+            kinds[DynamicSlidingWindowLayer] = InPlaceWindowLayer
         for i, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[i] = InPlaceLayer.in_place_of(layer, self.shared, index, room, told=not offloading)
+            if type(layer) in kinds:
+                place = kinds[type(layer)].in_place_of
+                self.layers[i] = place(layer, self.shared, index, room, told=not offloading)  # type: ignore[arg-type]
 
     @classmethod
     def load(
@@ -403,11 +418,27 @@ class Int8Cache(InPlaceCache):
         self.format = format if isinstance(format, Format) else FORMATS[format]
         for i, layer in enumerate(self.layers):
             if type(layer) in _QUANTIZED:
-                self.layers[i] = _QUANTIZED[type(layer)].in_place_of(layer, self.format, room)  # type: ignore[arg-type]
+                place = _QUANTIZED[type(layer)].in_place_of
+                self.layers[i] = place(layer, self.shared, self.format, room, told=not offloading)  # type: ignore[arg-type]
         self._readers = _Readers(config, config.get_text_config(decoder=True))
 
     def _told(self, layer: Any) -> dict[str, Any]:
         return {"lazy": self._readers.lazy()} if isinstance(layer, QuantizedLayer) else {}
+
+    def check_finite(self) -> None:
+        """Refuse what NaN or Inf was appended to on a GPU; waits for it.
+
+        Raises:
+            ValueError: if there was one.
+        """
+        for layer in self.layers:
+            if isinstance(layer, QuantizedLayer) and layer.kv is not None:
+                layer.kv.check_finite()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file; see :func:`qaxis.models.cache_file.save`."""
+        self.check_finite()
+        super().save(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: Any, device: torch.device | str = "cpu") -> Int8Cache:

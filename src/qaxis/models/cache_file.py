@@ -71,7 +71,8 @@ def _collect(layer: Any, i: int, tensors: dict[str, torch.Tensor]) -> list[str]:
     """Add the tensors of one layer; the dtypes of its keys and values."""
     if isinstance(layer, DynamicSlidingWindowLayer):
         for name, x in zip(SIDES, (layer.keys, layer.values), strict=True):
-            held = x[:, :, -_held(layer, layer.get_seq_length()) :]  # type: ignore[index]
+            assert x is not None
+            held = x[:, :, x.shape[2] - _held(layer, layer.get_seq_length()) :]
             tensors[f"{i}.{name}"] = held.clone(memory_format=torch.contiguous_format)
         return [str(tensors[f"{i}.{name}"].dtype)[6:] for name in SIDES]
     if isinstance(layer, InPlaceLayer):
@@ -153,6 +154,8 @@ def _fill(layer: Any, i: int, tensors: dict[str, torch.Tensor], dtypes: list[str
         codes, dim = tensors[f"{i}.{name}.codes"], int(tensors[f"{i}.{name}.dim"])
         states.append(torch.zeros(*codes.shape[:2], 1, dim, dtype=getattr(torch, dtype), device=codes.device))
     layer.lazy_initialization(*states)
+    newest = tensors.get(f"{i}.values.newest")
+    layer.kv.reserve(tensors[f"{i}.values.codes"].shape[2] + (0 if newest is None else newest.shape[2]))
     for side, name in zip(layer.sides, SIDES, strict=True):
         for part, growing in side.parts.items():
             stored = tensors[f"{i}.{name}.{part}"]
@@ -167,4 +170,8 @@ def _fill_window(layer: Any, i: int, tensors: dict[str, torch.Tensor], seen: int
     for name, x in zip(SIDES, (keys, values), strict=True):
         require(x.shape[2] == held, f"{i}.{name}", tuple(x.shape), f"the last {held} of {seen} tokens")
     layer.lazy_initialization(keys, values)
-    layer.keys, layer.values, layer.cumulative_length = keys, values, seen
+    if isinstance(layer, InPlaceLayer):
+        assert layer.kv is not None
+        layer.kv.refill(keys, values, seen)
+    else:
+        layer.keys, layer.values, layer.cumulative_length = keys, values, seen

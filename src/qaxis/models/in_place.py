@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..storage.buffer import joined
 from ..storage.in_place import KeyValues, Shared
 from ..validation import check_form, require
 
@@ -52,7 +54,8 @@ class InPlaceLayer(DynamicLayer):
     ) -> InPlaceLayer:
         """One with all that the empty ``layer`` has, but for its keys and values."""
         new = cls.__new__(cls)
-        vars(new).update({name: x for name, x in vars(layer).items() if name not in ("keys", "values")})
+        own = ("keys", "values", "cumulative_length")
+        vars(new).update({name: x for name, x in vars(layer).items() if name not in own})
         new.shared, new.index, new.room, new.told = shared, index, room, told
         return new
 
@@ -101,10 +104,13 @@ class InPlaceLayer(DynamicLayer):
         kv = self._checked(key_states, value_states)
         self._hold(kv)
         kv.append(key_states, value_states)
-        keys, values = kv.views()
+        return self._tell(*kv.views())
+
+    def _tell(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same tensors, which tell attention what holds them."""
         if self.told:
             for x in (keys, values):
-                setattr(x, KEPT, kv)
+                setattr(x, KEPT, self.kv)
         return keys, values
 
     def _checked(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:
@@ -143,17 +149,19 @@ class InPlaceLayer(DynamicLayer):
         if self.kv is not None:
             self.kv.crop(tokens_left(self.get_seq_length(), tokens_to_remove))
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def _select(self, indices: torch.Tensor) -> None:
         if self.kv is not None:
-            self.kv.select(beam_idx)
+            self.kv.select(indices)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.kv is not None:
-            self.kv.select(torch.arange(self.kv.batch).repeat_interleave(repeats))
+            self._select(torch.arange(self.kv.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.kv is not None:
-            self.kv.select(indices)
+        self._select(indices)
 
     def offload(self) -> None:
         if self.kv is not None:
@@ -162,3 +170,103 @@ class InPlaceLayer(DynamicLayer):
     def prefetch(self) -> None:
         if self.kv is not None:
             self.kv.move(self.device)
+
+
+class InPlaceWindowLayer(InPlaceLayer, DynamicSlidingWindowLayer):
+    """A layer that holds the newest tokens, as many as a sliding window needs, in a buffer of fixed size.
+
+    What transformers asks is answered as by its own layer. While the past is recorded (:meth:`activate_past_recording`,
+    for assisted decoding) all tokens since then are held beside it, so that they can be cropped.
+    """
+
+    past: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def cumulative_length(self) -> int:  # type: ignore[override]
+        """Tokens that the layer has seen."""
+        return self.get_seq_length()
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The keys that a next token looks back to, or all that are recorded; None before anything was written."""
+        return None if self.kv is None else self._before()[0]
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The values likewise."""
+        return None if self.kv is None else self._before()[1]
+
+    def _new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:
+        return KeyValues(self.shared, key_states, value_states, window=self.sliding_window)
+
+    def _before(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.kv is not None
+        return self.past or self.kv.newest(self.sliding_window - 1)
+
+    @torch.compiler.disable(reason="a compiler would specialise on every length")
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`InPlaceLayer.update`; what the new tokens may see, a view if it lies in one piece."""
+        kv = self._checked(key_states, value_states)
+        self._hold(kv)
+        if not self.record_past:
+            self.past = None
+        states, seen = (key_states, value_states), self.sliding_window - 1 + key_states.shape[2]
+        # Where a window starts to slide, what its first new tokens see is overwritten.
+        apart = self.record_past or kv.slides(key_states.shape[2])
+        if apart:
+            with torch.no_grad():
+                k, v = (joined([x, new], 2) for x, new in zip(self._before(), states, strict=True))
+        kv.append(key_states, value_states)
+        if self.record_past:
+            self.past = k, v
+        if apart:
+            return k[:, :, -seen:], v[:, :, -seen:]
+        return self._tell(*kv.newest(seen))
+
+    def reset(self) -> None:
+        super().reset()
+        self.past = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest ``-tokens_to_remove`` tokens; once the window slides only while the past is recorded.
+
+        Raises:
+            ValueError: for a positive number, or more tokens than are stored.
+            RuntimeError: if what comes before is not held any more.
+        """
+        if self.kv is None:
+            return
+        length = tokens_left(self.kv.length, tokens_to_remove)
+        window, sliding = self.sliding_window, self.kv.length >= self.sliding_window
+        if sliding and not self.record_past:
+            raise RuntimeError(
+                "crop: the window is full, and what came before it is dropped; call activate_past_recording() before"
+            )
+        if not sliding:
+            self.kv.crop(length)
+        elif tokens_to_remove:
+            k, v = (x[:, :, : x.shape[2] + tokens_to_remove].clone() for x in self.past or self.kv.views())
+            if k.shape[2] < min(length, window - 1):
+                raise RuntimeError(f"crop: only the newest {k.shape[2] - tokens_to_remove} tokens are held")
+            self.kv.refill(k, v, length)
+        if self.past is not None:
+            kept = (x[:, :, : x.shape[2] + tokens_to_remove] for x in self.past)
+            self.past = tuple(x[:, :, -(window - 1) :] if sliding else x for x in kept)  # type: ignore[assignment]
+
+    def _change(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.past is not None:
+            self.past = f(self.past[0]), f(self.past[1])
+
+    def _select(self, indices: torch.Tensor) -> None:
+        super()._select(indices)
+        self._change(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        super().offload()
+        self._change(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self._change(lambda x: x.to(self.device, non_blocking=True))

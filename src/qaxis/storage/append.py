@@ -197,14 +197,78 @@ def _finish_kernel(
     _raise_bounds(head, found, left_out, largest, longest, norm, residual, largest_scales, dim, CODES, DIM)
 
 
-def append(parts: Mapping[str, torch.Tensor], clock: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+@jit
+def _window_kernel(
+    clock, k_new, v_new, k, v, norms, norm, heads, dim, dim_v, room, window,
+    k_b, k_h, k_d, v_b, v_h, v_d,
+    ROWS: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr, DIM_V: tl.constexpr,
+):  # fmt: skip
+    """The new token of one head, at its place in a window; what is still needed moves to the front if that is full."""
+    head = tl.program_id(0).to(tl.int64)
+    b, h, groups = head // heads, head % heads, room // _GROUP
+    k_new, v_new = k_new + b * k_b + h * k_h, v_new + b * v_b + h * v_h
+    k, v, norms = k + head * room * dim, v + head * room * dim_v, norms + head * groups
+    d, dv = tl.arange(0, DIM).to(tl.int64), tl.arange(0, DIM_V).to(tl.int64)
+    end = tl.load(clock)
+    token, step = end - 1, room - window + 1
+    # As window.first_held, of now and of one token before.
+    first = tl.where(end <= room, 0, step + (tl.maximum(token - room, 0) // step) * step)
+    before = tl.where(token <= room, 0, step + (tl.maximum(token - 1 - room, 0) // step) * step)
+    moved = first - before
+    found = 0.0
+    if moved > 0:
+        for g in range(0, (end - first + _GROUP - 1) // _GROUP):
+            longest = 0.0
+            for r in range(0, _GROUP, ROWS):
+                place = g * _GROUP + r + tl.arange(0, ROWS)
+                inside = place < end - first
+                x = _copied(k_new, k, place + first, token, place, moved, inside, d, dim, 0, k_d, True)
+                _copied(v_new, v, place + first, token, place, moved, inside, dv, dim_v, 0, v_d, True)
+                longest = tl.maximum(longest, tl.max(norms_of(x, ROWS, DIM, LOG_DIM), 0))
+            tl.store(norms + g, longest)
+            found = tl.maximum(found, longest)
+    else:
+        place = token - first + tl.arange(0, 1)
+        inside = place >= 0
+        x = _copied(k_new, k, place + first, token, place, 0, inside, d, dim, 0, k_d, False)
+        _copied(v_new, v, place + first, token, place, 0, inside, dv, dim_v, 0, v_d, False)
+        g = (token - first) // _GROUP
+        earlier = tl.load(norms + g, mask=(token - first) % _GROUP > 0, other=0.0)
+        longest = tl.maximum(earlier, tl.max(norms_of(x, 1, DIM, LOG_DIM), 0))
+        tl.store(norms + g, longest)
+        found = tl.maximum(longest, tl.load(norm + head))
+    tl.store(norm + head, found)
+
+
+def _append_to_window(
+    parts: Mapping[str, torch.Tensor], clock: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+) -> None:
+    batch, heads, _, dim = k.shape
+    dim_v, padded = v.shape[3], next_power_of_two(dim)
+    # Small tiles: most launches write one token.
+    rows = min(GROUP, max(1, TILE_ELEMENTS // padded))
+    with torch.cuda.device_of(k):
+        _window_kernel[(batch * heads,)](
+            clock, k, v, parts["k"], parts["v"], parts["norms"], parts["norm"], heads, dim, dim_v, parts["k"].shape[2],
+            window, *(x.stride(i) for x in (k, v) for i in (0, 1, 3)), ROWS=rows, DIM=padded, LOG_DIM=log2(padded),
+            DIM_V=next_power_of_two(max(1, dim_v)), enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def append(
+    parts: Mapping[str, torch.Tensor], clock: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int = 0
+) -> None:
     """Append ``k [B, Hkv, m, D]`` and ``v [B, Hkv, m, Dv]``, any strides, so that tokens end where the clock says.
 
     Args:
         parts: keys and values in place and the index beside them (:class:`qaxis.storage.in_place.KeyValues`).
         clock: int32 ``[1]``.
+        window: newest tokens that are kept, of a layer that takes one at a time; 0 for all.
     """
     check_device("k", k)
+    if window:
+        _append_to_window(parts, clock, k, v, window)
+        return
     batch, heads, m, dim = k.shape
     dim_v, room, coded = v.shape[3], parts["k"].shape[2], "codes" in parts
     padded = next_power_of_two(dim)

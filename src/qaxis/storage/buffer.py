@@ -27,21 +27,29 @@ class Growing:
         end = self.length + part.shape[2]
         room = self.buffer.shape[2]
         if end > room:
-            larger = end if self.length == 0 else max(end, room + max(LEAST, room // SHARE))
-            buffer = _zeros((*self.buffer.shape[:2], larger, *self.buffer.shape[3:]), part)
-            buffer[:, :, : self.length] = self.view()
-            self.buffer = buffer
+            self.grow(end if self.length == 0 else max(end, room + max(LEAST, room // SHARE)))
         self.buffer[:, :, self.length : end] = part.detach()
         self.length = end
+
+    def grow(self, room: int) -> None:
+        """Move what is stored into a buffer of so many entries."""
+        buffer = _zeros((*self.buffer.shape[:2], room, *self.buffer.shape[3:]), self.buffer)
+        buffer[:, :, : self.length] = self.view()
+        self.buffer = buffer
 
     def view(self) -> torch.Tensor:
         """What is stored, ``[B, H, length, ...]``."""
         return self.buffer[:, :, : self.length]
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` entries; the room behind them is given back."""
+        """Keep the first ``length`` entries, and the room behind them."""
         self.length = min(length, self.length)
-        self.change(lambda buffer: buffer[:, :, : self.length].clone())
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Batch rows that ``indices`` name; the buffer stays where it is if there are as many as before."""
+        with torch.inference_mode(False), torch.no_grad():
+            chosen = self.buffer[indices.to(self.buffer.device)]
+            self.buffer = self.buffer.copy_(chosen) if chosen.shape == self.buffer.shape else chosen
 
     def change(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the buffer, room included, by ``f`` of it."""

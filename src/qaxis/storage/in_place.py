@@ -71,15 +71,14 @@ class Shared:
 
     def mark(self) -> Any:
         """How far the host counted, for :meth:`rewind`."""
-        return [clock.at for clock in self.clocks.values()], [layer.length for layer in self.layers]
+        return [clock.at for clock in self.clocks.values()], [(layer.length, layer.indexed) for layer in self.layers]
 
     def rewind(self, mark: Any) -> None:
         """Count on the host as at ``mark``, where the device did nothing since, or does it again."""
         for clock, at in zip(self.clocks.values(), mark[0], strict=True):
             clock.at = at
-        for layer, length in zip(self.layers, mark[1], strict=True):
-            layer.length = length
-            layer.indexed = layer.held
+        for layer, (length, indexed) in zip(self.layers, mark[1], strict=True):
+            layer.length, layer.indexed = length, indexed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "workspace": {}}
@@ -165,6 +164,12 @@ class KeyValues:
         same = k.shape[2] == v.shape[2]
         require(same, f"{names[1]}.shape", tuple(v.shape), f"as many tokens as {names[0]} {tuple(k.shape)}")
 
+    def slides(self, m: int) -> bool:
+        """Whether appending ``m`` tokens overwrites one that the first of them sees."""
+        if not self.window:
+            return False
+        return first_held(self.length + m, self.window, self.room) > max(0, self.length - self.window + 1)
+
     def takes(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether states of this kind can be appended."""
         alike = (k.dtype, v.dtype) == self.dtypes and (k.shape[3], v.shape[3]) == self.dims and k.device == self.device
@@ -195,15 +200,59 @@ class KeyValues:
         start, end = self.length, self.length + k.shape[2]
         self.reserve(k.shape[2])
         self.clock.move_to(end)
-        if k.is_cuda and not self.window:
+        if k.is_cuda and (not self.window or k.shape[2] == 1):
             from .append import append
 
-            append(self.parts, self.clock.tensor, k, v)
-            self.indexed = end
+            append(self.parts, self.clock.tensor, k, v, self.window)
+            self.length = end
+            self.indexed = self.held
         else:
-            # Their bounds are stated when somebody asks.
-            self.parts["k"][:, :, start:end], self.parts["v"][:, :, start:end] = k, v
-        self.length = end
+            self._put(k, v, start, end)
+            self.length = end
+            if k.is_cuda:
+                self._follow()
+
+    def _put(self, k: torch.Tensor, v: torch.Tensor, start: int, end: int) -> None:
+        """Put tokens at their places, once what a window still needs has moved to the front."""
+        first, before = 0, 0
+        if self.window:
+            first, before = (first_held(n, self.window, self.room) for n in (end, start))
+        for name, x in (("k", k), ("v", v)):
+            buffer = self.parts[name]
+            if first > before:
+                kept = buffer[:, :, first - before : start - before].clone()
+                buffer[:, :, : kept.shape[2]] = kept
+            fresh = x[:, :, max(0, first - start) :]
+            buffer[:, :, end - first - fresh.shape[2] : end - first] = fresh
+        if first > before:
+            self.indexed = 0
+            bounds.restate(self.parts, 0)
+
+    def _follow(self) -> None:
+        """Let the index follow the keys."""
+        if self.indexed < self.held:
+            with torch.no_grad():
+                bounds.raise_bounds(self.parts, self.indexed, self.held)
+            self.indexed = self.held
+
+    def newest(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the newest ``n`` tokens, of those that are held."""
+        held = self.held
+        k, v = (self.parts[name][:, :, held - min(n, held) : held] for name in ("k", "v"))
+        return k, v
+
+    @torch.no_grad()
+    def refill(self, k: torch.Tensor, v: torch.Tensor, length: int) -> None:
+        """Hold the tokens up to ``length``, of which ``k`` and ``v`` are the newest; what a window drops may lack."""
+        first = first_held(length, self.window, self.room) if self.window else 0
+        have = min(k.shape[2], length - first)
+        for name, x in (("k", k), ("v", v)):
+            self.parts[name].zero_()
+            self.parts[name][:, :, length - first - have : length - first] = x[:, :, x.shape[2] - have :]
+        self.length, self.indexed = length, 0
+        bounds.restate(self.parts, 0)
+        if k.is_cuda:
+            self._follow()
 
     def advance(self, m: int) -> None:
         """Count ``m`` tokens that a replayed graph appended."""
@@ -216,14 +265,10 @@ class KeyValues:
         return self.parts["k"][:, :, :n], self.parts["v"][:, :, :n]
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, KeyIndex]:
-        """Views as :meth:`views` has them, and the index of these keys."""
-        parts, n = self.parts, self.held
-        if self.indexed < n:
-            with torch.no_grad():
-                bounds.raise_bounds(parts, self.indexed, n)
-            self.indexed = n
-        k, v = self.views()
-        codes = None
+        """Views as :meth:`views` has them, and the index of these keys; of all room while a graph is captured."""
+        self._follow()
+        parts, n = self.parts, self.room if is_captured(self.parts["k"]) else self.held
+        k, v, codes = parts["k"][:, :, :n], parts["v"][:, :, :n], None
         if "codes" in parts:
             whole = n // bounds.GROUP
             coded, scales = parts["codes"][:, :, : whole * bounds.GROUP], parts["scales"][:, :, :whole]
@@ -265,6 +310,11 @@ class KeyValues:
     def nbytes(self) -> int:
         """Bytes of the buffers, room for growth included."""
         return sum(x.untyped_storage().nbytes() for x in self.parts.values())
+
+
+def is_captured(x: torch.Tensor) -> bool:
+    """Whether what is done with ``x`` goes into a graph now: then views are of all room, as a graph's tokens grow."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

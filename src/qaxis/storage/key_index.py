@@ -98,3 +98,10 @@ def largest_scales(stored: Stored) -> torch.Tensor:
             *stored.scales.shape[:2], stored.dim, dtype=torch.float32, device=stored.scales.device
         )  # fmt: skip
     return power_of_two(stored.scales.int()).amax(2)
+
+
+def whole_groups(stored: Stored, part: slice) -> torch.Tensor:
+    """Codes of the tokens ``part``, whole groups, as float32 numbers; exact, as scales are powers of two."""
+    group_size = stored.grid.group_size
+    scales = power_of_two(stored.scales[:, :, part.start // group_size : part.stop // group_size].int())
+    return (stored.codes[:, :, part].unflatten(2, (-1, group_size)) * scales[:, :, :, None]).flatten(2, 3)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ..validation import DTYPES, check_finite, check_memory, is_integer, require
-from .buffer import Growing, joined
+from .buffer import SHARE, Growing, joined
 from .grid import Grid, dequantize, pack, quantize, unpack
+
+#: tokens that codes grow by, at least
+LEAST_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Side:
         codes, scales, zeros = self._quantized(torch.zeros_like(like[:, :, :1]).expand(-1, -1, self.grid.tokens, -1))
         groups = room // self.grid.tokens
         self.parts = {"codes": Growing(codes, groups * self.grid.tokens), "scales": Growing(scales, groups)}
-        self.parts["first"] = Growing(like)
+        self.parts["first"] = Growing(like, sinks)
         if zeros is not None:
             self.parts["zeros"] = Growing(zeros, groups)
         if grid.per == "channel":
@@ -165,6 +168,31 @@ class Side:
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return quantized(x, self.grid, self.dtype)
+
+    def reserve(self, n: int) -> None:
+        """Make room for ``n`` tokens in all: an exact fit, in whole groups, the first time; then by blocks."""
+        groups, room = n // self.grid.tokens, self.parts["codes"].buffer.shape[2] // self.grid.tokens
+        if groups > room:
+            least = max(1, LEAST_TOKENS // self.grid.tokens)
+            groups = groups if self.length == 0 else max(groups, room + max(least, room // SHARE))
+            self.parts["codes"].grow(groups * self.grid.tokens)
+            for name in ("scales", "zeros"):
+                if name in self.parts:
+                    self.parts[name].grow(groups)
+        if n % self.grid.tokens:
+            self.open_group()
+
+    def open_group(self) -> None:
+        """Make room for a group that is not complete; not before there is one."""
+        if self.parts["newest"].buffer.shape[2] == 0:
+            self.parts["newest"].grow(self.grid.tokens)
+
+    def count(self, n: int) -> None:
+        """Count ``n`` tokens, which are stored, whoever stored them."""
+        whole = n // self.grid.tokens
+        lengths = {"codes": whole * self.grid.tokens, "first": min(n, self.sinks), "newest": n % self.grid.tokens}
+        for name, growing in self.parts.items():
+            growing.length = lengths.get(name, whole)
 
     def prepare(self, x: torch.Tensor) -> Callable[[], None]:
         """Quantise what ``x [B, Hkv, n, D]`` completes; the returned function stores it.
@@ -187,6 +215,7 @@ class Side:
         made = self._quantized(whole) if whole.shape[2] else None
 
         def commit() -> None:
+            self.reserve(self.length + x.shape[2])
             if missing > 0:
                 self.parts["first"].append(x[:, :, :missing])
             if made is not None:
@@ -196,9 +225,8 @@ class Side:
             if newest is not None and made is None:
                 self.parts["newest"].append(x)
             elif newest is not None:
-                fresh = Growing(newest)
-                fresh.append(newest)
-                self.parts["newest"] = fresh
+                self.parts["newest"].length = 0
+                self.parts["newest"].append(newest)
 
         return commit
 
@@ -214,16 +242,30 @@ class Side:
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens. Those of a group that is cut open wait again, with the values they had."""
         groups = min(length, self.parts["codes"].length) // self.grid.tokens
-        if "newest" in self.parts:
-            opened = self.dequantized()[:, :, groups * self.grid.tokens : length]
-            self.parts["newest"] = Growing(opened)
+        if "newest" in self.parts and length < self.parts["codes"].length:
+            opened = self._group(groups)[:, :, : length % self.grid.tokens]
+            self.parts["newest"].length = 0
             if opened.shape[2]:
+                self.open_group()
                 self.parts["newest"].append(opened)
+        elif "newest" in self.parts:
+            self.parts["newest"].crop(length - self.parts["codes"].length)
         self.parts["codes"].crop(groups * self.grid.tokens)
         self.parts["first"].crop(length)
         for name in ("scales", "zeros"):
             if name in self.parts:
                 self.parts[name].crop(groups)
+
+    def _group(self, g: int) -> torch.Tensor:
+        """The numbers of a complete group, ``[B, Hkv, group_size, D]``."""
+        parts = {name: growing.view() for name, growing in self.parts.items()}
+        parts["codes"] = parts["codes"][:, :, g * self.grid.tokens : (g + 1) * self.grid.tokens]
+        for name in ("scales", "zeros"):
+            if name in parts:
+                parts[name] = parts[name][:, :, g : g + 1]
+        parts["newest"] = parts["newest"][:, :, :0]
+        parts["first"] = parts["first"][:, :, : self.sinks if g == 0 else 0]
+        return Stored(self.grid, self.dtype, self.dim, self.width, **parts).dequantized()
 
     def nbytes(self) -> int:
         """Bytes of the storage, room for growth included."""
