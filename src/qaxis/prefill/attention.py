@@ -241,8 +241,9 @@ def score(part: Part, stretch: Frame, chunk: Frame) -> None:
     )  # fmt: skip
     tiles, tree = triton.cdiv(chunk.rows, t.long_rows), next_power_of_two(plan.dim)
     prefill_long_kernel[(tiles * part.heads,)](
-        part.q, k, part.ranges.norm, *part.ranges[2:], part.tables.k_eff, b.fast, b.long_top, *part.common(chunk), *part.seen(chunk),
-        *_of_bits(part, stretch, chunk), chunk.padded, plan.dim, part.ranges.longest.shape[-1], tiles, *part.strides,
+        part.q, k, part.ranges.norm, *part.ranges[2:], part.tables.k_eff, b.fast, b.long_top,
+        *part.common(chunk), *part.seen(chunk), *_of_bits(part, stretch, chunk), chunk.padded, plan.dim,
+        part.ranges.longest.shape[-1], tiles, *part.strides,
         **flags, ROWS=t.long_rows, TREE=tree, LOG_TREE=log2(tree), enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 

@@ -46,7 +46,8 @@ def _in_base_two(score, factor, cap, CAP: tl.constexpr):
 def prefill_attend_kernel(
     q_ptr, k_ptr, v_ptr, norm_ptr, largest_ptr, bits_ptr, top_ptr, long_top_ptr, sink_ptr, out_ptr,
     heads, group, start, chunk, m, first, n, pads_ptr, origin, window, words, dim, dim_v, tiles, scale, factor, cap,
-    off, of_product, stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    off, of_product,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, SKIP: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDE: tl.constexpr,
@@ -87,7 +88,7 @@ def prefill_attend_kernel(
     behind = _in_base_two(top, factor, cap, CAP)
     weight = tl.zeros((QUERIES,), tl.float32)
     if SINK:
-        sink = tl.load(sink_ptr + h).to(tl.float32) * _LOG2_E
+        sink = widen(tl.load(sink_ptr + h)) * _LOG2_E
         behind = tl.maximum(behind, sink)
         weight = tl.exp2(sink - behind)
     total = tl.zeros((QUERIES, DIM_V), tl.float32)
