@@ -402,7 +402,7 @@ def test_what_select_cu_cannot_read_is_left_to_triton():
     def selector(heads=2, visible=40, how=lambda x: x, **tuning):
         q, k = bell(1, 1, 1, 32).expand(1, heads, 1, 32), bell(1, 1, 40, 32)
         plan = make_plan(tuple(q.shape), 1, 40, tuning=PrefillTuning(**tuning))
-        ranges = Ranges(torch.ones(1, 1), torch.zeros(1, 1, 0), torch.zeros(1, 1))
+        ranges = Ranges(*torch.ones(2, 1, 1), torch.zeros(1, 1, 0), torch.zeros(1, 1))
         tensors = (how(q), how(k), how(k))
         return row_selector(Part(plan, None, None, *tensors, ranges, None, Logits(1.0), None, None, None), visible)
 

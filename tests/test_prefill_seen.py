@@ -127,10 +127,10 @@ def test_stretches_and_chunks_select_the_same(backend):
 
 
 @needs_compiler
-@pytest.mark.parametrize("pads", [[0, 250], [255, 1300], [511, 4000]])
+@pytest.mark.parametrize("pads", [[250, 2590], [255, 1300]])
 @pytest.mark.parametrize("always", [NONE, Always(3, 40)])
 def test_select_cu_begins_anywhere_in_a_block(pads, always):
-    q, k, v = qkv(m=2, n=4100)
+    q, k, v = qkv(h=1, m=1, n=2600)
     check(q, k, v, qaxis.Budget(0.1, 64), "cuda", pads=pads, always=always)
 
 
