@@ -330,10 +330,10 @@ def test_memory_is_bounded_and_every_head_is_handled_once(shape, kv_heads, n, wi
     sizes = {name: x.numel() * x.element_size() for name, x in vars(buffers).items()}
     lines = sizes.pop("line")
     least = (bytes_of_scores(plan.padded) + bytes_of_bits(plan.words, plan.tuning)) * plan.group
-    assert sum(sizes.values()) <= max(memory, least) and lines <= max(memory // 4, 8 * plan.padded)
+    assert sum(sizes.values()) <= max(memory, least) and lines <= max(memory // 8, 8 * plan.padded)
     # Nor is less in flight than fits.
     rows = plan.heads_at_once * plan.stretch
-    assert rows == math.prod(shape[:3]) or sum(sizes.values()) > min(memory, least) / 4 or plan.stretch == 2048
+    assert rows == math.prod(shape[:3]) or sum(sizes.values()) > min(memory, least) / 4 or plan.stretch >= 2048
     batch, heads, _, _ = shape
     covered = torch.zeros(batch, heads, dtype=torch.int8)
     for b, h, kv in plan.parts(batch):
@@ -373,7 +373,7 @@ def test_long_prompts_take_little_memory(batch, n):
     tuning = tuning_for(batch, 32, n, n)
     plan = make_plan((batch, 32, n, 128), 8, n, tuning=tuning)
     taken = sum(x.numel() * x.element_size() for x in vars(Buffers(plan, torch.device("meta"))).values())
-    assert taken <= (512 << 20 if n > 32768 else 5 << 28)
+    assert taken <= (512 << 20 if n > 32768 else 9 << 27)
     # Enough programs of attention, and rows of a selection, for a GPU.
     assert plan.heads_at_once * plan.stretch >= 256 * tuning.attend_queries and plan.heads_at_once * plan.chunk >= 512
 
@@ -402,7 +402,7 @@ def test_what_select_cu_cannot_read_is_left_to_triton():
     def selector(heads=2, visible=40, how=lambda x: x, **tuning):
         q, k = bell(1, 1, 1, 32).expand(1, heads, 1, 32), bell(1, 1, 40, 32)
         plan = make_plan(tuple(q.shape), 1, 40, tuning=PrefillTuning(**tuning))
-        ranges = Ranges(torch.ones(1, 1), torch.zeros(1, 1, 0), torch.zeros(1, 1))
+        ranges = Ranges(*torch.ones(2, 1, 1), torch.zeros(1, 1, 0), torch.zeros(1, 1))
         tensors = (how(q), how(k), how(k))
         return row_selector(Part(plan, None, None, *tensors, ranges, None, Logits(1.0), None, None, None), visible)
 

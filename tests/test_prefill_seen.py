@@ -14,6 +14,7 @@ from qaxis.attention.logits import Logits
 from qaxis.budget import as_budget
 from qaxis.cuda import emulator
 from qaxis.prefill import PrefillTuning, prefill_attention, selected_positions
+from qaxis.prefill import cuda as selection_on_cuda
 
 needs_compiler = pytest.mark.skipif(not emulator.available(), reason="g++ is needed to emulate CUDA")
 both_backends = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_compiler)])
@@ -110,6 +111,14 @@ def test_windows_of_later_stretches_have_an_origin_of_their_own(window, pads, ba
 
 
 @both_backends
+def test_tiles_that_nobody_attends_to_may_be_left_out(backend):
+    q, k, v = qkv(b=1, h=1, m=3, n=600)
+    q[..., 0], k[:, :, 64:500, 0] = 9, -9
+    tuning = PrefillTuning(attend_skip=2, attend_keys=32, wide_programs=1)
+    check(q, k, v, 20, backend, tuning=tuning, logits=Logits(0.2, sink=SINKS[:1]))
+
+
+@both_backends
 def test_stretches_and_chunks_select_the_same(backend):
     q, k, v = qkv(b=1, h=2, m=7, n=1300)
     tuning = PrefillTuning(memory=60000, wide_programs=1)
@@ -118,8 +127,106 @@ def test_stretches_and_chunks_select_the_same(backend):
 
 
 @needs_compiler
-@pytest.mark.parametrize("pads", [[0, 250], [255, 1300], [511, 4000]])
+@pytest.mark.parametrize("pads", [[250, 2590], [255, 1300]])
 @pytest.mark.parametrize("always", [NONE, Always(3, 40)])
 def test_select_cu_begins_anywhere_in_a_block(pads, always):
-    q, k, v = qkv(m=2, n=4100)
+    q, k, v = qkv(h=1, m=1, n=2600)
     check(q, k, v, qaxis.Budget(0.1, 64), "cuda", pads=pads, always=always)
+
+
+# ---- how select.cu shares a row -------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("in_global", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "all tie", "window", "crowded"])
+def test_a_team_of_warps_selects_the_same(kind, in_global, monkeypatch):
+    if in_global:
+        monkeypatch.setattr(selection_on_cuda, "SHARED_LIMIT", 1000)
+    q, k, v = qkv(b=1, h=1, m=1, n=3400, dtype=torch.bfloat16)
+    what = {"window": 3000, "pads": [700], "always": Always(2, 9)} if kind == "window" else {}
+    if kind == "all tie":
+        q = q * 0
+    elif kind == "crowded":
+        # Some 100 keys within an error of the cut.
+        k = k[:, :, :34].repeat(1, 1, 100, 1)
+    tuning = PrefillTuning(wide_programs=1, select_warps=100)
+    spans = 4
+    assert selection_on_cuda.shape_of(spans, 128, 100).in_global == in_global
+    assert selection_on_cuda.shape_of(spans, 128, 100).team > 1
+    check(q, k, v, qaxis.Budget(0.1, 16), "cuda", tuning=tuning, **what)
+
+
+def test_rows_share_a_multiprocessor():
+    for spans, wanted in itertools.product((1, 4, 8, 9, 16, 32, 64, 100, 104, 128, 1024), (1, 8, 12, 16, 24)):
+        for capacity in (128, 512):
+            shape = selection_on_cuda.shape_of(spans, capacity, wanted)
+            assert shape.team in (1, shape.warps) and shape.warps <= 16
+            assert shape.shared <= selection_on_cuda.SHARED_LIMIT
+            programs = selection_on_cuda.SHARED // (shape.shared + selection_on_cuda.SHARED_OF_PROGRAM)
+            assert programs * shape.warps >= wanted or shape.warps == 16
+    assert selection_on_cuda.shape_of(8, 128, 12) == (4, 1, selection_on_cuda.shape_of(8, 128, 12).shared, False)
+    assert selection_on_cuda.shape_of(128, 512, 12).in_global
+
+
+# ---- keys of any length ---------------------------------------------------------------------------------------------
+
+
+def lengthened(kind, q, k):
+    """Keys of which some are long; q and k of one head."""
+    n = k.shape[2]
+    if kind == "one, 30 times":
+        k[:, :, n // 3] *= 30
+    elif kind == "one, a million times":
+        k[:, :, n // 3] *= 1e6
+    elif kind == "against a query":
+        k[:, :, n // 3] = -1000 * q[:, :, 0]
+    elif kind == "along a query":
+        k[:, :, n // 3] = 1000 * q[:, :, 0]
+    elif kind == "one in 64":
+        k[:, :, ::64] *= 30
+    elif kind == "one in 5":
+        k[:, :, ::5] *= 30
+    elif kind == "graded":
+        k *= torch.exp(1.5 * bell(n, seed=7))[:, None]
+    elif kind == "long ones tie":
+        k[:, :, ::32] = k[:, :, :1] * 100
+    elif kind == "the cut among the long":
+        k[:, :, ::20] *= 100 * torch.linspace(1, 1.001, len(k[0, 0, ::20]))[:, None].to(DEVICE)
+    elif kind == "all others are zero":
+        k[:, :, 1:] = 0
+    elif kind == "too long for squares":
+        k[:, :, n // 3] *= 1e18 / k[:, :, n // 3].abs().max()
+    return k
+
+
+LENGTHS = [
+    "one, 30 times", "one, a million times", "against a query", "along a query", "one in 64", "one in 5", "graded",
+    "long ones tie", "the cut among the long", "all others are zero", "too long for squares",
+]  # fmt: skip
+
+
+@both_backends
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_keys_of_any_length_are_in_canonical_order(kind, backend):
+    q, k, v = qkv(b=1, h=1, m=2, n=400)
+    tuning = PrefillTuning(wide_programs=1, long_rows=2)
+    check(q, lengthened(kind, q, k), v, qaxis.Budget(0.05, 8), backend, tuning=tuning)
+
+
+@both_backends
+def test_one_long_key_leaves_the_bands_as_they_are(backend):
+    q, k, v = qkv(b=1, h=1, m=2, n=400)
+    tuning = PrefillTuning(wide_programs=1, long_rows=2)
+    plain = check(q, k, v, 40, backend, tuning=tuning)
+    k[:, :, 100] *= 1000
+    long = check(q, k, v, 40, backend, tuning=tuning)
+    assert int(long.band.max()) <= 2 * int(plain.band.max()) + 8
+
+
+@both_backends
+def test_long_keys_in_windows_and_behind_padding(backend):
+    q, k, v = qkv(m=3, n=1300)
+    k[:, :, [5, 1250, 1298]] *= 100
+    tuning = PrefillTuning(wide_programs=1, long_rows=2)
+    check(q, k, v, qaxis.Budget(0.1, 8), backend, window=60, pads=[0, 1251], always=Always(1, 2), tuning=tuning)

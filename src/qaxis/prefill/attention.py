@@ -100,8 +100,8 @@ def prefill_attention(
         selection: whether to return the bits, N/8 bytes a query.
         backend: what selects: ``"triton"`` kernels, or ``"cuda"``, select.cu where it runs (emulated on a CPU);
             ``"auto"`` is ``"cuda"`` on a GPU. Same selection.
-        tuning: how the work is cut. Beside its result the call takes ``tuning.memory`` bytes (4 GiB) and a quarter at
-            most, or what one query of a KV head's group needs; and a copy of k or v whose last stride is not 1.
+        tuning: how the work is cut. Beside its result the call takes ``tuning.memory`` bytes (4 GiB) and an eighth
+            at most, or what one query of a KV head's group needs; and a copy of k or v whose last stride is not 1.
 
     Only the form is checked: that q, k and v are finite, and that sums of products stay inside float32, is left to the
     caller, as looking waits for the device; the numbers of a tensor of pads are cut off at 0 and N. k and v may be
@@ -211,9 +211,11 @@ def ranges_of(plan: Plan, k: torch.Tensor) -> Ranges:
     )
     longest = norms.topk(plan.long + 1, dim=-1)
     long = (longest.values[..., :-1] > _LONG * norms.mean(-1, keepdim=True)).sum(-1, keepdim=True)
-    norm = longest.values.gather(-1, long)[..., 0] * fast_scores.UPWARD
+    bounds = longest.values * fast_scores.UPWARD
+    norm = bounds.gather(-1, long)[..., 0]
     # Squares below float32's smallest are lost: no matter beside a longer key.
-    return Ranges(torch.where(norm > 1e-15, norm, 0.0), longest.indices, long[..., 0].int())
+    norm = torch.where(norm > 1e-15, norm, 0.0)
+    return Ranges(norm, bounds[..., 0].contiguous(), longest.indices, long[..., 0].int())
 
 
 def _tile_dim(dim: int) -> int:
@@ -239,8 +241,9 @@ def score(part: Part, stretch: Frame, chunk: Frame) -> None:
     )  # fmt: skip
     tiles, tree = triton.cdiv(chunk.rows, t.long_rows), next_power_of_two(plan.dim)
     prefill_long_kernel[(tiles * part.heads,)](
-        part.q, k, *part.ranges, part.tables.k_eff, b.fast, b.long_top, *part.common(chunk), *part.seen(chunk),
-        *_of_bits(part, stretch, chunk), chunk.padded, plan.dim, part.ranges.longest.shape[-1], tiles, *part.strides,
+        part.q, k, part.ranges.norm, *part.ranges[2:], part.tables.k_eff, b.fast, b.long_top,
+        *part.common(chunk), *part.seen(chunk), *_of_bits(part, stretch, chunk), chunk.padded, plan.dim,
+        part.ranges.longest.shape[-1], tiles, *part.strides,
         **flags, ROWS=t.long_rows, TREE=tree, LOG_TREE=log2(tree), enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 
@@ -271,7 +274,7 @@ def _select(part: Part, stretch: Frame, chunk: Frame) -> None:
     prefill_band_kernel[programs](
         part.q, part.keys(chunk), b.positions, b.listed, b.band, b.missing, b.bits, *part.common(chunk), *of_bits[2:],
         stretch.words, plan.dim, *part.strides,
-        CAPACITY=t.capacity, BLOCK=t.band, TREE=tree, LOG_TREE=log2(tree), enable_fp_fusion=False, num_warps=1,
+        CAPACITY=t.capacity, BLOCK=t.band, TREE=tree, LOG_TREE=log2(tree), enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 
 
@@ -294,10 +297,10 @@ def attend(part: Part, stretch: Frame) -> None:
     tiles, cap = triton.cdiv(stretch.rows, t.attend_queries), logits.soft_cap
     factor = logits.scale * LOG2_E if cap is None else logits.scale / cap
     prefill_attend_kernel[(tiles * part.heads,)](
-        part.q, part.keys(stretch), part.v[:, :, stretch.origin :], part.ranges.norm, b.bits, b.top, b.long_top,
+        part.q, part.keys(stretch), part.v[:, :, stretch.origin :], *part.ranges[:2], b.bits, b.top, b.long_top,
         part.ranges.norm if logits.sink is None else logits.sink, part.out, *part.common(stretch), plan.m,
         *part.seen(stretch), stretch.words, plan.dim, dim_v, tiles, logits.scale * LOG2_E, factor,
-        0.0 if cap is None else cap * LOG2_E, plan.off, *part.strides, *part.v.stride()[:3],
+        0.0 if cap is None else cap * LOG2_E, plan.off, plan.of_product, *part.strides, *part.v.stride()[:3],
         CAUSAL=plan.causal, PADDED=part.pads is not None, CAP=cap is not None, SINK=logits.sink is not None,
         SKIP=t.attend_skip > 1, QUERIES=t.attend_queries, KEYS=t.attend_keys, STAGES=t.attend_stages,
         DIM=_tile_dim(plan.dim), DIM_V=_tile_dim(dim_v), WIDE=INTERPRETED, num_warps=t.attend_warps,

@@ -49,12 +49,14 @@ def shape_of(spans: int, capacity: int, wanted: int) -> Shape:
     rows = SHARED // (4 * each + SHARED_OF_PROGRAM) * 4
     if rows >= wanted:
         return Shape(4, 1, 4 * each, False)
-    if each + 16 * 16 > SHARED_LIMIT:
-        return Shape(8, 8, spans * 128 + beside + 8 * 16, True)
-    rows, team = SHARED // (each + SHARED_OF_PROGRAM), 2
+    in_global = each + 16 * 16 > SHARED_LIMIT
+    if in_global:
+        each = spans * 128 + beside
+    # Reading scores anew, a row waits for memory: eight warps at least.
+    rows, team = SHARED // (each + 16 * 16 + SHARED_OF_PROGRAM), 8 if in_global else 2
     while team < 16 and team * rows < wanted:
         team *= 2
-    return Shape(team, team, spans * 2176 + capacity * 8 + 16 + team * 16, False)
+    return Shape(team, team, each + team * 16, in_global)
 
 
 def row_selector(part: Part, visible: int) -> Selector | None:

@@ -186,6 +186,11 @@ class Plan:
         return fast_scores.UNITS / 2 * fast_scores.rounding(self.dim) * 1.02 + 0.53
 
     @property
+    def of_product(self) -> float:
+        """Bound on the distance of a product from the canonical score, of ``|q||k|``."""
+        return fast_scores.rounding(self.dim) * 1.02
+
+    @property
     def error(self) -> int:
         """Units between two keys that suffice to tell their canonical order."""
         return math.ceil(2 * self.off)
@@ -239,17 +244,17 @@ def make_plan(
     most = max(1, min(t.memory // (scores + bits), 1 << 30))
     kv_heads_at_once = batch * kv_heads
     if stretch * kv_heads_at_once * group > most:
-        most = max(1, min(t.memory // (2 * scores), 1 << 30))
+        most = max(1, min(t.memory // (2 * scores), most))
         chunk = min(chunk, max(t.queries, most // (batch * heads) // t.queries * t.queries), max(1, most // group))
         kv_heads_at_once = min(kv_heads_at_once, max(1, most // (chunk * group)))
         left = t.memory // (kv_heads_at_once * group) - chunk * scores
-        stretch = max(1, min(stretch, left // bits))
-        chunk = min(chunk, stretch)
-        stretch = stretch // chunk * chunk
+        # Fewer heads leave room for more of their queries.
+        longest = min(m, t.chunk if window < n else 2 * t.chunk)
+        stretch = max(chunk, min(longest, left // bits) // chunk * chunk)
     kv_heads_at_once = min(kv_heads_at_once, max(1, MOST_HEADS // group))
-    # A quarter of the memory for lines; and no program without rows.
+    # An eighth of the memory for lines; and no program without rows.
     rows = kv_heads_at_once * group * stretch
-    lines = max(1, min(t.wide_programs, t.memory // 4 // (8 * padded), -(-rows // WIDE_ROWS)))
+    lines = max(1, min(t.wide_programs, t.memory // 8 // (8 * padded), -(-rows // WIDE_ROWS)))
     long = min(n - 1, max(16, n // t.keys_a_long))
     return Plan(
         heads, kv_heads, m, n, dim, causal, window, always, stretch, chunk, kv_heads_at_once, padded, words, long,
@@ -260,9 +265,9 @@ def make_plan(
 def tuning_for(batch: int, heads: int, m: int, n: int) -> PrefillTuning:
     """What suits ``m`` queries of ``batch * heads`` heads that meet ``n`` keys, with little memory beside the cache.
 
-    At most 1.25 GiB are taken, and at most 512 MiB where there are more than 32768 keys.
+    At most 1.125 GiB are taken, and at most 512 MiB where there are more than 32768 keys.
     """
-    memory = (1 << 30) if n <= 32768 else (400 << 20)
+    memory = (1 << 30) if n <= 32768 else (448 << 20)
     return replace(DEFAULT_TUNING, memory=min(memory, max(1 << 20, batch * heads * m * 3 * round_up(n, SPAN))))
 
 
@@ -289,7 +294,7 @@ def bytes_of_bits(words: int, tuning: PrefillTuning) -> int:
 class Buffers:
     """What is written for the rows in flight; int32 but for scores.
 
-    At most ``tuning.memory`` bytes and, for ``line``, a quarter of that; or what one query of a KV head's group takes.
+    At most ``tuning.memory`` bytes and, for ``line``, an eighth of that; or what one query of a KV head's group takes.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -347,6 +352,8 @@ class Ranges(NamedTuple):
 
     #: float32 ``[B, Hkv]``: upper bound on the length of all keys but the long ones; 0 if too small to be told
     norm: torch.Tensor
+    #: float32 ``[B, Hkv]``: upper bound on the length of all keys
+    largest: torch.Tensor
     #: int64 ``[B, Hkv, L]``: the longest keys, of which the first ``[B, Hkv]`` are long
     longest: torch.Tensor
     long: torch.Tensor

@@ -307,7 +307,7 @@ def prefill_cut_kernel(
     low = tl.where(usable | everything, found - error, -1)
     high = tl.where(everything, -1, tl.where(usable, behind + error, 1 << 20))
     # Nothing is ranked where all is taken by what is always kept.
-    low = tl.where((k_eff == 0) & (everything == 0), 1 << 20, low)
+    low = tl.where((k_eff == 0) & (to_key > from_key), 1 << 20, low)
     room = words * 32 - base
     inside = (o >= lo) & (o < hi)
     sure, band = _keep(fast, o, base, room, inside, low, high, 0, bytes_ptr + base // 8, position_ptr, BLOCK, CAPACITY)
@@ -321,7 +321,7 @@ def prefill_cut_kernel(
         sure += and_sure
         band += and_band
     top = tl.where(k_eff > 0, top, 0)
-    if (sinks > 0) | (recent > 0):
+    if sinks + recent > 0:
         tl.debug_barrier()
         top = _keep_always(fast_ptr, bits_ptr, begin, from_key, top)
         top = _keep_always(fast_ptr, bits_ptr, to_key, end, top)

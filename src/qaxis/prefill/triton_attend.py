@@ -44,9 +44,10 @@ def _in_base_two(score, factor, cap, CAP: tl.constexpr):
 
 @jit
 def prefill_attend_kernel(
-    q_ptr, k_ptr, v_ptr, norm_ptr, bits_ptr, top_ptr, long_top_ptr, sink_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, norm_ptr, largest_ptr, bits_ptr, top_ptr, long_top_ptr, sink_ptr, out_ptr,
     heads, group, start, chunk, m, first, n, pads_ptr, origin, window, words, dim, dim_v, tiles, scale, factor, cap,
-    off, stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    off, of_product,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, SKIP: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDE: tl.constexpr,
@@ -75,17 +76,19 @@ def prefill_attend_kernel(
     # The highest fast score, or the highest score of the long keys, bounds the highest score from above, so nothing has
     # to be rescaled on the way.
     wide = widen(q)
-    units = units_per_score(tl.sqrt(tl.sum(wide * wide, 1)), tl.load(norm_ptr + b * (heads // group) + kv))
+    length = tl.sqrt(tl.sum(wide * wide, 1))
+    units = units_per_score(length, tl.load(norm_ptr + b * (heads // group) + kv))
     one = tl.where(units > 0.0, 2.0 / tl.where(units > 0.0, units, 1.0), 0.0)
     top = (tl.load(top_ptr + row, mask=here, other=0) - _ZERO + off) * one
     top = tl.maximum(top, tl.load(long_top_ptr + row, mask=here, other=-1e38))
-    if tl.max(tl.where(here & ((units <= 0.0) | (one * (2.0 * off * scale) >= 1.0)), 1, 0), 0) > 0:
-        # Except where that bound is too far above it.
+    of_long = length * tl.load(largest_ptr + b * (heads // group) + kv) * (of_product * scale)
+    if tl.max(tl.where(here & ((units <= 0.0) | (one * (2.0 * off * scale) >= 1.0) | (of_long >= 1.0)), 1, 0), 0) > 0:
+        # Except where that bound is too far above it, or products of long keys too far from it.
         top = _highest(q, keys, bits_ptr, here, begin, end, n, words, dim, stride_kn, QUERIES, KEYS, DIM, WIDE)
     behind = _in_base_two(top, factor, cap, CAP)
     weight = tl.zeros((QUERIES,), tl.float32)
     if SINK:
-        sink = tl.load(sink_ptr + h).to(tl.float32) * _LOG2_E
+        sink = widen(tl.load(sink_ptr + h)) * _LOG2_E
         behind = tl.maximum(behind, sink)
         weight = tl.exp2(sink - behind)
     total = tl.zeros((QUERIES, DIM_V), tl.float32)
