@@ -11,6 +11,7 @@ from transformers import Gemma3TextConfig, GenerationConfig, LlamaConfig, Mistra
 import figures.formats
 import figures.memory
 import qaxis
+from qaxis.attention.logits import Logits
 from qaxis.storage.buffer import Growing
 from qaxis.storage.formats import FORMATS, Format
 from qaxis.storage.grid import Grid, dequantize, pack, quantize, scale_of, unpack
@@ -285,8 +286,8 @@ def test_kernels_read_the_codes_and_give_the_bits_of_the_dequantised_cache(value
         k_eff = qaxis.Budget(0.2, 10).of(allowed)
         indices = kernels.choose(q, keys, allowed, k_eff)
         assert torch.equal(indices, kernels.choose(q, plain_k, allowed, k_eff))
-        out = kernels.attend(q, keys, vals, indices, dim**-0.5)
-        assert torch.equal(out, kernels.attend(q, plain_k, plain_v, indices, dim**-0.5))
+        out = kernels.attend(q, keys, vals, indices, Logits(dim**-0.5))
+        assert torch.equal(out, kernels.attend(q, plain_k, plain_v, indices, Logits(dim**-0.5)))
 
 
 def test_the_model_reads_the_codes_without_a_dequantised_copy(llama, monkeypatch):

@@ -86,7 +86,7 @@ def test_the_survey_sees_a_mask_that_is_dropped(monkeypatch):
 
 
 def _blind(attend):
-    return lambda q, k, v, allowed, *more: attend(q, k, v, torch.ones_like(allowed), *more)
+    return lambda q, k, v, shown, allowed, *more: attend(q, k, v, None, lambda: torch.ones_like(allowed()), *more)
 
 
 def test_the_survey_sees_a_switch_that_does_nothing(monkeypatch):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import qaxis
 from qaxis.arithmetic import reference as canonical
 from qaxis.arithmetic.rounding import order_error_bound
+from qaxis.attention.logits import Logits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -77,7 +78,8 @@ def test_split_of_the_work_changes_no_bit():
 
     q, k, v = tensors(n=300)
     index = qaxis.topk_indices(q, k, 290)
-    outputs = [kernels.attend(q, k, v, index, 0.25, block=b, combine_block=c) for b, c in ((16, 4), (64, 64), (512, 2))]
+    cuts = ((16, 4), (64, 64), (512, 2))
+    outputs = [kernels.attend(q, k, v, index, Logits(0.25), block=b, combine_block=c) for b, c in cuts]
     assert all(torch.equal(outputs[0], o) for o in outputs)
     whole = qaxis.topk_attention(q, k, v, 290)
     one = qaxis.topk_attention(q[:1, :, -1:], k[:1], v[:1], 290)

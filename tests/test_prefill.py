@@ -10,12 +10,27 @@ import pytest
 import torch
 
 import qaxis
+from qaxis.attention.always import Always
+from qaxis.attention.logits import Logits
 from qaxis.budget import as_budget
 from qaxis.cuda import emulator
 from qaxis.prefill import Prefill, PrefillTuning, prefill_attention, selected_positions
+from qaxis.prefill import cuda as selection_on_cuda
 from qaxis.prefill.attention import fill
 from qaxis.prefill.cuda import row_selector
-from qaxis.prefill.plan import DEFAULT_TUNING, MOST_HEADS, MOST_KEYS, Buffers, Part, bytes_a_row, make_plan
+from qaxis.prefill.plan import (
+    DEFAULT_TUNING,
+    MOST_HEADS,
+    MOST_KEYS,
+    Buffers,
+    Frame,
+    Part,
+    Ranges,
+    bytes_of_bits,
+    bytes_of_scores,
+    make_plan,
+    tuning_for,
+)
 
 needs_compiler = pytest.mark.skipif(not emulator.available(), reason="g++ is needed to emulate CUDA")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="one program a row: too many to interpret")
@@ -76,6 +91,31 @@ MISMATCHES = [
     ("scale", {"scale": math.nan}),
     ("backend", {"backend": "fast"}),
     ("tuning", {"tuning": 128}),
+    ("pads", {"pads": 3}),
+    ("pads", {"pads": "4"}),
+    ("pads", {"pads": [3, 4]}),
+    ("pads", {"pads": [51]}),
+    ("pads", {"pads": [-1]}),
+    ("pads", {"pads": [1.0]}),
+    ("pads.dtype", {"pads": torch.zeros(1)}),
+    ("pads.shape", {"pads": torch.zeros(2, dtype=torch.int32)}),
+    ("pads.shape", {"pads": torch.zeros(1, 1, dtype=torch.int32)}),
+    ("pads.device", {"pads": torch.zeros(1, dtype=torch.int32, device="meta")}),
+    ("window", {"window": 0}),
+    ("window", {"window": 4.0}),
+    ("window", {"window": True}),
+    ("logits", {"logits": 0.5}),
+    ("scale", {"logits": Logits(0.5), "scale": 0.5}),
+    ("scale", {"logits": Logits(-0.5)}),
+    ("logits.soft_cap", {"logits": Logits(0.5, soft_cap=0.0)}),
+    ("logits.soft_cap", {"logits": Logits(0.5, soft_cap=math.inf)}),
+    ("logits.sink", {"logits": Logits(0.5, sink=[0.0, 0.0])}),
+    ("logits.sink.shape", {"logits": Logits(0.5, sink=torch.zeros(3))}),
+    ("logits.sink.dtype", {"logits": Logits(0.5, sink=torch.zeros(2, dtype=torch.float64))}),
+    ("always", {"always": (1, 2)}),
+    ("always.sinks", {"always": Always(-1, 0)}),
+    ("always.recent", {"always": Always(0, 1.5)}),
+    ("always", {"always": Always(5, 6)}),
 ]
 
 
@@ -241,7 +281,8 @@ def test_offsets_into_tensors_are_64_bit(which, at, sizes, backend):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes all memory at once")
 @both_backends
-def test_offsets_into_buffers_are_64_bit(backend):
+def test_offsets_into_buffers_are_64_bit(backend, monkeypatch):
+    monkeypatch.setattr(Frame, "padded", (1 << 29) + 256)
     q, k, v = qkv(h=1, m=5, n=150)
     # All keys tie: more than a list has room for.
     q[:, :, 4] = 0
@@ -249,7 +290,7 @@ def test_offsets_into_buffers_are_64_bit(backend):
     plan = replace(plan, padded=(1 << 29) + 256, wide_programs=1)
     result = Prefill(torch.empty_like(q), *torch.zeros(2, 1, 1, 5, 5, dtype=torch.int32))
     result = result._replace(band=result.band[..., 0])
-    fill(result, plan, q, k, v, as_budget(7), 32**-0.5, backend)
+    fill(result, plan, q, k, v, as_budget(7), Logits(32**-0.5), backend)
     expected = qaxis.topk_attention(q, k, v, 7)
     assert torch.equal(selected_positions(result.bits), expected.indices)
     assert int(result.band[0, 0, 4]) == 150
@@ -281,28 +322,60 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("memory", [4 << 30, 1 << 20])
+@pytest.mark.parametrize("window", [MOST_KEYS, 512])
 @pytest.mark.parametrize("shape, kv_heads, n", SHAPES)
-def test_memory_is_bounded_and_every_row_is_handled_once(shape, kv_heads, n, memory):
-    plan = make_plan(shape, kv_heads, n, tuning=PrefillTuning(memory=memory))
+def test_memory_is_bounded_and_every_head_is_handled_once(shape, kv_heads, n, window, memory):
+    plan = make_plan(shape, kv_heads, n, tuning=PrefillTuning(memory=memory), window=window)
     buffers = Buffers(plan, torch.device("meta"))
     sizes = {name: x.numel() * x.element_size() for name, x in vars(buffers).items()}
     lines = sizes.pop("line")
-    least = bytes_a_row(plan.padded, plan.words, plan.tuning) * plan.group
-    assert sum(sizes.values()) <= max(memory, least) and lines <= max(memory // 4, 4 * plan.padded)
+    least = (bytes_of_scores(plan.padded) + bytes_of_bits(plan.words, plan.tuning)) * plan.group
+    assert sum(sizes.values()) <= max(memory, least) and lines <= max(memory // 4, 8 * plan.padded)
     # Nor is less in flight than fits.
-    assert plan.rows == math.prod(shape[:3]) or sum(sizes.values()) > min(memory, least) / 3 or plan.chunk == 2048
-    batch, heads, m, _ = shape
+    rows = plan.heads_at_once * plan.stretch
+    assert rows == math.prod(shape[:3]) or sum(sizes.values()) > min(memory, least) / 4 or plan.stretch == 2048
+    batch, heads, _, _ = shape
     covered = torch.zeros(batch, heads, dtype=torch.int8)
     for b, h, kv in plan.parts(batch):
         covered[b, h] += 1
         here, kv_here = covered[b, h].shape[1], len(range(kv_heads)[kv])
-        assert here == kv_here * plan.group and covered[b, h].numel() * plan.chunk <= plan.rows
+        assert here == kv_here * plan.group and covered[b, h].numel() <= plan.heads_at_once
         assert covered[b, h].numel() <= MOST_HEADS or plan.group > MOST_HEADS
     assert bool((covered == 1).all())
-    chunks = list(plan.chunks())
-    ends = list(itertools.accumulate(c.rows for c in chunks))
-    assert [c.start for c in chunks] == [0, *ends[:-1]] and ends[-1] == m
-    assert max(c.rows for c in chunks) <= plan.chunk and chunks[-1].visible == n
+
+
+@pytest.mark.parametrize("memory", [4 << 30, 1 << 20])
+@pytest.mark.parametrize("window", [MOST_KEYS, 512])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape, kv_heads, n", SHAPES)
+def test_chunks_cover_every_query_and_fit_into_the_buffers(shape, kv_heads, n, causal, window, memory):
+    plan = make_plan(shape, kv_heads, n, tuning=PrefillTuning(memory=memory), window=window, causal=causal)
+    buffers, m = Buffers(plan, torch.device("meta")), shape[2]
+    # Of a long prompt the two ends.
+    stretches = list(itertools.islice(plan.stretches(), 50)) + list(plan.stretches())[-2:]
+    for stretch in stretches:
+        assert stretch.origin % 1024 == 0 and stretch.first + stretch.origin == n - m + stretch.start
+        lowest = (stretch.first + 1 if causal else n - stretch.origin) - window
+        assert stretch.origin == 0 or 0 <= lowest < 1024
+        assert stretch.words * 32 >= stretch.visible and stretch.words <= plan.words
+        chunks = list(plan.chunks(stretch))
+        ends = list(itertools.accumulate(c.rows for c in chunks))
+        assert [c.start - stretch.start for c in chunks] == [0, *ends[:-1]] and ends[-1] == stretch.rows
+        assert chunks[-1].visible == stretch.visible and all(c.origin == stretch.origin for c in chunks)
+        assert all(c.first - c.start == stretch.first - stretch.start for c in chunks)
+        assert all(plan.heads_at_once * c.rows * c.padded <= buffers.fast.numel() for c in chunks)
+    ends = list(itertools.accumulate(s.rows for s in plan.stretches()))
+    assert [s.start for s in plan.stretches()] == [0, *ends[:-1]] and ends[-1] == m
+
+
+@pytest.mark.parametrize("batch, n", [(1, 8192), (1, 32768), (1, 40000), (4, 65536), (1, 131072)])
+def test_long_prompts_take_little_memory(batch, n):
+    tuning = tuning_for(batch, 32, n, n)
+    plan = make_plan((batch, 32, n, 128), 8, n, tuning=tuning)
+    taken = sum(x.numel() * x.element_size() for x in vars(Buffers(plan, torch.device("meta"))).values())
+    assert taken <= (512 << 20 if n > 32768 else 5 << 28)
+    # Enough programs of attention, and rows of a selection, for a GPU.
+    assert plan.heads_at_once * plan.stretch >= 256 * tuning.attend_queries and plan.heads_at_once * plan.chunk >= 512
 
 
 @both_backends
@@ -329,15 +402,17 @@ def test_what_select_cu_cannot_read_is_left_to_triton():
     def selector(heads=2, visible=40, how=lambda x: x, **tuning):
         q, k = bell(1, 1, 1, 32).expand(1, heads, 1, 32), bell(1, 1, 40, 32)
         plan = make_plan(tuple(q.shape), 1, 40, tuning=PrefillTuning(**tuning))
-        norm = torch.ones(1, 1)
-        return row_selector(Part(plan, None, None, how(q), how(k), how(k), norm, None, None, None), visible)
+        ranges = Ranges(torch.ones(1, 1), torch.zeros(1, 1, 0), torch.zeros(1, 1))
+        tensors = (how(q), how(k), how(k))
+        return row_selector(Part(plan, None, None, *tensors, ranges, None, Logits(1.0), None, None, None), visible)
 
-    assert selector(heads=MOST_HEADS + 1) is None and selector(visible=32769) is None
+    most = selection_on_cuda.MOST_KEYS
+    assert selector(heads=MOST_HEADS + 1) is None and selector(visible=most + 1) is None
     assert selector(capacity=16) is None and selector(capacity=256) is None
     assert selector(how=misaligned) is None and selector(how=row_of_an_odd_stride) is None
     assert selector(how=every_second_number) is None and selector(how=lambda x: x[..., :24]) is None
     if emulator.available() or DEVICE == "cuda":
-        assert selector() is not None and selector(visible=32768) is not None and selector(heads=MOST_HEADS) is not None
+        assert selector() is not None and selector(visible=most) is not None and selector(heads=MOST_HEADS) is not None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 import qaxis
+from qaxis.attention.logits import Logits
 from qaxis.attention.selection import causal_mask
 from qaxis.storage.formats import FORMATS
 
@@ -159,10 +160,10 @@ def _codes_give_the_same(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> b
     cache = qaxis.Int8Cache(LlamaConfig(num_hidden_layers=1))
     cache.update(k, v, 0)
     keys, values = (side.stored() for side in cache.layers[0].sides)  # type: ignore[union-attr]
-    allowed, scale = causal_mask(q.shape[2], k.shape[2], q.device), q.shape[3] ** -0.5
+    allowed, logits = causal_mask(q.shape[2], k.shape[2], q.device), Logits(q.shape[3] ** -0.5)
     k_eff = qaxis.Budget(0.1, 20).of(allowed)
     indices = kernels.choose(q, keys, allowed, k_eff)
-    out = kernels.attend(q, keys, values, indices, scale)
+    out = kernels.attend(q, keys, values, indices, logits)
     k, v = keys.dequantized(), values.dequantized()
     same = torch.equal(indices, kernels.choose(q, k, allowed, k_eff))
-    return same and torch.equal(out, kernels.attend(q, k, v, indices, scale))
+    return same and torch.equal(out, kernels.attend(q, k, v, indices, logits))

@@ -87,9 +87,8 @@ def _cut_otherwise(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: list
     whole = qaxis.topk_attention(q, k, v, SPLIT_BUDGET, backend="triton")
     plain = kernels.scores(q, k)
     for block, combine, warps in cuts:
-        out = kernels.attend(
-            q, k, v, whole.indices, q.shape[3] ** -0.5, block=block, combine_block=combine, num_warps=warps
-        )
+        logits = Logits(q.shape[3] ** -0.5)
+        out = kernels.attend(q, k, v, whole.indices, logits, block=block, combine_block=combine, num_warps=warps)
         yield f"blocks {block}/{combine} warps {warps}", whole.output, out
         yield f"scores, block {block}", plain, kernels.scores(q, k, block=block, num_warps=warps)
 
@@ -209,8 +208,9 @@ def ablation(context: Context) -> Result:
         differing = int((a.cpu() != b.cpu()).sum())
         rows.append({"rule": rule, "compared": compared, "differing": differing, "elements": a.numel()})
 
-    by_pytorch = reference.attend(q, k, v, index, Logits(128**-0.5))
-    count("all rules on", "PyTorch CPU, Triton GPU", by_pytorch, kernels.attend(gq, gk, gv, gindex, 128**-0.5))
+    logits = Logits(128**-0.5)
+    by_pytorch = reference.attend(q, k, v, index, logits)
+    count("all rules on", "PyTorch CPU, Triton GPU", by_pytorch, kernels.attend(gq, gk, gv, gindex, logits))
     count(
         "contraction allowed (scores)",
         "Triton GPU, fused or not",

@@ -25,7 +25,7 @@ from ..inputs.filled import fill, head_dim
 from ..rivals.schemes import of_format
 
 #: tokens of a generation that are not timed: kernels are compiled and graphs captured in them
-WARM = 4
+WARM = 8
 #: places that every cache has for new tokens
 ROOM = 256
 TRANSFORMERS = {

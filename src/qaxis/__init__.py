@@ -7,7 +7,7 @@ from .attention.api import TopKAttention, canonical_scores, topk_attention, topk
 from .budget import Budget
 from .measures.entropy import EntropyScaling, attention_entropy, fit_entropy_scaling
 from .measures.perplexity import PerplexityChange, paired_change, perplexity, token_losses
-from .models.cache import Int8Cache
+from .models.cache import Cache, Int8Cache
 from .models.enable import disable, enable, sparse
 from .models.observing import observe_attention
 from .models.recording import Recording, record
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Cache",
     "EntropyScaling",
     "Int8Cache",
     "PerplexityChange",

@@ -26,6 +26,8 @@ UNITS = 32700.0
 SMALLEST, LARGEST = 1e-20, 1e37
 #: bounds are stored a little too large, so that their own rounding cannot make them too small
 UPWARD = 1 + 2.0**-10
+#: bounds that are float32 numbers of full precision
+SMALLEST_NORM, LARGEST_NORM = 2.0**-126, torch.finfo(torch.float32).max
 #: what two 8-bit parts of a query leave out, times the largest code: per channel and unit of the largest scaled query
 SPLIT = 128 / (127 * 254 * 2) * 1.02
 #: queries of a float64 product, and numbers that it takes or gives on a CPU: so few that they stay in its cache
@@ -37,11 +39,24 @@ def rounding(dim: int) -> float:
     return (dim + 32) * 2.0**-21
 
 
+def norms(x: torch.Tensor) -> torch.Tensor:
+    """Upper bound on the length of each vector, ``[..., D] -> float32 [...]``; bits equal on every device.
+
+    Squares of float32 are exact in float64, where they are added by the canonical tree; what is not a number gives
+    infinity, so a bound is never too small.
+    """
+    wide = x.double()
+    length = torch.sqrt(reference.tree_sum(wide * wide)) * UPWARD
+    # Below normal numbers a float32 has too few bits to be a bound.
+    bound = torch.where(length > 0, length.float().clamp(min=SMALLEST_NORM), 0.0)
+    return torch.where(length <= LARGEST_NORM, bound, torch.inf)
+
+
 def largest_norm(x: torch.Tensor) -> torch.Tensor:
     """Upper bound on the length of the vectors ``[B, Hkv, n, D]`` of a head, float32 ``[B, Hkv]``."""
     if x.shape[2] == 0:
         return torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
-    return (torch.linalg.vector_norm(x.double(), dim=-1).amax(-1) * UPWARD).float()
+    return norms(x).amax(2)
 
 
 def product_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -66,12 +66,11 @@ def attend(
     *, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype."""
-    # Soft caps and sinks have no kernel of their own: PyTorch computes them on every device, with the same bits.
-    if logits.plain and runs_on_triton(backend, q.device):
+    if runs_on_triton(backend, q.device):
         from ..storage.triton import readable
         from . import triton as kernels
 
         if not readable(keys, values):
             keys, values = _as_tensor(keys), _as_tensor(values)
-        return kernels.attend(q, keys, values, indices, logits.scale)
+        return kernels.attend(q, keys, values, indices, logits)
     return reference.attend(q, _as_tensor(keys), _as_tensor(values), indices, logits)

@@ -11,6 +11,7 @@ from ..arithmetic.reference import CHUNK_ELEMENTS, check_scores, exponent_factor
 from ..arithmetic.triton import INTERPRETED, check_device, exp2, jit, log2, row_and_block, tl, tree_last, triton, widen
 from ..storage.side import Stored
 from ..storage.triton import load_numbers, side_arguments
+from .logits import Logits
 
 #: keys a program handles; any powers of two give the same bits. More keys mean fewer programs, which the interpreter
 #: likes, and larger trees in registers, which a GPU does not.
@@ -18,100 +19,151 @@ SCORE_BLOCK = 4096 if INTERPRETED else 128
 ATTEND_BLOCK = 1024 if INTERPRETED else 64
 #: block partials that one program of the combining kernel adds; more of them save rounds and cost registers
 COMBINE_BLOCK = 64
+#: scores that a program turns into logits
+LOGIT_BLOCK = 65536 if INTERPRETED else 1024
 #: numbers of the partial sums that are held at once; more of them mean fewer launches
 PARTIAL_ELEMENTS = 1 << 28
+
+_TO_BASE_TWO = tl.constexpr(exponent_factor(-2.0))
+
+
+@jit
+def logit_of(score, scale, cap, PLAIN: tl.constexpr, CAPPED: tl.constexpr):
+    """What the softmax takes of scores ``[N]``, as the reference computes it; launch with enable_fp_fusion=False.
+
+    PLAIN logits are scaled scores whose scale is in the change of base. CAPPED: ``cap * tanh(logit / cap)``.
+    """
+    if PLAIN:
+        return score
+    else:
+        logit = score * scale
+        if CAPPED:
+            y = tl.div_rn(logit, tl.full(logit.shape, cap, tl.float32))
+            e = exp2(tl.abs(y) * _TO_BASE_TWO)
+            bits = tl.div_rn(1.0 - e, 1.0 + e).to(tl.int32, bitcast=True)
+            sign = y.to(tl.int32, bitcast=True) & -2147483648
+            logit = ((bits & 2147483647) | sign).to(tl.float32, bitcast=True) * cap
+        return logit
+
+
+@jit
+def coded_of(end, SHARING: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """How many of a cache's ``end`` tokens have codes: all, or those of whole groups."""
+    if PER_TOKEN:
+        return end
+    else:
+        return end - end % SHARING
+
+
+@jit
+def _logits_kernel(
+    score_ptr, out_ptr, many, scale, cap, PLAIN: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Logits of all scores."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    score = tl.load(score_ptr + i, mask=i < many, other=0.0)
+    tl.store(out_ptr + i, logit_of(score, scale, cap, PLAIN, CAPPED), mask=i < many)
 
 
 @jit
 def _scores_kernel(
     q_ptr, indices_ptr, out_ptr, heads, group, m, n_out, dim, blocks,
     stride_qb, stride_qh, stride_qm, stride_qd,
-    rows, scales, first, newest, whole, sinks,
-    rows_b, rows_h, rows_n, rows_d, scales_b, scales_h, scales_n, first_b, first_h, first_n,
+    numbers, scales, first, newest, whole, sinks,
+    numbers_b, numbers_h, numbers_n, numbers_d, scales_b, scales_h, scales_n, first_b, first_h, first_n,
     newest_b, newest_h, newest_n,
     STORED: tl.constexpr, SHARING: tl.constexpr, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr,
     GATHER: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Raw scores of one query row against BLOCK keys: consecutive ones, or those that indices name."""
-    row, block = row_and_block(blocks)
-    b = row // (heads * m)
-    h = (row // m) % heads
-    i = row % m
+    """Raw scores of one query against BLOCK keys: consecutive ones, or those that indices name."""
+    query, block = row_and_block(blocks)
+    b = query // (heads * m)
+    h = (query // m) % heads
+    i = query % m
     j = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = j < n_out
     if GATHER:
-        position = tl.maximum(tl.load(indices_ptr + row * n_out + j, mask=inside, other=0), 0)
+        position = tl.maximum(tl.load(indices_ptr + query * n_out + j, mask=inside, other=0), 0)
     else:
         position = j
     d = tl.arange(0, DIM).to(tl.int64)
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + i * stride_qm + d * stride_qd, mask=d < dim, other=0.0)
     g = h // group
     k = load_numbers(
-        rows + b * rows_b + g * rows_h, scales + b * scales_b + g * scales_h,
+        numbers + b * numbers_b + g * numbers_h, scales + b * scales_b + g * scales_h,
         first + b * first_b + g * first_h, newest + b * newest_b + g * newest_h,
         position[:, None], d[None, :], inside[:, None] & (d < dim)[None, :], whole, sinks,
-        rows_n, rows_d, scales_n, first_n, newest_n, STORED, SHARING, WIDTH, PER_TOKEN,
+        numbers_n, numbers_d, scales_n, first_n, newest_n, STORED, SHARING, WIDTH, PER_TOKEN,
     )  # fmt: skip
     score = tree_last(widen(q)[None, :] * k, BLOCK, DIM, LOG_DIM)
-    tl.store(out_ptr + row * n_out + j, score, mask=inside)
+    tl.store(out_ptr + query * n_out + j, score, mask=inside)
 
 
 @jit
 def _partials_kernel(
-    score_ptr, top_ptr, indices_ptr, numerator_ptr, denominator_ptr, heads, group, m, width, dim, blocks, factor,
-    rows, scales, first, newest, whole, sinks,
-    rows_b, rows_h, rows_n, rows_d, scales_b, scales_h, scales_n, first_b, first_h, first_n,
+    logit_ptr, top_ptr, indices_ptr, end_ptr, numerator_ptr, denominator_ptr,
+    heads, group, m, width, dim, blocks, factor, end_stride,
+    numbers, scales, first, newest, whole, sinks,
+    numbers_b, numbers_h, numbers_n, numbers_d, scales_b, scales_h, scales_n, first_b, first_h, first_n,
     newest_b, newest_h, newest_n,
     STORED: tl.constexpr, SHARING: tl.constexpr, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, DIM: tl.constexpr,
+    GROWING: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Numerator and denominator of the softmax over BLOCK selected keys of one query row."""
-    row, block = row_and_block(blocks)
-    b = row // (heads * m)
-    h = (row // m) % heads
+    """Numerator and denominator of the softmax over BLOCK selected keys of one query.
+
+    GROWING: how many tokens a cache holds is read from the device, a number for every row of the batch.
+    """
+    query, block = row_and_block(blocks)
+    b = query // (heads * m)
+    h = (query // m) % heads
     j = block * BLOCK + tl.arange(0, BLOCK)
-    position = tl.load(indices_ptr + row * width + j, mask=j < width, other=-1)
+    position = tl.load(indices_ptr + query * width + j, mask=j < width, other=-1)
     live = position >= 0
-    score = tl.load(score_ptr + row * width + j, mask=live, other=0.0)
-    top = tl.load(top_ptr + row)
-    t = tl.where(live, (score - top) * factor, 0.0)
+    logit = tl.load(logit_ptr + query * width + j, mask=live, other=0.0)
+    top = tl.load(top_ptr + query)
+    t = tl.where(live, (logit - top) * factor, 0.0)
     p = tl.where(live, exp2(t), 0.0)
     d = tl.arange(0, DIM).to(tl.int64)
+    if GROWING:
+        whole = coded_of(tl.load(end_ptr + b * end_stride), SHARING, PER_TOKEN)
     g = h // group
     v = load_numbers(
-        rows + b * rows_b + g * rows_h, scales + b * scales_b + g * scales_h,
+        numbers + b * numbers_b + g * numbers_h, scales + b * scales_b + g * scales_h,
         first + b * first_b + g * first_h, newest + b * newest_b + g * newest_h,
         tl.maximum(position, 0)[None, :], d[:, None], live[None, :] & (d < dim)[:, None], whole, sinks,
-        rows_n, rows_d, scales_n, first_n, newest_n, STORED, SHARING, WIDTH, PER_TOKEN,
+        numbers_n, numbers_d, scales_n, first_n, newest_n, STORED, SHARING, WIDTH, PER_TOKEN,
     )  # fmt: skip
     numerator = tree_last(p[None, :] * v, DIM, BLOCK, LOG_BLOCK)
     denominator = tree_last(tl.reshape(p, (1, BLOCK)), 1, BLOCK, LOG_BLOCK)
-    tl.store(numerator_ptr + (row * blocks + block) * dim + d, numerator, mask=d < dim)
-    tl.store(denominator_ptr + row * blocks + block + tl.arange(0, 1), denominator)
+    tl.store(numerator_ptr + (query * blocks + block) * dim + d, numerator, mask=d < dim)
+    tl.store(denominator_ptr + query * blocks + block + tl.arange(0, 1), denominator)
 
 
 @jit
 def _combine_kernel(
-    numerator_ptr, denominator_ptr, out_ptr, out_denominator_ptr,
-    blocks, out_blocks, dim,
-    LAST: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, DIM: tl.constexpr,
+    numerator_ptr, denominator_ptr, top_ptr, sink_ptr, out_ptr, out_denominator_ptr,
+    blocks, out_blocks, dim, heads, m, factor, sink_stride,
+    LAST: tl.constexpr, SINK: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Add BLOCK neighbouring partials; the last round divides."""
-    row, part = row_and_block(out_blocks)
+    """Add BLOCK neighbouring partials; the last round adds the weight of the SINK and divides."""
+    query, part = row_and_block(out_blocks)
     j = part * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, DIM)
     inside = (j < blocks)[None, :] & (d < dim)[:, None]
-    tile = tl.load(numerator_ptr + (row * blocks + j)[None, :] * dim + d[:, None], mask=inside, other=0.0)
+    tile = tl.load(numerator_ptr + (query * blocks + j)[None, :] * dim + d[:, None], mask=inside, other=0.0)
     numerator = tree_last(tile, DIM, BLOCK, LOG_BLOCK)
-    weights = tl.load(denominator_ptr + row * blocks + j, mask=j < blocks, other=0.0)
+    weights = tl.load(denominator_ptr + query * blocks + j, mask=j < blocks, other=0.0)
     denominator = tree_last(tl.reshape(weights, (1, BLOCK)), 1, BLOCK, LOG_BLOCK)
     if LAST:
-        # A row that may see no key has weight 0 and output 0.
+        if SINK:
+            sink = widen(tl.load(sink_ptr + (query // m) % heads * sink_stride + tl.arange(0, 1)))
+            denominator += exp2((sink - tl.load(top_ptr + query)) * factor)
+        # A query that sees no key has weight 0 and output 0.
         safe = tl.where(denominator > 0, denominator, 1.0)
-        tl.store(out_ptr + row * dim + d, tl.div_rn(numerator, tl.broadcast_to(safe, (DIM,))), mask=d < dim)
+        tl.store(out_ptr + query * dim + d, tl.div_rn(numerator, tl.broadcast_to(safe, (DIM,))), mask=d < dim)
     else:
-        tl.store(out_ptr + (row * out_blocks + part) * dim + d, numerator, mask=d < dim)
-        tl.store(out_denominator_ptr + row * out_blocks + part + tl.arange(0, 1), denominator)
+        tl.store(out_ptr + (query * out_blocks + part) * dim + d, numerator, mask=d < dim)
+        tl.store(out_denominator_ptr + query * out_blocks + part + tl.arange(0, 1), denominator)
 
 
 def _buffer(like: torch.Tensor, *shape: int, poison: bool = True) -> torch.Tensor:
@@ -157,80 +209,118 @@ def choose(q: torch.Tensor, keys: torch.Tensor | Stored, allowed: torch.Tensor, 
     lowest_first = n - 1 - torch.arange(n, device=q.device)
     at_once = max(1, 8 * CHUNK_ELEMENTS // (batch * heads * n))
     for start in range(0, m, at_once):
-        rows = slice(start, start + at_once)
-        score = scores(q[:, :, rows], keys)
+        queries = slice(start, start + at_once)
+        score = scores(q[:, :, queries], keys)
         check_scores(score)
         word = (sort_key(score).to(torch.int64) << 32) | lowest_first
-        word = torch.where(allowed[:, :, rows], word, torch.iinfo(torch.int64).min)
+        word = torch.where(allowed[:, :, queries], word, torch.iinfo(torch.int64).min)
         best = torch.topk(word, width, dim=-1, sorted=True).values
-        keep = torch.arange(width, device=q.device) < k_eff[:, :, rows, None]
+        keep = torch.arange(width, device=q.device) < k_eff[:, :, queries, None]
         chosen = torch.where(keep, n - 1 - (best & 0xFFFFFFFF), n).sort(dim=-1).values
-        out[:, :, rows] = torch.where(chosen == n, -1, chosen)
+        out[:, :, queries] = torch.where(chosen == n, -1, chosen)
     return out
 
 
 def attend(
-    q: torch.Tensor, keys: torch.Tensor | Stored, values: torch.Tensor | Stored, indices: torch.Tensor, scale: float,
+    q: torch.Tensor, keys: torch.Tensor | Stored, values: torch.Tensor | Stored, indices: torch.Tensor, logits: Logits,
     *, block: int = ATTEND_BLOCK, combine_block: int = COMBINE_BLOCK, num_warps: int = 4,
 ) -> torch.Tensor:  # fmt: skip
-    """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype, without soft cap or sink."""
+    """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype."""
     batch, heads, m, _ = q.shape
     width, dim = indices.shape[-1], values.shape[3]
     out = torch.empty(batch, heads, m, dim, dtype=q.dtype, device=q.device)
     per_query = batch * heads * triton.cdiv(width, min(block, next_power_of_two(width))) * dim
     at_once = max(1, PARTIAL_ELEMENTS // per_query)
     for start in range(0, m, at_once):
-        rows = slice(start, start + at_once)
-        some = indices[:, :, rows].contiguous()
-        score = scores(q[:, :, rows], keys, some)
+        queries = slice(start, start + at_once)
+        some = indices[:, :, queries].contiguous()
+        score = scores(q[:, :, queries], keys, some)
         check_scores(score)
-        top = torch.where(some >= 0, score, -torch.inf).amax(-1).clamp(min=torch.finfo(torch.float32).min)
-        numerator, denominator = partials(score, top, some, values, scale, block=block, num_warps=num_warps)
-        whole = combined(numerator, denominator, block=combine_block, num_warps=num_warps)
-        out[:, :, rows] = whole.reshape(*some.shape[:3], dim).to(q.dtype)
+        logit = score if logits.plain else _logits(score, logits)
+        top = torch.where(some >= 0, logit, -torch.inf).amax(-1).clamp(min=torch.finfo(torch.float32).min)
+        if logits.sink is not None:
+            top = torch.maximum(top, logits.sink.float()[None, :, None])
+        parts = partials(logit, top, some, values, factor_of(logits), block=block, num_warps=num_warps)
+        whole = combined(*parts, top, logits, block=combine_block, num_warps=num_warps)
+        out[:, :, queries] = whole.reshape(*some.shape[:3], dim).to(q.dtype)
+    return out
+
+
+def factor_of(logits: Logits) -> float:
+    """What turns logits as :func:`logit_of` has them into exponents of two."""
+    return exponent_factor(logits.scale if logits.plain else 1.0)
+
+
+def logit_arguments(logits: Logits) -> tuple[tuple[float, float], dict[str, bool]]:
+    """The numbers and the constants that :func:`logit_of` takes."""
+    cap = 1.0 if logits.soft_cap is None else logits.soft_cap
+    return (logits.scale, cap), {"PLAIN": logits.plain, "CAPPED": logits.soft_cap is not None}
+
+
+def _logits(score: torch.Tensor, logits: Logits) -> torch.Tensor:
+    """Logits of canonical scores, float32, of the same shape."""
+    out, (numbers, constants) = _buffer(score, *score.shape), logit_arguments(logits)
+    grid = (triton.cdiv(score.numel(), LOGIT_BLOCK),)
+    _logits_kernel[grid](
+        score, out, score.numel(), *numbers, **constants, BLOCK=LOGIT_BLOCK, enable_fp_fusion=False
+    )  # fmt: skip
     return out
 
 
 def partials(
-    score: torch.Tensor, top: torch.Tensor, indices: torch.Tensor, values: torch.Tensor | Stored, scale: float,
-    *, block: int = ATTEND_BLOCK, num_warps: int = 4, poison: bool = True,
+    logit: torch.Tensor, top: torch.Tensor, indices: torch.Tensor, values: torch.Tensor | Stored, factor: float,
+    ends: torch.Tensor | None = None, *, block: int = ATTEND_BLOCK, num_warps: int = 4, poison: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Numerators ``[rows, blocks, Dv]`` and denominators ``[rows, blocks]`` of the softmax over blocks of chosen keys.
+    """Numerators ``[B * H * M, blocks, Dv]`` and denominators ``[B * H * M, blocks]`` over blocks of chosen keys.
 
     Args:
-        score: canonical raw scores float32 ``[B, H, M, K]``. top: the highest of every row, float32 ``[B, H, M]``.
+        logit: of the chosen keys, float32 ``[B, H, M, K]``. top: the highest of every query, float32 ``[B, H, M]``.
         indices: int64 ``[B, H, M, K]``, contiguous, padded with -1.
+        factor: turns differences of logits into exponents of two.
+        ends: int32 ``[B]`` on the device, how many tokens a cache of values holds; None: as many as it says itself.
     """
     batch, heads, m, width = indices.shape
-    rows, dim, block = batch * heads * m, values.shape[3], min(block, next_power_of_two(width))
+    queries, dim, block = batch * heads * m, values.shape[3], min(block, next_power_of_two(width))
     blocks = triton.cdiv(width, block)
-    numerator = _buffer(score, rows, blocks, dim, poison=poison)
-    denominator = _buffer(score, rows, blocks, poison=poison)
+    numerator = _buffer(logit, queries, blocks, dim, poison=poison)
+    denominator = _buffer(logit, queries, blocks, poison=poison)
     pointers, sizes, constants = side_arguments(values)
-    _partials_kernel[(blocks * rows,)](
-        score, top, indices, numerator, denominator,
-        heads, heads // values.shape[1], m, width, dim, blocks, exponent_factor(scale),
-        *pointers, *sizes, **constants, BLOCK=block, LOG_BLOCK=log2(block), DIM=next_power_of_two(dim),
-        enable_fp_fusion=False, num_warps=num_warps,
+    # A length of the host is not told to kernels that read it from the device.
+    sizes = sizes if ends is None else (0, *sizes[1:])
+    _partials_kernel[(blocks * queries,)](
+        logit, top, indices, indices if ends is None else ends, numerator, denominator,
+        heads, heads // values.shape[1], m, width, dim, blocks, factor, 0 if ends is None else ends.stride(0),
+        *pointers, *sizes, **constants, GROWING=ends is not None and isinstance(values, Stored),
+        BLOCK=block, LOG_BLOCK=log2(block), DIM=next_power_of_two(dim), enable_fp_fusion=False, num_warps=num_warps,
     )  # fmt: skip
     return numerator, denominator
 
 
 def combined(
-    numerator: torch.Tensor, denominator: torch.Tensor,
+    numerator: torch.Tensor, denominator: torch.Tensor, top: torch.Tensor, logits: Logits,
     *, block: int = COMBINE_BLOCK, num_warps: int = 4, poison: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """Add all partials and divide: ``[rows, blocks, Dv]``, ``[rows, blocks]`` -> float32 ``[rows, Dv]``."""
-    rows, blocks, dim = numerator.shape
+    """Add all partials, and the weight of a sink logit, and divide.
+
+    Args:
+        numerator, denominator, top: as for, and of, :func:`partials`.
+        logits: of which the sink, if there is one, has to be in ``top``.
+
+    Returns:
+        float32 ``[B * H * M, Dv]``.
+    """
+    queries, blocks, dim = numerator.shape
+    sink = top if logits.sink is None else logits.sink
     while True:
         block = min(block, next_power_of_two(blocks))
         left = triton.cdiv(blocks, block)
-        out = _buffer(numerator, rows, left, dim, poison=poison)
-        weight = _buffer(numerator, rows, left, poison=poison)
-        _combine_kernel[(left * rows,)](
-            numerator, denominator, out, weight, blocks, left, dim,
-            LAST=left == 1, BLOCK=block, LOG_BLOCK=log2(block), DIM=next_power_of_two(dim),
-            enable_fp_fusion=False, num_warps=num_warps,
+        out = _buffer(numerator, queries, left, dim, poison=poison)
+        weight = _buffer(numerator, queries, left, poison=poison)
+        _combine_kernel[(left * queries,)](
+            numerator, denominator, top, sink, out, weight,
+            blocks, left, dim, *top.shape[1:], factor_of(logits), 0 if logits.sink is None else sink.stride(0),
+            LAST=left == 1, SINK=logits.sink is not None, BLOCK=block, LOG_BLOCK=log2(block),
+            DIM=next_power_of_two(dim), enable_fp_fusion=False, num_warps=num_warps,
         )  # fmt: skip
         if left == 1:
             return out[:, 0]

@@ -63,8 +63,24 @@ def _by_whole_loads(x: torch.Tensor, each: int) -> bool:
 
 
 def units(x: torch.Tensor, each: int) -> list[int]:
-    """Strides of batches, heads and tokens in loads of ``each`` numbers, as the kernels take them."""
-    return [stride // each if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    """Strides of batches, heads and tokens in loads of ``each`` numbers, as the kernels take them.
+
+    That of tokens does not depend on how many there are, so that a captured launch serves a view that grows.
+    """
+    batches, heads, tokens = (stride // each for stride in x.stride()[:3])
+    tokens = tokens if tokens < MOST_TOKEN_STRIDE else 0
+    return [batches if x.shape[0] > 1 else 0, heads if x.shape[1] > 1 else 0, tokens]
+
+
+def start_of(x: torch.Tensor, none: torch.Tensor) -> torch.Tensor:
+    """Where ``x`` begins, for a kernel: a view without tokens has no address of its own, but will grow.
+
+    ``none`` stands in for what has no memory at all.
+    """
+    if x.numel():
+        return x
+    items = x.untyped_storage().nbytes() // x.element_size()
+    return x.as_strided((1,), (1,)) if x.storage_offset() < items else none
 
 
 def literal(x: float) -> str:
@@ -82,15 +98,18 @@ def defines(**constants: int) -> list[str]:
 
 
 @lru_cache(maxsize=256)
-def compiled(file: Path, name: str, dynamic: int, device: torch.device, **constants: int) -> Any:
+def compiled(
+    file: Path, name: str, dynamic: int, device: torch.device, before: tuple[Path, ...] = (), **constants: int
+) -> Any:
     """Kernel ``name`` of ``file``, called as ``kernel(grid, block, args, shared_mem)``, that at most ``dynamic``.
 
-    None, with the reason logged, if it cannot be compiled.
+    ``before`` are files that it shares with others. None, with the reason logged, if it cannot be compiled.
     """
     try:
+        text = "".join(part.read_text("utf-8") for part in (CANONICAL, *before, file))
         if device.type == "cpu":
-            return emulator.compiled(CANONICAL.read_text("utf-8") + file.read_text("utf-8"), name, defines(**constants))
-        text = "".join(part.read_text("utf-8") for part in (HARDWARE, CANONICAL, file))
+            return emulator.compiled(text, name, defines(**constants))
+        text = HARDWARE.read_text("utf-8") + text
         # 177: a constant that the kernel at hand does not use.
         options = ["--std=c++17", "-default-device", "-diag-suppress=177", *defines(**constants)]
         with torch.cuda.device(device):

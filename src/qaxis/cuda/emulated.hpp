@@ -262,6 +262,9 @@ inline u32 __vminu2(u32 a, u32 b) {
 inline u32 __vmaxu2(u32 a, u32 b) {
     return halfwise([=](int s) { return std::max((u16)(a >> s), (u16)(b >> s)); });
 }
+inline u32 __viaddmin_u16x2(u32 a, u32 b, u32 c) {
+    return halfwise([=](int s) { return std::min((u16)((a >> s) + (b >> s)), (u16)(c >> s)); });
+}
 inline u32 __viaddmin_s16x2_relu(u32 a, u32 b, u32 c) {
     return halfwise([=](int s) { return std::max(0, (int)std::min((int16_t)((a >> s) + (b >> s)), (int16_t)(c >> s))); });
 }

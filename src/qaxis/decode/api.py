@@ -6,10 +6,14 @@ from collections.abc import Hashable
 
 import torch
 
-from ..validation import check_scale
-from .cuda import CudaStep, Shape, shape_of, step_of, takes
-from .form import MadeFor, Numbers, device_of, outline, readable_of
+from ..arithmetic.triton import check_device
+from ..attention.always import NONE, Always
+from ..attention.logits import Logits
+from ..validation import check_scale, require
+from .cuda import CudaStep, Shape, refusal, shape_of, step_of, takes, variant_of, why_none
+from .form import MadeFor, Numbers, device_of, layout, outline, readable_of
 from .index import KeyIndex
+from .rows import fixed_rows
 from .triton_step import Step, TritonStep
 
 
@@ -17,8 +21,8 @@ class Decoder:
     """Decode steps of one shape, with the indices and the bits of ``topk_attention``; kernels are made at first use.
 
     Args:
-        batch, heads, n, head_dim: sizes B, H, N, D.
-        k_eff: keys every query keeps, in 1..N.
+        batch, heads, n, head_dim: sizes B, H, N, D. N is the room: most places that keys have.
+        k_eff: keys every query keeps, in 1..N; at most so many where ``rows`` say how many.
         device: where it runs. On a CPU the CUDA kernels are emulated, slowly, where g++ is there.
 
     Its work space is for one step at a time: threads that decode at once take one each.
@@ -29,13 +33,19 @@ class Decoder:
 
     def __init__(self, batch: int, heads: int, n: int, head_dim: int, k_eff: int, device: torch.device | str) -> None:
         self.made_for = MadeFor(batch, heads, n, head_dim, k_eff, device_of(device))
+        self.all_rows = fixed_rows(batch, n, k_eff, self.made_for.device)
         self.steps: dict[Shape, CudaStep | None] = {}
-        #: what runs arguments that were checked, by their outline
-        self.known: dict[Hashable, CudaStep | None] = {}
+        #: what runs arguments that lie so
+        self.laid_out: dict[Hashable, CudaStep | None] = {}
+        #: outlines of arguments that were checked
+        self.checked: set[Hashable] = set()
         self.triton: TritonStep | None = None
 
-    def __call__(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None = None) -> Step:
-        """Attend from one query a head over the k_eff keys of N that score highest.
+    def __call__(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None = None, *,
+        rows: torch.Tensor | None = None, always: Always = NONE, logits: Logits | None = None,
+    ) -> Step:  # fmt: skip
+        """Attend from one query a head over the k_eff keys that score highest of those that it sees.
 
         Only form is checked, on the host: whether numbers are finite, and sums of products stay inside float32, is left
         to the caller, as looking at them would wait for the device. Nothing waits for it, so the step can be captured
@@ -45,38 +55,99 @@ class Decoder:
             q: ``[B, H, 1, D]``; float32, float16 or bfloat16. Any strides, as for k and v.
             k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. Same dtype and device; H a multiple of Hkv (GQA). Each a
                 tensor, an 8-bit cache of float32 or bfloat16, or what the ``update`` of a quantised cache returned.
+                With ``rows`` they may be shorter than the room.
             index: of these keys, by :func:`qaxis.decode.index_keys`; of a cache by :func:`qaxis.decode.index_cache`, in
                 the state that is passed.
             scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``. It cannot change the selection.
+            rows: what each batch row sees and keeps, int32 ``[B, 4]``, contiguous, on q's device (``rows.py``); all keys
+                and k_eff of them if ``None``. Where tokens have codes, every row's end lies in the last group of 128.
+            always: the first and newest of the keys a row sees that it keeps in any case; they count towards k_eff.
+            logits: what becomes of a score before the softmax, in place of ``scale``.
 
         Returns:
-            output, indices, and in ``rescored`` the candidates of each program of a row.
+            output, 0 for a row that keeps nothing; indices, ascending and padded with -1; and in ``rescored`` the
+            candidates of each program of a row.
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
             RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
         """
         k, v = readable_of(k, v, index)
-        step = self.cuda_step(q, k, v, index)
-        scale = check_scale(scale, self.made_for.head_dim)
+        require(scale is None or logits is None, "scale", scale, "None where logits are given, which have one")
+        logits = Logits(check_scale(scale, self.made_for.head_dim)) if logits is None else logits
+        self._check(q, k, v, index, rows, always, logits)
+        return self.run(q, k, v, index, self.all_rows if rows is None else rows, logits, always)
+
+    def run(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits,
+        always: Always = NONE,
+    ) -> Step:  # fmt: skip
+        """The step itself, of arguments that fit: for a cache, whose parts are known to.
+
+        What is launched depends on how they lie, not on how many tokens they have, and nothing is kept of a call.
+        """
+        step = self._step(q, k, v, index, always, logits)
         if step is None:
-            return self._triton_step().run(q, k, v, index, scale)
+            return self._triton_step().run(q, k, v, index, rows, logits, always)
         with torch.cuda.device_of(q):
-            step.score(q, k, index)
-            return Step(*step.choose(q, k, v, index, scale), step.count)
+            return Step(*step.run(q, k, v, index, rows, logits, always), step.count)
 
-    def cuda_step(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> CudaStep | None:
+    def engine(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always = NONE,
+        logits: Logits | None = None,
+    ) -> tuple[str, str]:  # fmt: skip
+        """What runs these arguments of a step, and why not the faster one.
+
+        Returns:
+            ``"cuda"``, ``"triton"``, or ``"reference"`` where neither runs; the reason, empty for the first.
+        """
+        k, v = readable_of(k, v, index)
+        if self._step(q, k, v, index, always, logits) is not None:
+            return "cuda", ""
+        why = refusal(q, k, v, index) or why_none(self._shape(q, k, v, index, always, logits))
+        try:
+            check_device("q", q, calls_library=True)
+        except (RuntimeError, ValueError) as error:
+            return "reference", f"{why}; {error}"
+        return "triton", why
+
+    def cuda_step(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always = NONE,
+        logits: Logits | None = None,
+    ) -> CudaStep | None:  # fmt: skip
         """What runs these in CUDA C++, or None where Triton does; arguments, and what is refused, as for a step."""
-        found = outline(q, k, v, index)
-        if found not in self.known:
-            self.made_for.check(q, k, v, index)
-            self.known[found] = self._new_or_kept(q, k, v, index)
-        return self.known[found]
+        self._check(q, k, v, index, None, always, logits)
+        return self._step(q, k, v, index, always, logits)
 
-    def _new_or_kept(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> CudaStep | None:
-        if not takes(q, k, v, index):
-            return None
-        shape = shape_of(q, k, v, index, self.made_for.k_eff)
+    def _check(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor | None, always: Always,
+        logits: Logits | None,
+    ) -> None:  # fmt: skip
+        self.made_for.check_extras(rows, always, logits)
+        if rows is not None:
+            # Lengths that grow would each have an outline of their own.
+            self.made_for.check(q, k, v, index, shorter=True)
+            return
+        found = outline(q, k, v, index)
+        if found not in self.checked:
+            self.made_for.check(q, k, v, index)
+            self.checked.add(found)
+
+    def _shape(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None
+    ) -> Shape:
+        return shape_of(q, k, v, index, self.made_for.n, self.made_for.k_eff, variant_of(always, logits))
+
+    def _step(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None
+    ) -> CudaStep | None:
+        found = (layout(q, k, v, index), variant_of(always, logits))
+        if found not in self.laid_out:
+            shape = self._shape(q, k, v, index, always, logits)
+            self.laid_out[found] = self._new_or_kept(shape) if takes(q, k, v, index) else None
+        return self.laid_out[found]
+
+    def _new_or_kept(self, shape: Shape) -> CudaStep | None:
         if shape not in self.steps:
             self.steps[shape] = step_of(shape)
         return self.steps[shape]

@@ -5,11 +5,15 @@
 // much is looked at may round as it likes: bins are monotone in the score. Too little room, or too many scores in one
 // bin, and a slower way that needs neither is taken.
 //
-// compiler.py puts hardware.cuh and canonical.cuh before this and defines, besides what is said there: DIM_V, GROUP,
+// compiler.py puts hardware.cuh, canonical.cuh and seen.cuh before this and defines, besides what is said there: DIM_V, GROUP,
 // SUB (keys of a neighbourhood), CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED
-// (keys and values are an 8-bit cache), PROFILE, SHARED (bytes).
+// (keys and values are an 8-bit cache), FORCED (some keys are always kept), LOGITS (0: scaled scores; 1: with a sink; 2: capped,
+// perhaps with a sink), PROFILE, SHARED (bytes).
+//
+// A row sees keys [begin, end). Only blocks that hold some of them are looked at: positions count from the first of these
+// blocks, `base`, up to where indices are written.
 
-constexpr int WARPS = THREADS / 32, LANES = DIM / E, LANES_V = DIM_V / E, BLOCK = 512, BINS = 1024, NEAR = 112;
+constexpr int WARPS = THREADS / 32, LANES = DIM / E, LANES_V = DIM_V / E, BINS = 1024, NEAR = 112;
 constexpr int WORDS = BLOCK / 32;  // of a bitmap, a block
 static_assert(!STORED || ELEM == 2);
 
@@ -44,13 +48,14 @@ struct Rows {  // one KV head of a side
     const char *rows, *scales, *first, *newest;
     int rows_n, scales_n, first_n, newest_n, whole, sinks;
 
-    __device__ Rows(const Side& s, int b, int g, int whole, int sinks) : whole(whole), sinks(sinks) {
+    // Tokens count from `base`, and before `whole` have codes.
+    __device__ Rows(const Side& s, int b, int g, int base, int whole, int in_full) : whole(whole), sinks(in_full - base) {
         const int item = STORED ? E : 16;
-        rows = (const char*)s.rows + ((i64)b * s.rows_b + (i64)g * s.rows_h) * item;
-        scales = (const char*)s.scales + ((i64)b * s.scales_b + (i64)g * s.scales_h) * E;
-        first = (const char*)s.first + ((i64)b * s.first_b + (i64)g * s.first_h) * 16;
-        newest = (const char*)s.newest + ((i64)b * s.newest_b + (i64)g * s.newest_h) * 16;
         rows_n = s.rows_n, scales_n = s.scales_n, first_n = s.first_n, newest_n = s.newest_n;
+        rows = (const char*)s.rows + ((i64)b * s.rows_b + (i64)g * s.rows_h + (i64)base * rows_n) * item;
+        scales = (const char*)s.scales + ((i64)b * s.scales_b + (i64)g * s.scales_h + (i64)(base / 128) * scales_n) * E;
+        first = (const char*)s.first + ((i64)b * s.first_b + (i64)g * s.first_h + (i64)base * first_n) * 16;
+        newest = (const char*)s.newest + ((i64)b * s.newest_b + (i64)g * s.newest_h) * 16;
     }
     __device__ __forceinline__ bool coded(int j) const { return STORED && j >= sinks && j < whole; }
     // Numbers E * part and following of token j, as they are stored. PLAIN: the token is known to be coded.
@@ -208,12 +213,14 @@ typedef u16 Fast;
 constexpr int NO_FAST = 0;
 
 struct Extremes {
-    u32 low2 = ALL, high2 = 0;
+    u32 low2 = ALL, high2 = 0;  // NO_FAST, less one, is the largest
     __device__ __forceinline__ void extend(uint4 w) {
-        low2 = __vminu2(low2, __vminu2(__vminu2(w.x, w.y), __vminu2(w.z, w.w)));
+        const u32 part[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) low2 = __viaddmin_u16x2(part[i], ALL, low2);
         high2 = __vmaxu2(high2, __vmaxu2(__vmaxu2(w.x, w.y), __vmaxu2(w.z, w.w)));
     }
-    __device__ __forceinline__ int low() const { return min(low2 & 0xffff, low2 >> 16); }
+    __device__ __forceinline__ int low() const { return min(low2 & 0xffff, low2 >> 16) + 1; }
     __device__ __forceinline__ int high() const { return max(high2 & 0xffff, high2 >> 16); }
 };
 
@@ -321,43 +328,61 @@ struct Shared {
 
 static_assert(sizeof(Shared) == SHARED, "cuda.py counts other bytes");
 
-// As the kernel gets them.
+// As the kernel gets them: what the step was made for.
 struct Sizes {
-    int n, padded;          // keys; rounded up to blocks
-    int start, end;         // keys that have a fast score
-    int whole, sinks;       // tokens of a cache that are coded, the first of which are kept in full
-    int k_eff, room, span;  // keys to choose; candidates and ranks that a program has room for
+    int padded;             // places of keys, rounded up to blocks
+    int k_eff, room, span;  // keys to choose, candidates and ranks that a program has room for, at most
 };
 
+constexpr int TURN = THREADS / LANES_V * RANKS;  // ranks that a program attends to in one turn
+
 // One program of the cluster: its row, its part of it, and where things lie in its shared memory.
-struct Program : Sizes {
+struct Program {
     Shared& s;
     int *position, *value;           // candidates, and their canonical words
     int *own_count, *before;         // chosen keys: of own blocks; of all blocks, then the sums before each
     u32* bitmap;                     // chosen keys, WORDS an own block
     u16* staged;                     // own neighbourhoods that reach the cut
     int *chosen_position, *chosen;   // of ranks [span rank, span (rank + 1)), when nothing is staged any more
-    const Fast *fast, *best;         // of the row
+    const Fast *fast, *best;         // of the row, from `base` on
     i64* marks;
     int rank, tid, lane, warp;       // of the program in its cluster, of the thread
     int row, b, h, g;                // one row is head h of batch b; its KV head
-    int blocks, own, packs, scored;  // blocks of keys, own ones; bests in 16 bytes; neighbourhoods that have one
+    int base, begin, end;            // the row sees [begin, end), from `base` on as all positions
+    int start, stop;                 // keys that have a fast score
+    int first, last;                 // those before `first` and from `last` on are always kept
+    int k_eff, turns;                // keys to choose; a power of two of turns of ranks, as few as do
+    int room, blocks, own, packs;    // of candidates; blocks of keys, own ones; bests in 16 bytes
 
     __device__ __forceinline__ Program(
-        char* memory, const Sizes& sizes, const Fast* all_fast, const Fast* all_best, i64* marks, int heads)
-        : Sizes(sizes), s(*(Shared*)memory), marks(marks) {
+        char* memory, const Sizes& most, const Seen& seen, const Fast* all_fast, const Fast* all_best, i64* marks,
+        int heads)
+        : s(*(Shared*)memory), marks(marks), base(seen.base), k_eff(seen.k_eff), room(most.room) {
         rank = cluster_rank(), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
         row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP;
-        blocks = padded / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
-        packs = padded / SUB / PACK, scored = (CODED ? end : padded) / SUB;
+        begin = seen.begin - base, end = seen.end - base, start = seen.start - base, stop = seen.stop - base;
+        first = seen.first - base, last = seen.last - base;
+        blocks = whole_blocks(end) / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
+        packs = start < stop ? whole_blocks(stop) / SUB / PACK : 0;
+        const int rounds = (k_eff - 1) / (TURN * CLUSTER);  // full ones, before the last
+        turns = rounds > 0 ? 1 << (32 - __clz(rounds)) : 1;
+        // Where things lie does not depend on the row.
+        const int most_blocks = most.padded / BLOCK, most_own = (most_blocks + CLUSTER - 1) / CLUSTER;
         position = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16), value = position + room;
-        own_count = value + room, before = own_count + own;
-        bitmap = (u32*)(before + blocks);
-        staged = (u16*)(bitmap + own * WORDS);
-        chosen_position = (int*)staged, chosen = chosen_position + span;
-        fast = all_fast + (i64)row * padded, best = all_best + (i64)row * padded / SUB;
+        own_count = value + room, before = own_count + most_own;
+        bitmap = (u32*)(before + most_blocks);
+        staged = (u16*)(bitmap + most_own * WORDS);
+        chosen_position = (int*)staged, chosen = chosen_position + most.span;
+        fast = all_fast + (i64)row * most.padded + base, best = all_best + ((i64)row * most.padded + base) / SUB;
     }
     __device__ __forceinline__ uint4 bests(int i) const { return ((const uint4*)best)[i]; }
+    __device__ __forceinline__ int span() const { return turns * TURN; }
+    __device__ __forceinline__ bool forced(int j) const { return FORCED && (j < first || j >= last); }
+    // How many of the others are chosen.
+    __device__ __forceinline__ int ranked() const { return FORCED ? k_eff - (first - begin) - (end - last) : k_eff; }
+    // Whether a key can be the highest of the chosen ones, if no other is higher.
+    __device__ __forceinline__ bool may_be_highest(int j) const { return !FORCED || forced(j) || ranked() > 0; }
+    __device__ __forceinline__ int live() const { return max(0, min(span(), k_eff - span() * rank)); }
 
     // Blocks of keys go round the programs, so that neighbours that score alike do not fall to one of them. With EACH
     // things a block: which of all is the i-th own.
@@ -382,7 +407,8 @@ __device__ __forceinline__ void mark(const Program& p, int i) {
 //
 // The k_eff-th largest of the bests of neighbourhoods, to the precision of a bin. These are scores of different keys,
 // so at least k_eff keys reach it, and what stays below it, by more than the error of fast scores, cannot be among the
-// best. Every program finds the cut for itself: that costs less than asking the others.
+// best. Every program finds the cut for itself: that costs less than asking the others. A row that sees far fewer keys than
+// there is room for may have too few neighbourhoods: then it is the k_eff-th of all fast scores.
 
 constexpr int KEPT = CODED ? 2 : 4;  // 16 bytes of bests that a thread keeps from the first look to the second
 
@@ -400,49 +426,58 @@ __device__ __forceinline__ void clear(const Program& p) {
     }
 }
 
-// All bests below `limit` packs: f(pack, what is in it).
+// All scores of `packs` packs: f(pack, what is in it).
 template <class F>
-__device__ __forceinline__ void look_at_bests(const Program& p, const uint4 (&kept)[KEPT], int limit, F f) {
+__device__ __forceinline__ void look_at(const uint4* from, const uint4 (&kept)[KEPT], int packs, F f) {
+    const int tid = threadIdx.x;
 #pragma unroll
     for (int u = 0; u < KEPT; u++)
-        if (p.tid + u * THREADS < limit) f(p.tid + u * THREADS, kept[u]);
+        if (tid + u * THREADS < packs) f(tid + u * THREADS, kept[u]);
 #pragma unroll 1
-    for (int i = p.tid + KEPT * THREADS; i < limit; i += THREADS) f(i, p.bests(i));
+    for (int i = tid + KEPT * THREADS; i < packs; i += THREADS) f(i, from[i]);
 }
 
 __device__ __forceinline__ Cut find_cut(const Program& p, const float* limits) {
     Shared& s = p.s;
+    const int needed = p.ranked();
+    const bool few = SUB > 1 && (p.stop - p.start) / SUB < needed + needed / 4;
+    const uint4* from = (const uint4*)(few ? p.fast : p.best);
+    const int packs = few ? p.packs * SUB : p.packs;
     uint4 kept[KEPT];
 #pragma unroll
-    for (int u = 0; u < KEPT; u++) kept[u] = p.bests(min(p.tid + u * THREADS, p.packs - 1));
+    for (int u = 0; u < KEPT; u++) kept[u] = from[max(0, min(p.tid + u * THREADS, packs - 1))];
     clear(p);
     __syncthreads();
     // First the range: of 16-bit scores about, as bins are clamped; the highest canonical score is exact.
     Extremes extremes;
-    look_at_bests(p, kept, CODED ? max(1, p.scored / PACK) : p.packs, [&](int, uint4 raw) { extremes.extend(raw); });
+    look_at(from, kept, packs, [&](int, uint4 raw) { extremes.extend(raw); });
     const int low = __reduce_min_sync(ALL, extremes.low()), high = __reduce_max_sync(ALL, extremes.high());
     if (p.lane == 0) atomicMin(&s.low, low), atomicMax(&s.high, high);
     __syncthreads();
     const FastBins bins(s.low, s.high);
     mark(p, 1);
-    look_at_bests(p, kept, p.packs, [&](int i, uint4 raw) {
+    look_at(from, kept, packs, [&](int i, uint4 raw) {
         int w[PACK];
         unpack(raw, w);
-        const int left = p.scored - i * PACK;
 #pragma unroll
-        for (int e = 0; e < PACK; e++)
-            if (e < left && w[e] != NO_FAST) atomicAdd(&s.counts[bins.of(w[e])], 1);
+        for (int e = 0; e < PACK; e++) {
+            // Words of keys that are not ranked lie among the fast scores, though not among the bests.
+            const bool apart = FORCED && !CODED && few && p.forced(i * PACK + e);
+            if (w[e] != NO_FAST && !apart) atomicAdd(&s.counts[bins.of(w[e])], 1);
+        }
     });
     __syncthreads();
     mark(p, 2);
-    const Found at = find_bin<BINS, 1>(s.counts, p.k_eff, s.scratch);
-    return bins.cut(at.bin, limits + p.row * 2);
+    const Found at = find_bin<BINS, 1>(s.counts, needed, s.scratch);
+    Cut cut = bins.cut(at.bin, limits + p.row * 2);
+    if (FORCED && needed == 0) cut.least = 0x7fffffff;
+    return cut;
 }
 
 // ---- 2. candidates --------------------------------------------------------------------------------------------------
 //
 // Keys that reach the cut, in any order. Such a key's neighbourhood has a best that reaches it too, so only those are
-// looked into. Keys without a fast score are always candidates.
+// looked into. Keys without a fast score are always candidates; so are those that are kept in any case, whatever they score.
 
 // Own neighbourhoods whose best passes.
 __device__ __forceinline__ void stage_neighbourhoods(const Program& p, const Cut& cut) {
@@ -471,14 +506,14 @@ __device__ __forceinline__ void stage_neighbourhoods(const Program& p, const Cut
     }
 }
 
-// Keys [start, end) of the staged neighbourhoods that pass: SHARE lanes a neighbourhood, MORE of them at a time.
+// Keys [start, stop) of the staged neighbourhoods that pass: SHARE lanes a neighbourhood, MORE of them at a time.
 __device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const Cut& cut) {
-    constexpr int AT_ONCE = THREADS / SHARE, MORE = 3;
+    constexpr int TEAMS = THREADS / SHARE, MORE = 3;
     const int kept = p.s.listed;
 #pragma unroll 1
-    for (int i = 0; i < kept; i += AT_ONCE * MORE) {
+    for (int i = 0; i < kept; i += TEAMS * MORE) {
         auto first_of = [&](int u) {
-            const int at = p.staged[min(i + u * AT_ONCE + p.tid / SHARE, kept - 1)];
+            const int at = p.staged[min(i + u * TEAMS + p.tid / SHARE, kept - 1)];
             return p.dealt<A_BLOCK>(at) * SUB + p.lane % SHARE * WIDE;
         };
         uint4 raw[MORE];
@@ -489,10 +524,9 @@ __device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const
         for (int u = 0; u < MORE; u++) {
             const int j = first_of(u);
             const u64 pass = passing<WIDE>(raw[u], cut);
-            const bool is = i + u * AT_ONCE + p.tid / SHARE < kept && j < p.scored * SUB;
-            const u32 before_end = (1u << min(max(p.end - j, 0), WIDE)) - 1;
+            const u32 before_stop = (1u << min(max(p.stop - j, 0), WIDE)) - 1;
             const u32 before_start = (1u << min(max(p.start - j, 0), WIDE)) - 1;
-            if (is) takes |= (pass & before_end & ~before_start) << (u * WIDE);
+            if (i + u * TEAMS + p.tid / SHARE < kept) takes |= (pass & before_stop & ~before_start) << (u * WIDE);
         }
         int at = reserve(&p.s.found, __popcll(takes), p.lane);
         for (; takes; takes &= takes - 1, at++) {
@@ -505,15 +539,18 @@ __device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const
     }
 }
 
-// Own keys outside [start, end).
+// Own keys that the row sees outside [start, stop).
 __device__ __forceinline__ void list_unscored(const Program& p) {
-    const int start = p.start, n = p.n, end = p.end;
+    const int before = p.start - p.begin, all = before + p.end - p.stop;
 #pragma unroll 1
-    for (int i = p.warp * 32; i < start + n - end; i += THREADS) {
-        const int at = i + p.lane, j = at < start ? at : end + at - start;
-        const bool is = at < start + n - end && p.owns(j);
+    for (int i = p.warp * 32; i < all; i += THREADS) {
+        const int at = i + p.lane, j = at < before ? p.begin + at : p.stop + at - before;
+        const bool is = at < all && p.owns(j);
         const int to = reserve(&p.s.found, is, p.lane);
-        if (is && to < p.room) p.position[to] = j;
+        if (is && to < p.room) {
+            p.position[to] = j;
+            if (!CODED) p.value[to] = p.fast[j];
+        }
     }
 }
 
@@ -524,7 +561,7 @@ __device__ __forceinline__ int list_candidates(const Program& p, const Cut& cut,
     __syncthreads();
     mark(p, 4);
     look_into_neighbourhoods(p, cut);
-    if (CODED) list_unscored(p);
+    if (CODED || FORCED) list_unscored(p);
     __syncthreads();
     const int found = min(s.found, p.room);
     if (p.tid == 0) s.full = s.found > p.room, count[p.row * CLUSTER + p.rank] = s.found;
@@ -593,24 +630,25 @@ __device__ __forceinline__ void tell_highest(const Program& p, int highest) {
 }
 
 __device__ __forceinline__ void score_candidates(const Program& p, const Scorer& scorer, const Bins& fine, int found) {
-    int* counts = p.s.candidates;
+    int highest = NONE;
+    auto count = [&](int i, int w) {
+        if (p.may_be_highest(p.position[i])) highest = max(highest, w);
+        if (!p.forced(p.position[i])) atomicAdd(&p.s.candidates[fine.of(score_of(w))], 1);
+    };
     if (!CODED) {
 #pragma unroll 1
-        for (int i = p.tid; i < found; i += THREADS) atomicAdd(&counts[fine.of(score_of(p.value[i]))], 1);
-        return;
+        for (int i = p.tid; i < found; i += THREADS) count(i, p.value[i]);
+        if (!FORCED) return;
+    } else {
+        scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) { p.value[i] = w, count(i, w); });
     }
-    int highest = NONE;
-    scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) {
-        p.value[i] = w, highest = max(highest, w);
-        atomicAdd(&counts[fine.of(score_of(w))], 1);
-    });
     tell_highest(p, highest);
 }
 
 // ---- 4. the choice --------------------------------------------------------------------------------------------------
 //
 // A candidate in a bin above the edge, the bin of the k_eff-th, is among the best, as bins are monotone; one below it
-// is not. Those at the edge are few and compared with each other (rule 4). The rank of a chosen key is the number of
+// is not. Those at the edge are few and compared with each other (rule 4). Keys that are kept in any case are like those above. The rank of a chosen key is the number of
 // chosen keys at lower positions: those of earlier blocks are counted, those of its own block have bits.
 
 // Of every program, the chosen keys of its blocks.
@@ -628,8 +666,10 @@ __device__ __forceinline__ void send(const Program& p, int j, int w, int winners
     for (int i = 0; i < WORDS; i++) place += i < at ? __popc(bits[i]) : 0;
 #pragma unroll 1
     for (int i = 0; i < winners; i++) place += p.s.winner[i] < j;
-    push(p.chosen_position + place % p.span, place / p.span, j);
-    push(p.chosen + place % p.span, place / p.span, w);
+    // The span is a power of two.
+    const int at_program = place & (p.span() - 1), program = place >> (31 - __clz(p.span()));
+    push(p.chosen_position + at_program, program, j);
+    push(p.chosen + at_program, program, w);
 }
 
 // Bits for candidates above the edge; those near it are told to every program.
@@ -637,9 +677,8 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int
     Shared& s = p.s;
 #pragma unroll 1
     for (int i = p.tid; i < found; i += THREADS) {
-        const int bin = fine.of(score_of(p.value[i]));
+        const int j = p.position[i], bin = p.forced(j) ? BINS + 1 : fine.of(score_of(p.value[i]));
         if (bin > edge) {
-            const int j = p.position[i];
             atomicOr(p.bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
             atomicAdd(&p.own_count[p.own_block(j)], 1);
         }
@@ -648,7 +687,7 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int
 #pragma unroll
             for (int r = 0; r < CLUSTER; r++) {
                 push(s.near_word + p.rank * NEAR + at, r, p.value[i]);
-                push(s.near_position + p.rank * NEAR + at, r, p.position[i]);
+                push(s.near_position + p.rank * NEAR + at, r, j);
             }
         }
     }
@@ -684,7 +723,7 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fin
     cluster_sync();
     mark(p, 10);
     gather_counts(p);
-    find_winners(p, p.k_eff - edge.above);
+    find_winners(p, p.ranked() - edge.above);
     sums_before(p.before, p.blocks, s.scratch);
     mark(p, 11);
     const int winners = s.winners;
@@ -701,25 +740,27 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fin
 struct WordSearch {
     const Program& p;
     int* words;  // of the row
-    u32* equal;  // as the bitmap, of keys that have the k_eff-th word; where the candidates were
-    u32 word;    // the k_eff-th, as far as it is known
+    u32* equal;  // as the bitmap, of keys that have the last word to be chosen; where the candidates were
+    u32 word;    // that, as far as it is known
     int needed;  // how many of those that have it
 
     __device__ __forceinline__ WordSearch(const Program& p, int* words)
-        : p(p), words(words), equal((u32*)p.position), word(0), needed(p.k_eff) {}
+        : p(p), words(words), equal((u32*)p.position), word(0), needed(p.ranked()) {}
     __device__ __forceinline__ int key(int i) const { return p.dealt<BLOCK>(i); }
-    __device__ __forceinline__ u32 at(int j) const { return j < p.padded ? (u32)words[j] ^ 0x80000000u : 0; }
+    __device__ __forceinline__ u32 at(int j) const {
+        return j < p.end && !p.forced(j) ? (u32)words[j] ^ 0x80000000u : 0;
+    }
 
     // Canonical words, where there are none yet.
     __device__ __forceinline__ void score(const Scorer& scorer, const Cut& cut) const {
         if (p.tid == 0) p.s.highest = NONE;
         __syncthreads();
         int highest = NONE;
-        scorer.score(p, p.own * BLOCK, [&](int i) { return min(key(i), p.n - 1); }, [&](int i, int w) {
+        scorer.score(p, p.own * BLOCK, [&](int i) { return min(key(i), p.end - 1); }, [&](int i, int w) {
             const int j = key(i);
-            const bool is = j < p.n && (j < p.start || j >= p.end || cut.passes(p.fast[j]));
-            if (j < p.padded) words[j] = is ? w : NONE;
-            if (is) highest = max(highest, w);
+            const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || cut.passes(p.fast[j]));
+            if (j < p.end) words[j] = is ? w : NONE;
+            if (is && p.may_be_highest(j)) highest = max(highest, w);
         });
         tell_highest(p, highest);
         cluster_sync();
@@ -745,15 +786,20 @@ struct WordSearch {
 #pragma unroll 1
         for (int i = p.tid; i < p.own; i += THREADS) p.own_count[i] = 0;
         __syncthreads();
+        int highest = NONE;
 #pragma unroll 1
         for (int i = p.warp * 32; i < p.own * BLOCK; i += THREADS) {
-            const u32 w = at(key(i + p.lane));
-            const u32 above = __ballot_sync(ALL, w > word), same = __ballot_sync(ALL, w == word && w != 0);
+            const int j = key(i + p.lane);
+            const u32 w = at(j);
+            const bool kept = FORCED && j >= p.begin && j < p.end && p.forced(j);
+            const u32 above = __ballot_sync(ALL, w > word || kept), same = __ballot_sync(ALL, w == word && w != 0);
             if (p.lane == 0) {
                 p.bitmap[i / 32] = above, equal[i / 32] = same;
                 if (same) atomicAdd(&p.own_count[i / BLOCK], __popc(same));
             }
+            if (kept) highest = max(highest, words[j]);
         }
+        if (FORCED) tell_highest(p, highest);
     }
     // The first of those that have the word, as many as are needed; own_count is of all chosen keys then.
     __device__ __forceinline__ void take_ties() const {
@@ -784,8 +830,10 @@ __device__ __forceinline__ void choose_by_words(const Program& p, const Scorer& 
     WordSearch search(p, words);
     cluster_sync();
     if (CODED) search.score(scorer, cut);
+    if (FORCED && search.needed == 0) search.word = ALL;
+    else
 #pragma unroll 1
-    for (int shift = 24; shift >= 0; shift -= 8) search.find_byte(shift);
+        for (int shift = 24; shift >= 0; shift -= 8) search.find_byte(shift);
     search.compare();
     search.count_before();
     cluster_sync();
@@ -800,8 +848,8 @@ __device__ __forceinline__ void choose_by_words(const Program& p, const Scorer& 
 
 // The highest canonical word of the row.
 __device__ __forceinline__ int highest_of_row(const Program& p, const Cut& cut) {
-    if (!CODED) return cut.highest;
-    int highest = NONE;
+    if (!CODED && !FORCED) return cut.highest;
+    int highest = CODED || p.ranked() == 0 ? NONE : cut.highest;
 #pragma unroll
     for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
     return highest;
@@ -814,7 +862,8 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
 #pragma unroll
     for (int r = 0; r < CLUSTER; r++) slow |= pull(&s.full, r) != 0;
     int highest = highest_of_row(p, cut);
-    const Found edge = find_bin<BINS, CLUSTER>(s.candidates, p.k_eff, s.scratch);
+    Found edge = find_bin<BINS, CLUSTER>(s.candidates, p.ranked(), s.scratch);
+    if (FORCED && p.ranked() == 0) edge.bin = BINS, edge.above = edge.inside = 0;
     slow |= edge.bin < 0 || edge.inside > NEAR;
     mark(p, 8);
     if (!slow) {
@@ -829,11 +878,39 @@ __device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, co
 // ---- 5. attention ---------------------------------------------------------------------------------------------------
 //
 // Of ranks [span rank, span (rank + 1)), within one tree over all ranks (rule 2): a team of LANES_V lanes takes
-// RANKS << LEVELS neighbouring ones; then the teams of a warp, warps and programs are added, of each a power of two.
-// Ranks beyond the last weigh +0.0, as padding does. The highest score is known by now, so no sum is ever rescaled
+// RANKS times `turns` neighbouring ones; then the teams of a warp, warps and programs are added, of each a power of two.
+// Ranks beyond the last weigh +0.0, as padding does, so how many turns there are changes no bit. The highest score is known by now, so no sum is ever rescaled
 // (rule 5).
 
 constexpr int SUMS = E + 1;  // numerators of a lane, and the denominator
+
+// Number `at` of sink logits: float32, float16, bfloat16, float64.
+__device__ __forceinline__ float sink_at(const void* sinks, int kind, i64 at) {
+    if (kind == 3) return (float)((const double*)sinks)[at];
+    if (kind == 0) return ((const float*)sinks)[at];
+    const u32 bits = ((const u16*)sinks)[at];
+    float half, none;
+    halves_to_floats(bits, half, none);
+    return kind == 1 ? half : __uint_as_float(bits << 16);
+}
+
+// From scores to logits, as attention/reference.py has it. `factor` turns what the softmax takes into powers of two.
+struct Logits {
+    float factor, scale, cap, sink;
+    bool has_sink;
+    __device__ __forceinline__ float of(float score) const {
+        if constexpr (LOGITS == 0) return score;
+        const float x = __fmul_rn(score, scale);
+        if constexpr (LOGITS < 2) return x;
+        const float y = __fdiv_rn(x, cap);
+        const float e = exp2_canonical(__fmul_rn(__int_as_float(__float_as_int(y) & 0x7fffffff), -2.0f * factor));
+        const float tanh = __fdiv_rn(__fsub_rn(1.0f, e), __fadd_rn(1.0f, e));
+        return __fmul_rn(__int_as_float(__float_as_int(tanh) | (__float_as_int(y) & 0x80000000)), cap);
+    }
+    __device__ __forceinline__ float power(float logit, float top) const {
+        return exp2_canonical(__fmul_rn(__fsub_rn(logit, top), factor));
+    }
+};
 
 // x is the u-th of 1 << DEPTH neighbours: pairs are added when their second comes, as carries are in a counter. After
 // the last, x is the sum of all. A sum that is not complete can wait at a level, but is overwritten before it is read.
@@ -847,17 +924,50 @@ template <int DEPTH> __device__ __forceinline__ void add_up(float (&level)[DEPTH
         }
 }
 
-// Writes the indices, and over their words their weights (rules 3 and 5).
-__device__ __forceinline__ void weigh(const Program& p, int live, int highest, float factor, i64* indices) {
-    const float top = score_of(highest);
+// The indices of this program's ranks, and -1 up to `most`.
+__device__ __forceinline__ void write_indices(const Program& p, int live, int most, i64* indices) {
+    indices += (i64)p.row * most;
 #pragma unroll 1
-    for (int i = p.tid; i < live; i += THREADS)
-        indices[(i64)p.row * p.k_eff + p.span * p.rank + i] = p.chosen_position[i];
+    for (int i = p.tid; i < live; i += THREADS) indices[p.span() * p.rank + i] = p.base + p.chosen_position[i];
 #pragma unroll 1
-    for (int i = p.tid; i < p.span; i += THREADS) {
-        const float t = i < live ? __fmul_rn(__fsub_rn(score_of(p.chosen[i]), top), factor) : 0.0f;
-        p.chosen[i] = __float_as_int(i < live ? exp2_canonical(t) : 0.0f);
+    for (int i = p.k_eff + p.rank * THREADS + p.tid; i < most; i += CLUSTER * THREADS) indices[i] = -1;
+}
+
+// Over words their logits; returns the highest of all. A product with the scale is monotone, so its highest is that of the
+// highest score; nothing proves that of a rounded cap.
+__device__ __forceinline__ float to_logits(const Program& p, const Logits& logits, int live, int highest) {
+    if constexpr (LOGITS == 2) {
+        if (p.tid == 0) p.s.highest = NONE;
+        __syncthreads();
+        highest = NONE;
     }
+#pragma unroll 1
+    for (int i = p.tid; i < live; i += THREADS) {
+        const float logit = logits.of(score_of(p.chosen[i]));
+        p.chosen[i] = __float_as_int(logit);
+        if (LOGITS == 2) highest = max(highest, word_of(logit));
+    }
+    float top = LOGITS == 2 ? 0.0f : logits.of(score_of(highest));
+    if constexpr (LOGITS == 2) {
+        tell_highest(p, highest);
+        cluster_sync();
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
+        top = score_of(highest);
+    }
+    return logits.has_sink ? fmaxf(top, logits.sink) : top;
+}
+
+// Over words their weights (rules 3 and 5); returns the highest logit.
+__device__ __forceinline__ float weigh(const Program& p, const Logits& logits, int live, int highest) {
+    float top = score_of(highest);
+    if (LOGITS > 0) top = to_logits(p, logits, live, highest);
+#pragma unroll 1
+    for (int i = p.tid; i < p.span(); i += THREADS) {
+        const float logit = LOGITS > 0 ? __int_as_float(p.chosen[i]) : score_of(p.chosen[i]);
+        p.chosen[i] = __float_as_int(i < live ? logits.power(logit, top) : 0.0f);
+    }
+    return top;
 }
 
 // The sum of RANKS weighted values, from the i-th on. PLAIN: all are coded.
@@ -865,7 +975,7 @@ template <bool PLAIN>
 __device__ __forceinline__ void sum_ranks(
     const Program& p, const Rows& values, int i, int live, int part, float (&x)[SUMS]) {
     constexpr int DEPTH = log2i(RANKS);
-    const int* position = p.chosen_position + i;
+    const int *position = p.chosen_position + i, *weights = p.chosen + i;
     const int last = live - 1 - i;
     float level[DEPTH + 1][SUMS];
     uint4 raw[RANKS];
@@ -874,7 +984,7 @@ __device__ __forceinline__ void sum_ranks(
 #pragma unroll
     for (int u = 0; u < RANKS; u++) {
         values.numbers<PLAIN>(position[min(u, last)], raw[u], x);
-        const float weight = __int_as_float(position[p.span + u]);
+        const float weight = __int_as_float(weights[u]);
 #pragma unroll
         for (int e = 0; e < E; e++) x[e] = __fmul_rn(weight, x[e]);
         x[E] = weight;
@@ -887,8 +997,8 @@ __device__ __forceinline__ void sum_warp(const Program& p, const Rows& values, i
     const int part = p.lane % LANES_V, team = p.tid / LANES_V;
     float level[LEVELS + 1][SUMS], sum[SUMS];
 #pragma unroll 1
-    for (int c = 0; c < 1 << LEVELS; c++) {
-        const int i = ((team << LEVELS) + c) * RANKS;
+    for (int c = 0; c < p.turns; c++) {
+        const int i = (team * p.turns + c) * RANKS;
 #pragma unroll
         for (int e = 0; e < SUMS; e++) sum[e] = 0.0f;
         if (i < live) {
@@ -936,55 +1046,74 @@ __device__ __forceinline__ void store(void* out, i64 at, float y) {
 }
 
 // The sum of the cluster, divided (rule 3) and rounded to the dtype of the output.
-__device__ __forceinline__ void write_output(const Program& p, void* out) {
+__device__ __forceinline__ void write_output(const Program& p, const Logits& logits, float top, void* out) {
     Shared& s = p.s;
+    const bool sinks = LOGITS > 0 && logits.has_sink;
+    const float sink = sinks ? logits.power(logits.sink, top) : 0.0f;
 #pragma unroll 1
     for (int d = p.tid; d < DIM_V; d += THREADS) {
         float x[CLUSTER], w[CLUSTER];
 #pragma unroll
         for (int r = 0; r < CLUSTER; r++) x[r] = s.numerators[r][d], w[r] = s.denominators[r];
         tree<CLUSTER>(x), tree<CLUSTER>(w);
-        store(out, (i64)p.row * DIM_V + d, __fdiv_rn(__fadd_rn(x[0], 0.0f), w[0]));
+        if (sinks) w[0] = __fadd_rn(w[0], sink);
+        const float y = __fdiv_rn(__fadd_rn(x[0], 0.0f), w[0]);
+        // Where a sink is no number there is no denominator, and where it is infinite it has all the weight.
+        store(out, (i64)p.row * DIM_V + d, sinks && !(logits.sink < __int_as_float(0x7f800000)) ? 0.0f : y);
     }
 }
 
 __device__ __forceinline__ void attend(
-    const Program& p, const Rows& values, int highest, float factor, i64* indices, void* out) {
-    const int live = max(0, min(p.span, p.k_eff - p.span * p.rank));
-    weigh(p, live, highest, factor, indices);
+    const Program& p, const Rows& values, const Logits& logits, int highest, int most, i64* indices, void* out) {
+    const int live = p.live();
+    write_indices(p, live, most, indices);
+    const float top = weigh(p, logits, live, highest);
     __syncthreads();
     sum_warp(p, values, live);
     __syncthreads();
     mark(p, 14);
     sum_program(p);
     cluster_sync();
-    if (p.rank == 0) write_output(p, out);
+    if (p.rank == 0) write_output(p, logits, top, out);
+}
+
+// A row that keeps nothing.
+__device__ __forceinline__ void write_nothing(const Program& p, int most, void* out, i64* indices, int* count) {
+    write_indices(p, 0, most, indices);
+    if (p.tid == 0) count[p.row * CLUSTER + p.rank] = 0;
+    if (p.rank == 0)
+        for (int d = p.tid; d < DIM_V; d += THREADS) store(out, (i64)p.row * DIM_V + d, 0.0f);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) choose_and_attend(
-    const void* q, SIDE(k), SIDE(v), const Fast* fast, const Fast* best, int* word,
+    const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, const Fast* best, int* word,
     const float* limits, void* out, i64* indices, int* count, i64* marks,
-    int heads, int n, int padded, int start, int end, int whole, int sinks, int k_eff, int room, int span,
-    int q_b, int q_h, double factor) {
+    int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
+    int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h) {
     DYNAMIC_SHARED(memory);
-    const Program p(memory, Sizes{n, padded, start, end, whole, sinks, k_eff, room, span}, fast, best, marks, heads);
+    const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
+    const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
+    if (p.k_eff == 0) return write_nothing(p, k_eff, out, indices, count);
     mark(p, 0);
     const Cut cut = find_cut(p, limits);
     mark(p, 3);
     const int found = list_candidates(p, cut, count);
     mark(p, 5);
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);
-    const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, whole, sinks), query};
+    const int whole = (p.base + p.end) / 128 * 128 - p.base;
+    const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, p.base, whole, in_full), query};
     score_candidates(p, scorer, cut.fine, found);
     mark(p, 6);
     cluster_sync();
     mark(p, 7);
-    const int highest = choose(p, scorer, cut, found, word + (i64)p.row * padded);
+    const int highest = choose(p, scorer, cut, found, word + (i64)p.row * padded + p.base);
     mark(p, 12);
     cluster_sync();
     mark(p, 13);
-    attend(p, Rows(AS_SIDE(v), p.b, p.g, whole, sinks), highest, (float)factor, indices, out);
+    Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
+    if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
+    attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);
     mark(p, 15);
 }

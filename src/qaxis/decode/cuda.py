@@ -1,7 +1,8 @@
 """The decode step in CUDA C++: two kernels where Triton launches six, with the same indices and bits.
 
 It needs clusters of programs, so compute capability 9.0; on a CPU it is emulated, thread by thread, to be checked.
-:func:`takes` looks at where the numbers lie, before every step. All else a step depends on is its :class:`Shape`.
+:func:`refusal` looks at how the numbers lie. All else a step depends on is its :class:`Shape`, and what changes with a
+token lies in device memory (``rows.py``): no argument of a launch does.
 """
 
 from __future__ import annotations
@@ -14,16 +15,24 @@ import torch
 
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import exponent_factor, next_power_of_two
-from ..cuda.compiler import ELEMENTS, MOST_STRIDE, SHARED_LIMIT, compiled, in_16_bytes, readable, runs_on, units
+from ..attention.always import NONE, Always
+from ..attention.logits import Logits
+from ..cuda.compiler import (
+    ELEMENTS, MOST_STRIDE, SHARED_LIMIT, compiled, in_16_bytes, readable, runs_on, start_of, units,
+)  # fmt: skip
 from ..cuda.emulator import MOST_ROWS
 from ..storage.formats import EIGHT
 from ..storage.side import Stored
 from .form import Numbers
 from .index import KeyIndex
 
-SCORE_KEYS, SCORE_CODES, CHOOSE = (
-    Path(__file__).with_name(f"{name}.cu") for name in ("score_keys", "score_codes", "choose")
+SCORE_KEYS, SCORE_CODES, CHOOSE, SEEN = (
+    Path(__file__).with_name(name) for name in ("score_keys.cu", "score_codes.cu", "choose.cu", "seen.cuh")
 )
+#: dtypes of sink logits, as choose.cu numbers them
+SINKS = {**ELEMENTS, torch.float64: 3}
+#: needed by choose.cu
+CAPABILITY = (9, 0)
 #: as in choose.cu: keys of a block, whose chosen ones are counted together; bins of a histogram, against shared memory;
 #: keys in the bin of the last chosen one that are compared with each other, against the slower way
 BLOCK, BINS, NEAR = 512, 1024, 112
@@ -54,9 +63,11 @@ class Shape:
     batch: int
     heads: int
     kv_heads: int
+    #: places of keys, at most
     n: int
     head_dim: int
     dim_v: int
+    #: keys that a row keeps, at most
     k_eff: int
     dtype: torch.dtype
     device: torch.device
@@ -66,6 +77,10 @@ class Shape:
     coded: bool
     #: keys and values are 8-bit caches
     stored: bool
+    #: some keys are always kept
+    forced: bool
+    #: as LOGITS in choose.cu
+    logits: int
 
     @property
     def rows(self) -> int:
@@ -78,34 +93,54 @@ class Shape:
         return self.heads // self.kv_heads
 
 
-def shape_of(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, k_eff: int) -> Shape:
-    """The shape of a step that keeps ``k_eff`` keys."""
+def variant_of(always: Always, logits: Logits | None) -> tuple[bool, int]:
+    """What of these is compiled into a step: ``forced`` and ``logits`` of its shape. Their numbers are not."""
+    kind = 0 if logits is None or logits.plain else 1 if logits.soft_cap is None else 2
+    return always != NONE, kind
+
+
+def shape_of(
+    q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, n: int, k_eff: int,
+    variant: tuple[bool, int] = (False, 0),
+) -> Shape:  # fmt: skip
+    """The shape of a step over at most ``n`` places that keeps at most ``k_eff`` keys."""
     return Shape(
-        batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], n=k.shape[2], head_dim=k.shape[3], dim_v=v.shape[3],
+        batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], n=n, head_dim=k.shape[3], dim_v=v.shape[3],
         k_eff=k_eff, dtype=q.dtype, device=q.device, each=in_16_bytes(q),
-        coded=index.codes is not None, stored=isinstance(k, Stored),
+        coded=index.codes is not None, stored=isinstance(k, Stored), forced=variant[0], logits=variant[1],
     )  # fmt: skip
 
 
 def takes(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> bool:
     """Whether the kernels can read these as they lie: sizes, formats, strides and alignment."""
-    parts: list[torch.Tensor | None] = [q]
-    if q.shape[1] // k.shape[1] > MOST_GROUP or q.shape[0] * q.shape[1] > MOST_ROWS:
-        return False
+    return not refusal(q, k, v, index)
+
+
+def refusal(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> str:
+    """Why the kernels cannot read these as they lie, or nothing if they can; how many tokens there are is no reason."""
+    if q.shape[1] // k.shape[1] > MOST_GROUP:
+        return f"{q.shape[1] // k.shape[1]} query heads share a key head, more than {MOST_GROUP}"
+    if q.shape[0] * q.shape[1] > MOST_ROWS:
+        return f"{q.shape[0] * q.shape[1]} rows, more than {MOST_ROWS}"
     # Kernels take the strides of q in numbers, as 32 bits.
     if max(units(q, 1)) >= MOST_STRIDE:
-        return False
+        return "the strides of q are too large"
+    parts: list[torch.Tensor | None] = [q]
     if isinstance(k, Stored) or isinstance(v, Stored):
         if not (isinstance(k, Stored) and isinstance(v, Stored) and _alike(k, v)):
-            return False
+            return "keys and values are not two caches of 8 bits per channel of bfloat16, alike"
         parts += [part for x in (k, v) for part in (x.codes, x.scales, x.first, x.newest)]
     else:
         parts += [k, v]
     if index.codes is not None:
-        if q.shape[3] not in (64, 128) or index.codes.grid != EIGHT or index.largest_scales.data_ptr() % 16:
-            return False
+        if q.shape[3] not in (64, 128):
+            return f"codes of head_dim {q.shape[3]}, not 64 or 128"
+        if index.codes.grid != EIGHT or index.largest_scales.data_ptr() % 16:
+            return "codes that are not 8 bits in groups of 128, or bounds that are not aligned"
         parts += [index.codes.codes, index.codes.scales]
-    return readable(in_16_bytes(q), (q.shape[3], v.shape[3]), *parts)
+    if not readable(in_16_bytes(q), (q.shape[3], v.shape[3]), *parts):
+        return "head_dim is no power of two that fits, or rows of numbers are not whole, aligned loads"
+    return ""
 
 
 def _alike(k: Stored, v: Stored) -> bool:
@@ -127,7 +162,7 @@ class Plan:
     threads: int
     #: candidates that a program has room for
     room: int
-    #: chosen keys that a team loads at once, how often it does, and those of a program
+    #: chosen keys that a team loads at once, how often it does, and those of a program, at most
     ranks: int
     turns: int
     span: int
@@ -197,12 +232,15 @@ def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
 def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     """The kernels that score and that choose and attend, or None if they cannot be compiled."""
     common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group, "sub": plan.sub}
-    file, name = (SCORE_CODES, "score_codes") if shape.coded else (SCORE_KEYS, "score_keys")
-    score = compiled(file, name, 0, shape.device, **common)
+    forced = {"forced": int(shape.forced)}
+    if shape.coded:
+        score = compiled(SCORE_CODES, "score_codes", 0, shape.device, (SEEN,), **common)
+    else:
+        score = compiled(SCORE_KEYS, "score_keys", 0, shape.device, (SEEN,), **common, **forced)
     choose = compiled(
-        CHOOSE, "choose_and_attend", plan.shared, shape.device, **common, dim_v=shape.dim_v, cluster=plan.cluster,
-        threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1, coded=int(shape.coded),
-        stored=int(shape.stored), profile=int(profile), shared=plan.fixed,
+        CHOOSE, "choose_and_attend", plan.shared, shape.device, (SEEN,), **common, **forced, dim_v=shape.dim_v,
+        cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1,
+        coded=int(shape.coded), stored=int(shape.stored), logits=shape.logits, profile=int(profile), shared=plan.fixed,
     )  # fmt: skip
     return None if score is None or choose is None else (score, choose)
 
@@ -238,43 +276,50 @@ class CudaStep:
         #: int32 ``[B * H, cluster]``: candidates of every program of a row
         self.count, self.marks = self.buffers.count, self.buffers.marks
 
-    def score(self, q: torch.Tensor, k: Numbers, index: KeyIndex) -> None:
-        """Scores of every key, canonical ones or fast ones by codes."""
-        shape, work = self.shape, self.buffers
-        grid, block = (self.plan.score_programs, shape.batch * shape.kv_heads, 1), (128, 1, 1)
+    def run(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits,
+        always: Always = NONE,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Output and indices, as :meth:`choose` has them."""
+        self.score(q, k, index, rows, always)
+        return self.choose(q, k, v, index, rows, logits, always)
+
+    def score(
+        self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, always: Always = NONE
+    ) -> None:
+        """Scores of every key that ``rows`` see, canonical ones or fast ones by codes."""
+        shape, plan, work = self.shape, self.plan, self.buffers
+        grid, block = (plan.score_programs, shape.batch * shape.kv_heads, 1), (128, 1, 1)
         heads, strides = (shape.heads, shape.kv_heads), units(q, 1)[:2]
         if index.codes is not None:
             c = index.codes
-            if c.scales.shape[2]:
-                self.score_kernel(grid, block, [
-                    q, c.codes, c.scales, index.norm, index.residual, index.largest_scales,
-                    work.fast, work.best, work.limits, *heads, c.scales.shape[2], c.first.shape[2], self.plan.padded,
-                    *strides, *units(c.codes, shape.each), *units(c.scales, shape.each),
-                    fast_scores.rounding(shape.head_dim) * 3, fast_scores.SPLIT * shape.head_dim,
-                ])  # fmt: skip
+            self.score_kernel(grid, block, [
+                q, start_of(c.codes, q), start_of(c.scales, q), index.norm, index.residual, index.largest_scales, rows,
+                work.fast, work.best, work.limits, *heads, plan.padded, shape.n, shape.k_eff, c.first.shape[2], *always,
+                *strides, *units(c.codes, shape.each), *units(c.scales, shape.each),
+                fast_scores.rounding(shape.head_dim) * 3, fast_scores.SPLIT * shape.head_dim,
+            ])  # fmt: skip
             return
         assert isinstance(k, torch.Tensor)
         self.score_kernel(grid, block, [
-            q, k, work.word, work.best, *heads, shape.n, self.plan.padded, *strides, *units(k, shape.each),
+            q, k, rows, work.word, work.best, *heads, plan.padded, shape.n, shape.k_eff, *always,
+            *strides, *units(k, shape.each),
         ])  # fmt: skip
 
     def choose(
-        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits,
+        always: Always = NONE,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Output ``[B, H, 1, Dv]`` in q's dtype and indices int64 ``[B, H, 1, k_eff]``, once keys are scored."""
         shape, plan, work = self.shape, self.plan, self.buffers
         indices = torch.empty(shape.batch, shape.heads, 1, shape.k_eff, dtype=torch.int64, device=shape.device)
         out = torch.empty(shape.batch, shape.heads, 1, shape.dim_v, dtype=shape.dtype, device=shape.device)
-        start, end, whole, sinks = 0, shape.n, 0, 0
-        if index.codes is not None:
-            start, end = index.codes.first.shape[2], index.codes.codes.shape[2]
-        if isinstance(k, Stored):
-            whole, sinks = k.codes.shape[2], k.first.shape[2]
+        in_full = 0 if index.codes is None else index.codes.first.shape[2]
         self.choose_kernel((plan.cluster, shape.rows, 1), (plan.threads, 1, 1), [
-            q, *self._side(k, q), *self._side(v, q), work.fast, work.best, work.word,
+            q, *self._side(k, q), *self._side(v, q), rows, work.fast, work.best, work.word,
             work.limits, out, indices, work.count, work.marks,
-            shape.heads, shape.n, plan.padded, start, end, whole, sinks, shape.k_eff, plan.room, plan.span,
-            *units(q, 1)[:2], exponent_factor(scale),
+            shape.heads, shape.n, plan.padded, shape.k_eff, plan.room, plan.span, in_full, *always,
+            *units(q, 1)[:2], *_of_logits(logits, q),
         ], shared_mem=plan.shared)  # fmt: skip
         return out, indices
 
@@ -282,23 +327,46 @@ class CudaStep:
         if not isinstance(x, Stored):
             return [x, none, none, none, *units(x, self.shape.each), *[0] * 9]
         parts = [x.codes, x.scales, x.first, x.first if x.newest is None else x.newest]
-        return [*parts, *(s for part in parts for s in units(part, self.shape.each))]
+        starts = (start_of(part, none) for part in parts)
+        return [*starts, *(s for part in parts for s in units(part, self.shape.each))]
+
+
+def _of_logits(logits: Logits, none: torch.Tensor) -> list[Any]:
+    """Arguments of choose.cu; a scale alone is folded into the change of base, as ``weighted_sum`` does it."""
+    factor = exponent_factor(logits.scale if logits.plain else 1.0)
+    cap = 1.0 if logits.soft_cap is None else float(logits.soft_cap)
+    sink = (none, -1, 0) if logits.sink is None else (logits.sink, SINKS[logits.sink.dtype], logits.sink.stride(0))
+    return [factor, float(logits.scale), cap, *sink]
 
 
 def step_of(shape: Shape, *, profile: bool = False) -> CudaStep | None:
     """What runs this shape, or None where the kernels do not run or do not fit."""
-    if not runs_on(shape.device, (9, 0)):
+    if not runs_on(shape.device, CAPABILITY):
         return None
-    multiprocessors = EMULATED_MULTIPROCESSORS
-    if shape.device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(shape.device).multi_processor_count
-    plan = plan_of(shape, multiprocessors)
+    plan = plan_of(shape, _multiprocessors(shape.device))
     kernels = None if plan is None else _kernels(shape, plan, profile)
     return None if plan is None or kernels is None else CudaStep(shape, plan, kernels, profile)
+
+
+def why_none(shape: Shape) -> str:
+    """Why :func:`step_of` has nothing that runs this shape."""
+    if not runs_on(shape.device, CAPABILITY):
+        return f"{shape.device} has not compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
+    if plan_of(shape, _multiprocessors(shape.device)) is None:
+        return f"{shape.k_eff} keys of {shape.n} do not fit into shared memory"
+    return "the kernels cannot be compiled, as logged"
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return EMULATED_MULTIPROCESSORS
 
 
 def step_for(
     q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, k_eff: int, profile: bool = False
 ) -> CudaStep | None:
-    """A new step for these, or None where the CUDA kernels cannot run them."""
-    return step_of(shape_of(q, k, v, index, k_eff), profile=profile) if takes(q, k, v, index) else None
+    """A new step over all of these keys, or None where the CUDA kernels cannot run them."""
+    if not takes(q, k, v, index):
+        return None
+    return step_of(shape_of(q, k, v, index, k.shape[2], k_eff), profile=profile)

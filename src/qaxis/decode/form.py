@@ -6,16 +6,21 @@ once are not checked again: then it costs microseconds on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
+from ..attention.always import NONE, Always
+from ..attention.logits import Logits
 from ..storage.lazy import ReadOnlyTensor, dequantized, stored_or_tensor
 from ..storage.side import Stored
 from ..storage.triton import readable
-from ..validation import MOST_KEYS, check_form, check_like, check_shapes, has_memory, is_integer, require
+from ..validation import (
+    DTYPES, MOST_KEYS, check_form, check_like, check_memory, check_scale, check_shapes, has_memory, is_integer, require,
+)  # fmt: skip
 from .index import KeyIndex
 
 #: keys or values ``[B, Hkv, N, D]``
@@ -59,6 +64,21 @@ def outline(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> Hashabl
     return *map(_outline, (q, k, v, index)), same
 
 
+def _layout(x: object) -> object:
+    if isinstance(x, torch.Tensor):
+        batches, heads, tokens, dim = x.shape
+        return batches, heads, min(tokens, 2), dim, x.dtype, x.stride(), x.data_ptr() % 16
+    if isinstance(x, Stored):
+        return x.grid, x.dtype, x.first.shape[2], *map(_layout, (x.codes, x.scales, x.first, x.newest))
+    return None
+
+
+def layout(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> Hashable:
+    """How the arguments lie, whatever number of tokens they have: what a kernel can read is decided by it."""
+    alike = isinstance(k, Stored) and isinstance(v, Stored) and k.codes.shape[2] == v.codes.shape[2]
+    return *map(_layout, (q, k, v, index.codes)), alike, index.largest_scales.data_ptr() % 16
+
+
 def readable_of(k: Any, v: Any, index: object) -> tuple[Any, Any]:
     """Keys and values as a step reads them: of what a cache returned the codes, or its numbers if they do not serve."""
     if not isinstance(k, ReadOnlyTensor) and not isinstance(v, ReadOnlyTensor):
@@ -83,7 +103,7 @@ def _check_numbers(name: str, x: Numbers) -> None:
 
 @dataclass(frozen=True)
 class MadeFor:
-    """The sizes B, H, N, D of a step, the keys every query keeps, and the device.
+    """The sizes B, H, N, D of a step, the keys every query keeps at most, and the device.
 
     Raises:
         ValueError: naming the size that is not allowed.
@@ -104,8 +124,10 @@ class MadeFor:
         allowed = is_integer(self.k_eff) and 1 <= self.k_eff <= self.n
         require(allowed, "k_eff", self.k_eff, f"an integer in 1..{self.n}, the number of keys")
 
-    def check(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> None:
+    def check(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, *, shorter: bool = False) -> None:
         """Check that everything fits: ``q [B, H, 1, D]``, ``k [B, Hkv, N, D]``, ``v [B, Hkv, N, Dv]``.
+
+        Keys and values may be ``shorter`` than the room N where rows say how many of them are seen.
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
@@ -117,9 +139,53 @@ class MadeFor:
         require(q.device == self.device, "q.device", str(q.device), f"{self.device}, for which this was made")
         _check_numbers("k", k)
         _check_numbers("v", v)
-        require(k.shape[2] == self.n, "k.shape[2]", k.shape[2], f"{self.n}, for which this was made")
+        fits, bound = (k.shape[2] <= self.n, "at most ") if shorter else (k.shape[2] == self.n, "")
+        require(fits, "k.shape[2]", k.shape[2], f"{bound}{self.n}, for which this was made")
         check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
         for name, x in (("k", k), ("v", v)):
             check_like(name, x, q)  # type: ignore[arg-type]
         require(isinstance(index, KeyIndex), "index", type(index).__name__, "what index_keys or index_cache return")
         index.check_form(k)
+        for name, codes in (("k", k), ("v", v), ("index", index.codes)):
+            if isinstance(codes, Stored):
+                _check_whole(name, codes)
+
+    def check_extras(self, rows: torch.Tensor | None, always: Always, logits: Logits | None) -> None:
+        """Check what rows see and keep, what is always kept, and what becomes of a score.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        if rows is not None:
+            _check_tensor("rows", rows, (self.batch, 4), self.device, (torch.int32,))
+            require(rows.is_contiguous(), "rows.stride()", rows.stride(), "contiguous")
+        if always != NONE:
+            sizes = isinstance(always, Always) and all(is_integer(x) and x >= 0 for x in always)
+            fits = sizes and (sum(always) <= self.k_eff or self.k_eff == self.n)
+            require(fits, "always", always, f"an Always of at most the {self.k_eff} keys that a query keeps")
+        if logits is not None:
+            self._check_logits(logits)
+
+    def _check_logits(self, logits: Logits) -> None:
+        require(isinstance(logits, Logits), "logits", type(logits).__name__, "a qaxis.attention.logits.Logits")
+        check_scale(logits.scale, self.head_dim)
+        cap = logits.soft_cap
+        require(cap is None or 0 < cap < math.inf, "logits.soft_cap", cap, "a positive number, or None")
+        if logits.sink is not None:
+            _check_tensor("logits.sink", logits.sink, (self.heads,), self.device, (*DTYPES, torch.float64))
+
+
+def _check_tensor(
+    name: str, x: torch.Tensor, shape: tuple[int, ...], device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    require(isinstance(x, torch.Tensor), name, type(x).__name__, "a torch.Tensor")
+    check_memory(name, x)
+    require(tuple(x.shape) == shape, f"{name}.shape", tuple(x.shape), f"{shape}")
+    require(x.dtype in dtypes, f"{name}.dtype", x.dtype, " or ".join(map(str, dtypes)))
+    require(x.device == device, f"{name}.device", str(x.device), f"{device}, for which this was made")
+
+
+def _check_whole(name: str, x: Stored) -> None:
+    """Check that every whole group has codes: kernels know from the length which tokens have."""
+    whole = x.length - x.length % x.grid.tokens
+    require(x.codes.shape[2] == whole, f"{name}.codes.shape[2]", x.codes.shape[2], f"{whole}, the whole groups")

@@ -1,7 +1,7 @@
 // Fast scores from 8-bit codes, with a proven error (arithmetic/fast_scores.py).
 //
-// compiler.py puts hardware.cuh and canonical.cuh before this and defines, besides what is said there: GROUP (query heads of a
-// key head), SUB (neighbours whose best is kept).
+// compiler.py puts hardware.cuh, canonical.cuh and seen.cuh before this and defines, besides what is said there: GROUP (query
+// heads of a key head), SUB (neighbours whose best is kept).
 
 // Steps of the 16-bit score in one unit of score; 0 where the range is not usable (as in arithmetic/triton.py).
 __device__ __forceinline__ float units_per_score(float norm_q, float norm_k) {
@@ -12,14 +12,19 @@ __device__ __forceinline__ float units_per_score(float norm_q, float norm_k) {
 constexpr int QUARTER = DIM / 4, WORDS = DIM / 16, PARTS = GROUP > 4 ? 2 : 1;
 
 // 16-bit scores [rows, padded] and the best of every SUB neighbours, of groups of 128 tokens that share their steps; one
-// warp a group. The query, times the steps, is split into two 8-bit parts, which are the columns of an exact product.
+// warp a group. The query, times the steps, is split into two 8-bit parts, which are the columns of an exact product. Whole
+// blocks are written: what of them a row does not see, or has no code, gets 0.
 extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
     const void* q, const char* codes, const char* scales, const float* norm, const float* residual, const float* steps,
-    u16* fast, u16* best, float* limits,
-    int heads, int kv_heads, int groups, int sinks, int padded, int q_b, int q_h,
+    const int* rows, u16* fast, u16* best, float* limits,
+    int heads, int kv_heads, int padded, int n, int k_eff, int in_full, int sinks, int recent, int q_b, int q_h,
     int codes_b, int codes_h, int codes_n, int scales_b, int scales_h, int scales_n, double relative, double split) {
     const int lane = threadIdx.x % 32, t = lane % 4, row = lane / 4;
     const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads;
+    const Seen seen = Seen::of<true>(rows, b, Room{n, k_eff, in_full, sinks, recent});
+    const int begin = seen.base / 128 + blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    const int end = whole_blocks(seen.stop) / 128;
+    if (seen.k_eff == 0 || seen.start >= seen.stop || begin >= end) return;
     codes += ((i64)b * codes_b + (i64)g * codes_h) * E + t * 16;
     scales += ((i64)b * scales_b + (i64)g * scales_h) * E + t * 16;
     const i64 policy = read_once();
@@ -44,10 +49,10 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
 #pragma unroll
         for (int i = 0; i < DIM / 64; i++) next_exponents[i] = load16(scales + (i64)group * scales_n * E + i * 64);
     };
-    const int start = min(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, groups - 1);
-    fetch_exponents(start);
+    const int last = (seen.stop - 1) / 128;  // the last group that can be read
+    fetch_exponents(min(begin, last));
 #pragma unroll
-    for (int m = 0; m < AHEAD; m++) fetch(start, m);
+    for (int m = 0; m < AHEAD; m++) fetch(min(begin, last), m);
     // The numbers of a lane: 16 of every 64, those at 16 t.
     float query[PARTS][QUARTER], coarse[PARTS], fine[PARTS];
 #pragma unroll
@@ -89,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
         coarse[p] = __shfl_sync(ALL, units * (most / 127.0f), t * 8);
         fine[p] = __shfl_sync(ALL, units * (most / (127.0f * 254.0f)), t * 8);
     }
-    for (int group = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; group < groups; group += stride) {
+    for (int group = begin; group < end; group += stride) {
+        const int first = group * 128 + row - seen.start;
         uint4 exponents[DIM / 64];
 #pragma unroll
         for (int i = 0; i < DIM / 64; i++) exponents[i] = next_exponents[i];
@@ -110,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
                 }
             }
         }
-        fetch_exponents(min(group + stride, groups - 1));
+        fetch_exponents(min(group + stride, last));
 #pragma unroll
         for (int m = 0; m < 8; m++) {
             await<AHEAD - 1>();
@@ -122,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
                     const uint4 w = code[m % AHEAD][half][i][lane];
                     a[half][4 * i] = w.x, a[half][4 * i + 1] = w.y, a[half][4 * i + 2] = w.z, a[half][4 * i + 3] = w.w;
                 }
-            fetch(m + AHEAD < 8 ? group : min(group + stride, groups - 1), (m + AHEAD) % 8);
+            fetch(min(m + AHEAD < 8 ? group : group + stride, last), (m + AHEAD) % 8);
 #pragma unroll
             for (int p = 0; p < PARTS; p++) {
                 int c[4] = {0, 0, 0, 0};
@@ -133,8 +139,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
                 for (int half = 0; half < 2; half++) {
                     const float score = (float)c[2 * half] * coarse[p] + (float)c[2 * half + 1] * fine[p];
                     int place = (int)fminf(fmaxf(floorf(score), -32768.0f), 32767.0f) + 32768;
-                    // What the cache keeps in full has no code.
-                    if (group * 128 + 16 * m + 8 * half + row < sinks) place = 0;
+                    if ((u32)(first + 16 * m + 8 * half) >= (u32)(seen.stop - seen.start)) place = 0;
                     turn[threadIdx.x / 32][p * 4 + t][16 * m + 8 * half + row] = (u16)place;
                 }
             }

@@ -1,7 +1,8 @@
-// Canonical scores of all keys, at the speed at which they can be read.
+// Canonical scores of all keys that a row sees, at the speed at which they can be read.
 //
-// compiler.py puts hardware.cuh and canonical.cuh before this and defines, besides what is said there: GROUP (query heads of a
-// key head), SUB (neighbours whose best is kept).
+// compiler.py puts hardware.cuh, canonical.cuh and seen.cuh before this and defines, besides what is said there: GROUP (query
+// heads of a key head), SUB (neighbours whose best is kept), FORCED (some keys are always kept: they have a word, but are no
+// neighbourhood's best).
 
 constexpr int HEADS = pow2(GROUP), LANES = DIM / E, COLUMNS = 32 / LANES;
 constexpr int LOADS = HEADS >= 8 ? 2 : HEADS == 4 ? 4 : 8, SUMS = HEADS * LOADS;
@@ -9,12 +10,15 @@ constexpr int CHUNK = LOADS * COLUMNS, TILE = CHUNK > 32 ? CHUNK : 32;  // keys 
 constexpr int STAGES = 16 / LOADS, LEFT = SUMS > LANES ? SUMS / LANES : 1;
 
 // Words [rows, padded] and the best of every SUB neighbours. A warp takes TILE keys, CHUNK at a time, for all heads of a
-// group. The loop is not unrolled: its instructions would not fit into the cache that holds them.
+// group. Whole blocks are written: what of them a row does not see gets NONE. The loop is not unrolled: its instructions would
+// not fit into the cache that holds them.
 extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
-    const void* q, const void* k, int* word, int* best, int heads, int kv_heads, int n, int padded,
-    int q_b, int q_h, int k_b, int k_h, int k_n) {
+    const void* q, const void* k, const int* rows, int* word, int* best, int heads, int kv_heads, int padded,
+    int n, int k_eff, int sinks, int recent, int q_b, int q_h, int k_b, int k_h, int k_n) {
     const int lane = threadIdx.x % 32, part = lane % LANES, column = lane / LANES;
     const int b = blockIdx.y / kv_heads, g = blockIdx.y % kv_heads;
+    const Seen seen = Seen::of<false>(rows, b, Room{n, k_eff, 0, sinks, recent});
+    const int end = whole_blocks(seen.end);
     // Heads lie in the slots where tree_over_lanes wants them; loads do not, so that the lanes of a key read one row.
     const int first = first_sum<SUMS, LANES>(lane), first_head = first / LOADS;
     const bool mine = writes_sum<SUMS, LANES>(lane);
@@ -33,20 +37,21 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     auto& mine_of = ring[threadIdx.x / 32];
     auto key_of = [&](int chunk) {  // the first of a chunk: those of a tile follow each other
         const int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 + chunk / (TILE / CHUNK) * warps;
-        return tile * TILE + chunk % (TILE / CHUNK) * CHUNK;
+        return seen.base + tile * TILE + chunk % (TILE / CHUNK) * CHUNK;
     };
+    if (seen.k_eff == 0 || key_of(0) >= end) return;
     auto fetch = [&](int chunk) {
         const int j = key_of(chunk) + column;
 #pragma unroll
         for (int u = 0; u < LOADS; u++)
-            request16(&mine_of[chunk % STAGES][u][lane], keys + (i64)min(j + u * COLUMNS, n - 1) * bytes, policy);
+            request16(&mine_of[chunk % STAGES][u][lane], keys + (i64)min(j + u * COLUMNS, seen.end - 1) * bytes, policy);
         end_request();
     };
     int j = key_of(0), highest[LEFT];
 #pragma unroll
     for (int chunk = 0; chunk < STAGES - 1; chunk++) fetch(chunk);
 #pragma unroll 1
-    for (int chunk = 0; j < padded; chunk++) {
+    for (int chunk = 0; j < end; chunk++) {
         fetch(chunk + STAGES - 1);
         await<STAGES - 1>();
         uint4 now[LOADS];
@@ -65,8 +70,10 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
 #pragma unroll
         for (int i = 0; i < LEFT; i++) {
             const int h = (first + i) / LOADS, c = (first + i) % LOADS * COLUMNS + column;
-            const int w = j + c < n ? word_of(sum[i]) : NONE;
-            if (mine && h < GROUP) word[((i64)b * heads + g * GROUP + h) * padded + j + c] = w;
+            const bool ranked = (u32)(j + c - seen.start) < (u32)(seen.stop - seen.start);
+            const bool sees = FORCED ? j + c >= seen.begin && j + c < seen.end : ranked;
+            const int any = word_of(sum[i]), w = ranked ? any : NONE;
+            if (mine && h < GROUP) word[((i64)b * heads + g * GROUP + h) * padded + j + c] = sees ? any : NONE;
             highest[i] = opens ? w : max(highest[i], w);
         }
         if (closes) {

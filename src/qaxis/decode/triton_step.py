@@ -1,14 +1,13 @@
 """One decode step of exact top-k attention that reads few bytes twice: fast scores, a band, canonical attention.
 
-No step looks at the result of another on the host and no shape depends on data, so the whole step can be captured
-in a CUDA graph.
+No stage looks at the result of another on the host, and no shape or argument depends on data or on how many keys there
+are: that is read from device memory. So a step that was captured in a CUDA graph serves a growing cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,12 +15,16 @@ import torch
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import next_power_of_two
 from ..arithmetic.triton import INTERPRETED, check_device, log2, triton
-from ..attention.triton import combined, partials
+from ..attention.always import NONE, Always
+from ..attention.logits import Logits
+from ..attention.triton import combined, factor_of, logit_arguments, partials
 from ..storage.side import Stored
 from ..storage.triton import side_arguments
-from ..validation import check_scale
+from ..validation import require
+from .asked import check_always, check_rows, check_whole_groups, logits_of
 from .form import MadeFor, Numbers, device_of, outline, readable_of
 from .index import KeyIndex
+from .rows import END, fixed_rows
 from .triton import choose_kernel, compact_kernel, rescore_kernel, score_codes_kernel, score_product_kernel
 
 #: keys whose places one warp counts together
@@ -29,6 +32,8 @@ LINE = 256
 #: times as many neighbourhoods as keys are kept: the more, the closer their best ones lead to the k_eff-th best key,
 #: and the longer it takes to find the cut among them; the fewer where more would not fit into a program's registers
 NEIGHBOURHOODS, FEWER_NEIGHBOURHOODS = 4, 2
+#: outlines of checked arguments that are remembered
+MOST_OUTLINES = 256
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Tuning:
     codes_warps: int = 2
     #: bests of neighbours that a program keeps in registers; the others it reads again at every trial
     threshold: int = 32768
-    #: programs that look for candidates, of all rows: each finds the cut for itself, so more are not always quicker
+    #: programs that look for candidates, of all queries: each finds the cut for itself, so more are not always quicker
     compact_programs: int = 256
     #: keys that a program looks through at least: fewer would not be worth the search for the cut
     stretch: int = 8192
@@ -61,7 +66,7 @@ class Tuning:
     #: candidates that are rescored at once: more loads in flight, more registers
     rescore: int = 32
     rescore_warps: int = 1
-    #: programs that rescore, of all rows: more share the work better, those that find none left cost their start
+    #: programs that rescore, of all queries: more share the work better, those that find none left cost their start
     rescore_programs: int = 1024
     #: candidates that a program keeps in registers while it looks for the last chosen score; the others are read again
     choose: int = 32768
@@ -78,9 +83,9 @@ class Step(NamedTuple):
 
     #: ``[B, H, 1, Dv]`` in the dtype of the queries
     output: torch.Tensor
-    #: int64 ``[B, H, 1, k_eff]``, ascending positions
+    #: int64 ``[B, H, 1, k_eff]``, ascending positions; rows that keep fewer end in -1
     indices: torch.Tensor
-    #: int32 ``[B * H, stretches]``: keys scored canonically, of every stretch of a row; the next step overwrites it
+    #: int32 ``[B * H, stretches]``: keys scored canonically, of every stretch of a query; the next step overwrites it
     rescored: torch.Tensor
 
 
@@ -88,8 +93,10 @@ class TritonStep:
     """Work space for decode steps of one shape; the attention of every step has the bits of ``topk_attention``.
 
     Args:
-        batch, heads, n, head_dim: sizes B, H, N, D.
-        k_eff: keys every query keeps, in 1..N.
+        batch, heads, head_dim: sizes B, H, D.
+        n: most keys there may be: the room. Work is bounded by the keys that there are, but how closely fast scores
+            lead to the best ones is tuned for the room: one that is filled to a quarter is still good.
+        k_eff: most keys a query keeps, in 1..n.
         device: where it runs.
         tuning: how the work is cut.
 
@@ -107,135 +114,166 @@ class TritonStep:
         self.made_for = MadeFor(batch, heads, n, head_dim, k_eff, device_of(device))
         self.checked: set[Hashable] = set()
         self.n, self.k_eff, self.tuning = n, k_eff, tuning
-        rows = batch * heads
+        queries = batch * heads
         times = NEIGHBOURHOODS if NEIGHBOURHOODS * k_eff <= tuning.threshold else FEWER_NEIGHBOURHOODS
         self.sub = min(tuning.block, 1 << max(0, (n // (times * k_eff)).bit_length() - 1))
         most = next_power_of_two(triton.cdiv(n, tuning.stretch))
         programs = tuning.compact_programs if n // self.sub <= tuning.threshold // 2 else tuning.compact_programs // 2
-        self.stretches = min(most, next_power_of_two(triton.cdiv(programs, rows)))
+        self.stretches = min(most, next_power_of_two(triton.cdiv(programs, queries)))
         self.lines = min(tuning.lines, next_power_of_two(triton.cdiv(triton.cdiv(n, self.stretches), LINE)))
-        self.span = triton.cdiv(triton.cdiv(n, self.stretches), self.lines * LINE) * self.lines * LINE
-        self.padded = self.span * self.stretches
+        # Whole rounds of every stretch, and bests of neighbours that begin at a multiple of 16 for every query.
+        unit = max(self.lines * LINE, 16 * self.sub)
+        self.padded = triton.cdiv(triton.cdiv(n, self.stretches), unit) * unit * self.stretches
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=self.made_for.device)
 
-        self.fast = empty(rows, self.padded, dtype=torch.uint16)
+        self.fast = empty(queries, self.padded, dtype=torch.uint16)
         check_device("q", self.fast, calls_library=True)
-        self.best = empty(rows, self.padded // self.sub, dtype=torch.uint16)
-        self.coded = False
-        self.top = empty(rows, dtype=torch.float32)
-        self.position, self.count = empty(rows, self.padded), empty(rows, self.stretches)
-        self.flat_position, self.flat_key = empty(rows, self.padded), empty(rows, self.padded)
+        self.best = empty(queries, self.padded // self.sub, dtype=torch.uint16)
+        self.top = empty(queries, dtype=torch.float32)
+        self.position, self.count = empty(queries, self.padded), empty(queries, self.stretches)
+        self.flat_position, self.flat_key = empty(queries, self.padded), empty(queries, self.padded)
+        #: rows of a full room, each of whose queries keeps ``k_eff`` keys
+        self.full = fixed_rows(batch, n, k_eff, self.made_for.device)
 
-    def __call__(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None = None) -> Step:
+    def __call__(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None = None,
+        *, rows: torch.Tensor | None = None, always: Always = NONE, logits: Logits | None = None,
+    ) -> Step:  # fmt: skip
         """Attend from ``q [B, H, 1, D]`` over keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]``.
 
         Arguments, and what is refused, as :meth:`qaxis.decode.Decoder.__call__` has them.
         """
         k, v = readable_of(k, v, index)
-        found = outline(q, k, v, index)
+        found = (outline(q, k, v, index), rows is None)
         if found not in self.checked:
-            self.made_for.check(q, k, v, index)
+            self._check(q, k, v, index, rows)
+            if len(self.checked) >= MOST_OUTLINES:
+                self.checked.clear()
             self.checked.add(found)
-        return self.run(q, k, v, index, check_scale(scale, self.made_for.head_dim))
+        if rows is not None:
+            check_rows(rows, self.made_for)
+        check_always(always, self.made_for)
+        logits = logits_of(logits, scale, self.made_for)
+        return self.run(q, k, v, index, self.full if rows is None else rows, logits, always)
 
-    def run(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float) -> Step:
-        """The step itself, of arguments that were checked."""
+    def _check(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor | None) -> None:
+        n = k.shape[2] if rows is not None and len(getattr(k, "shape", ())) == 4 else self.n
+        require(n <= self.n, "k.shape[2]", n, f"at most {self.n}, for which this was made")
+        (self.made_for if n in (0, self.n) else replace(self.made_for, n=n, k_eff=1)).check(q, k, v, index)
+        for name, x in (("k", k), ("v", v), ("index.codes", index.codes)):
+            check_whole_groups(name, x)
+
+    def run(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits,
+        always: Always,
+    ) -> Step:  # fmt: skip
+        """The step itself, of arguments that were checked; ``rows`` are read on the device, when it runs."""
         with torch.cuda.device_of(q):
-            indices, score = self.select(q, k, index)
-            output = self.attend(indices, score, v, scale)
+            indices, logit = self.select(q, k, index, rows, logits, always)
+            output = self.attend(indices, logit, v, rows, logits)
         return Step(output.reshape(*q.shape[:3], -1).to(q.dtype), indices, self.count)
 
-    def score(self, q: torch.Tensor, k: Numbers, index: KeyIndex) -> tuple[int, int]:
-        """Fast scores; returns the positions [start, end) that have one."""
+    def score(self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, always: Always = NONE) -> None:
+        """Fast scores of what is visible and not kept always."""
         if index.codes is not None:
-            return self._score_codes(q, index, index.codes)
+            self._score_codes(q, index, index.codes, rows, always)
+            return
         assert isinstance(k, torch.Tensor)
         batch, heads, _, dim = q.shape
         t, kv_heads = self.tuning, k.shape[1]
         group, programs = heads // kv_heads, triton.cdiv(self.n, t.block * t.loop)
         score_product_kernel[(programs * batch * kv_heads,)](
-            q, k, index.norm, self.fast, self.best, heads, kv_heads, self.n, self.padded, dim, programs,
+            q, k, index.norm, rows, self.fast, self.best, heads, kv_heads, *always, self.padded, dim, programs,
             q.stride(0), q.stride(1), q.stride(3), *k.stride(),
-            GROUP=group, ROWS=max(8, next_power_of_two(group)), BLOCK=t.block, LOOP=t.loop,
+            GROUP=group, HEADS=max(8, next_power_of_two(group)), BLOCK=t.block, LOOP=t.loop,
             DIM=max(16, next_power_of_two(dim)), STAGES=t.stages, SUB=self.sub, WIDE=INTERPRETED, num_warps=t.warps,
         )  # fmt: skip
-        return 0, self.n
 
-    def _score_codes(self, q: torch.Tensor, index: KeyIndex, c: Stored) -> tuple[int, int]:
+    def _score_codes(self, q: torch.Tensor, index: KeyIndex, c: Stored, rows: torch.Tensor, always: Always) -> None:
         batch, heads, _, dim = q.shape
-        t, kv_heads, blocks = self.tuning, c.shape[1], c.scales.shape[2]
-        group, programs = heads // kv_heads, triton.cdiv(blocks, t.codes_loop)
-        if blocks:
+        t, kv_heads, size = self.tuning, c.shape[1], c.grid.group_size
+        group, programs = heads // kv_heads, triton.cdiv(self.n // size, t.codes_loop)
+        if programs:
             score_codes_kernel[(programs * batch * kv_heads,)](
-                q, c.codes, c.scales, index.norm, index.largest_scales, self.fast, self.best,
-                heads, kv_heads, blocks, c.first.shape[2], self.padded, dim, programs,
+                q, c.codes, c.scales, index.norm, index.largest_scales, rows, self.fast, self.best,
+                heads, kv_heads, *always, c.first.shape[2], self.padded, dim, programs,
                 q.stride(0), q.stride(1), q.stride(3), *c.codes.stride(), *c.scales.stride(),
-                GROUP=group, ROWS=max(4, next_power_of_two(group)), BLOCK=c.grid.group_size, LOOP=t.codes_loop,
+                GROUP=group, HEADS=max(4, next_power_of_two(group)), BLOCK=size, LOOP=t.codes_loop,
                 DIM=max(32, next_power_of_two(dim)), STAGES=t.stages, SUB=self.sub, num_warps=t.codes_warps,
             )  # fmt: skip
-        return c.first.shape[2], c.codes.shape[2]
 
-    def compact(self, q: torch.Tensor, kv_heads: int, index: KeyIndex, start: int, end: int) -> None:
-        """Positions that may be among the k_eff best, by stretches."""
+    def compact(
+        self, q: torch.Tensor, kv_heads: int, index: KeyIndex, rows: torch.Tensor, always: Always = NONE
+    ) -> None:
+        """Positions that may be among the best, by stretches."""
         batch, heads, _, dim = q.shape
-        t = self.tuning
-        relative = fast_scores.rounding(dim) * (1 if index.codes is None else 3)
-        split = 0.0 if index.codes is None else fast_scores.SPLIT * dim
-        many = triton.cdiv(end, self.sub)
-        # Where the k_eff best of so many begin if they are normal, and how much further one more of them lies.
-        normal = NormalDist()
-        quantile = normal.inv_cdf(min(max(1 - self.k_eff / max(many, 1), 1e-6), 1 - 1e-6))
-        slope = 1 / (max(many, 1) * normal.pdf(quantile))
+        t, c = self.tuning, index.codes
+        in_full = 0 if c is None else c.first.shape[2]
+        relative = fast_scores.rounding(dim) * (1 if c is None else 3)
+        split = 0.0 if c is None else fast_scores.SPLIT * dim
         compact_kernel[(self.stretches * batch * heads,)](
-            q, index.norm, index.residual, index.largest_scales, self.fast, self.best, self.position, self.count,
-            heads, heads // kv_heads, self.n, start, end, self.padded, self.span, many, self.k_eff,
-            dim, quantile, slope, relative, split, self.best.shape[1], q.stride(0), q.stride(1), q.stride(3),
-            STRETCHES=self.stretches, MANY=min(t.threshold, next_power_of_two(self.best.shape[1])), LINES=self.lines,
-            LINE=LINE, DIM=next_power_of_two(dim), num_warps=t.compact_warps // (2 if start else 1),
+            q, index.norm, index.residual, index.largest_scales, rows, self.fast, self.best, self.position, self.count,
+            heads, heads // kv_heads, *always, in_full, self.padded, self.best.shape[1], dim,
+            relative, split,
+            q.stride(0), q.stride(1), q.stride(3),
+            GROUP_SIZE=0 if c is None else c.grid.group_size, SUB=self.sub, STRETCHES=self.stretches,
+            MANY=max(16, min(t.threshold, next_power_of_two(self.best.shape[1]))), LINES=self.lines,
+            LINE=LINE, DIM=next_power_of_two(dim), num_warps=t.compact_warps // (2 if in_full else 1),
         )  # fmt: skip
 
-    def rescore(self, q: torch.Tensor, k: Numbers) -> None:
+    def rescore(self, q: torch.Tensor, k: Numbers, rows: torch.Tensor) -> None:
         """Canonical scores of the candidates."""
         batch, heads, _, dim = q.shape
         t, dim_padded = self.tuning, next_power_of_two(dim)
         pointers, sizes, constants = side_arguments(k)
         programs = min(triton.cdiv(t.rescore_programs, batch * heads), triton.cdiv(self.n, t.rescore))
         rescore_kernel[(programs * batch * heads,)](
-            q, self.position, self.count, self.flat_position, self.flat_key,
-            heads, heads // k.shape[1], self.padded, self.span, dim, programs, q.stride(0), q.stride(1), q.stride(3),
-            *pointers, *sizes, **constants, STRETCHES=self.stretches,
+            q, rows, self.position, self.count, self.flat_position, self.flat_key,
+            heads, heads // k.shape[1], self.padded, dim, programs, q.stride(0), q.stride(1), q.stride(3),
+            *pointers, *sizes[1:], **constants, STRETCHES=self.stretches, LINES=self.lines, LINE=LINE,
             BLOCK=t.rescore, DIM=dim_padded, LOG_DIM=log2(dim_padded),
             enable_fp_fusion=False, num_warps=t.rescore_warps * (2 if isinstance(k, Stored) else 1),
         )  # fmt: skip
 
-    def choose(self, batch: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k_eff best of the candidates: indices and canonical scores."""
+    def choose(
+        self, batch: int, heads: int, rows: torch.Tensor, logits: Logits, always: Always = NONE, *, coded: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of the candidates and what is always kept: indices and logits; ``coded``: codes left some open."""
         t, device = self.tuning, self.fast.device
         indices = torch.empty(batch, heads, 1, self.k_eff, dtype=torch.int64, device=device)
-        score = torch.empty(batch, heads, 1, self.k_eff, dtype=torch.float32, device=device)
+        logit = torch.empty(batch, heads, 1, self.k_eff, dtype=torch.float32, device=device)
         # Room for the band in registers: a fifth of k_eff as a rule, twice k_eff behind codes.
-        room = next_power_of_two(3 * self.k_eff if self.coded else self.k_eff + self.k_eff // 5)
+        room = next_power_of_two(3 * self.k_eff if coded else self.k_eff + self.k_eff // 5)
         block = min(t.choose, room, next_power_of_two(self.padded))
+        numbers, constants = logit_arguments(logits)
+        sink = self.top if logits.sink is None else logits.sink
         choose_kernel[(batch * heads,)](
-            self.flat_position, self.flat_key, self.count, indices, score, self.top, self.padded, self.k_eff,
-            STRETCHES=self.stretches, BLOCK=block, OUT=min(block, t.choose_out),
-            num_warps=min(32, max(t.choose_warps, block // 1024)),
+            self.flat_position, self.flat_key, self.count, rows, sink, indices, logit, self.top,
+            heads, *always, self.padded, self.k_eff, *numbers, sink.stride(0), **constants,
+            SINK=logits.sink is not None, STRETCHES=self.stretches, BLOCK=block, OUT=min(block, t.choose_out),
+            enable_fp_fusion=False, num_warps=min(32, max(t.choose_warps, block // 1024)),
         )  # fmt: skip
-        return indices, score
+        return indices, logit
 
-    def select(self, q: torch.Tensor, k: Numbers, index: KeyIndex) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices int64 and canonical scores float32 of the k_eff best keys, both ``[B, H, 1, k_eff]``."""
-        self.coded = index.codes is not None and index.codes is not k
-        start, end = self.score(q, k, index)
-        self.compact(q, k.shape[1], index, start, end)
-        self.rescore(q, k)
-        return self.choose(q.shape[0], q.shape[1])
+    def select(
+        self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits, always: Always = NONE
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices int64 and logits float32 of the keys that are kept, both ``[B, H, 1, k_eff]``."""
+        self.score(q, k, index, rows, always)
+        self.compact(q, k.shape[1], index, rows, always)
+        self.rescore(q, k, rows)
+        coded = index.codes is not None and not isinstance(k, Stored)
+        return self.choose(q.shape[0], q.shape[1], rows, logits, always, coded=coded)
 
-    def attend(self, indices: torch.Tensor, score: torch.Tensor, v: Numbers, scale: float) -> torch.Tensor:
-        """Canonical attention over the chosen keys whose scores are known, float32 ``[rows, Dv]``."""
-        t = self.tuning
-        top = self.top.view(*indices.shape[:2], 1)
-        parts = partials(score, top, indices, v, scale, block=t.attend, num_warps=t.attend_warps, poison=False)
-        return combined(*parts, poison=False)
+    def attend(
+        self, indices: torch.Tensor, logit: torch.Tensor, v: Numbers, rows: torch.Tensor, logits: Logits
+    ) -> torch.Tensor:
+        """Canonical attention over the chosen keys whose logits are known, float32 ``[B * H, Dv]``."""
+        t, top = self.tuning, self.top.view(*indices.shape[:2], 1)
+        parts = partials(
+            logit, top, indices, v, factor_of(logits), rows[:, END], block=t.attend, num_warps=t.attend_warps,
+            poison=False,
+        )  # fmt: skip
+        return combined(*parts, top, logits, poison=False)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from ..attention import backend
@@ -17,12 +22,16 @@ from ..attention.selection import indices_to_mask, select_mask
 from ..storage.lazy import dequantized, stored_or_tensor
 from ..storage.side import Stored
 from ..validation import DTYPES, check_scale, require
+from . import decoding, prompts
 from .layers import HARMLESS
-from .masks import visible_keys
+from .masks import Shown, shown_by, visible_keys
 from .settings import NAME, Settings, count_call, settings_of
 
+log = logging.getLogger(__name__)
 #: queries that the masked mode handles at once; bounds memory at M * N * H booleans
 _QUERIES = 1024
+#: of engines, why they ran and not a faster one: what the log was told
+_told: set[tuple[str, str]] = set()
 
 
 @dataclass
@@ -37,6 +46,41 @@ class Call:
     logits: Logits
     #: bool ``[B, H, M, N]``; None where every allowed key takes part
     kept: torch.Tensor | None
+    #: what computed it, and why nothing faster did: empty where nothing is
+    engine: str
+    reason: str
+
+
+class _Thread(threading.local):
+    """Whether this thread captures a step."""
+
+    capturing = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Inside, attention that a captured step could not repeat for the next token raises RuntimeError."""
+    _thread.capturing = True
+    try:
+        yield
+    finally:
+        _thread.capturing = False
+
+
+class Attended(NamedTuple):
+    """What one call gave."""
+
+    #: ``[B, H, M, Dv]``
+    output: torch.Tensor
+    #: how to get the mask of kept keys, bool ``[B, H, M, N]``; None where every key was kept
+    kept: Callable[[], torch.Tensor] | None
+    #: ``"cuda"``, ``"triton"`` (the decode step), ``"prefill"``, ``"canonical"``, ``"masked"`` or ``"dense"``
+    engine: str
+    #: why nothing faster computed it
+    reason: str
 
 
 #: called with every attention call, in order
@@ -105,40 +149,104 @@ def qaxis_attention_forward(
     _check_supported(kwargs, dropout, query, key, value)
     query, key, value = _in_one_dtype(query, key, value)
     logits = Logits(check_scale(scaling, query.shape[-1]), softcap, s_aux)
-    allowed = visible_keys(module, attention_mask, query, key, is_causal)
+    shown = shown_by(module, attention_mask, query, key, is_causal)
     # As they were when the call began: another thread may begin or end a recording meanwhile.
     watching = tuple(recorders)
+
+    def allowed() -> torch.Tensor:
+        return visible_keys(module, attention_mask, query, key, is_causal)
+
     # Inside autocast a product of float32 tensors would be one of 16 bits.
     with torch.autocast(query.device.type, enabled=False):
-        out, kept = attend(query, key, value, allowed, logits, settings, bool(watching))
+        done = attend(query, key, value, shown, allowed, logits, settings, bool(watching))
+    _tell(module, done, query.device, settings.strict)
     if watching:
         layer = int(getattr(module, "layer_idx", -1))
-        call = Call(module, layer, query, key, allowed, logits, None if kept is None else kept())
+        kept = None if done.kept is None else done.kept()
+        call = Call(module, layer, query, key, allowed(), logits, kept, done.engine, done.reason)
         for recorder in watching:
             recorder(call)
     if settings.strict or watching:
         count_call(module)
-    return out.transpose(1, 2).contiguous(), None
+    return done.output.transpose(1, 2).contiguous(), None
+
+
+def _tell(module: nn.Module, done: Attended, device: torch.device, strict: bool) -> None:
+    """Say once, on a GPU, why something slower than the fastest computes attention.
+
+    Raises:
+        RuntimeError: in strict mode, where that was not asked for and is neither the decode step nor prefill.
+    """
+    what = (done.engine, done.reason)
+    if device.type != "cuda" or not done.reason:
+        return
+    if strict and done.engine in ("canonical", "masked") and not done.reason.startswith(("exactness=", "backend=")):
+        layer = getattr(module, "layer_idx", "?")
+        raise RuntimeError(f"layer {layer}: {done.engine} attention, as {done.reason} (strict=True)")
+    if what not in _told:
+        _told.add(what)
+        log.warning("qaxis: %s attention, as %s", *what)
 
 
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    allowed: torch.Tensor,
+    shown: Shown | None,
+    allowed: Callable[[], torch.Tensor],
     logits: Logits,
     settings: Settings,
     watched: bool = False,
-) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:
-    """(output ``[B, H, M, Dv]``, how to get the mask of kept keys or None where every key was kept)."""
+) -> Attended:
+    """Attention by the fastest of what may compute it.
+
+    Args:
+        shown: what the queries see, in a few numbers; None: only ``allowed()`` tells, bool ``[B|1, H|1, M|1, N]``.
+        watched: whether the mask of kept keys will be asked for.
+    """
+    no_step = decoding.refusal(q, k, shown, settings)
+    if _thread.capturing and (no_step or not hasattr(k, decoding.KEPT)):
+        raise RuntimeError(f"attention of a layer is no step over a qaxis.Cache: {no_step}")
+    if not no_step:
+        assert shown is not None
+        step = decoding.attend(q, k, v, shown, logits, settings)
+        n = k.shape[2]
+        return Attended(step.output, lambda: indices_to_mask(step.indices, n), step.engine, step.reason)
     keys, values = stored_or_tensor(k), stored_or_tensor(v)
-    if settings.budget is None or settings.exactness != "bitwise":
+    no_prompt = prompts.refusal(q, shown, settings)
+    if not no_prompt:
+        assert shown is not None
         keys, values = (dequantized(x) if isinstance(x, Stored) else x for x in (keys, values))
-        return masked(q, keys, values, allowed, logits, settings, watched)
-    k_eff, name = settings.budget.of(allowed), settings.backend
-    indices = backend.select(q, keys, allowed, k_eff, backend=name, always=settings.always)
+        done = prompts.attend(q, keys, values, shown, logits, settings, watched)
+        return Attended(*done, "prefill", no_step if q.shape[2] == 1 else "")
+    reason = no_step if q.shape[2] == 1 else no_prompt
+    if settings.budget is None or settings.exactness == "selection":
+        keys, values = (dequantized(x) if isinstance(x, Stored) else x for x in (keys, values))
+        if settings.budget is None and _is_plain(q, shown, logits):
+            return Attended(_all_before(q, keys, values, logits.scale), None, "dense", "")
+        out, kept = masked(q, keys, values, allowed(), logits, settings, watched)
+        dense = settings.budget is None
+        return Attended(out, kept, "dense" if dense else "masked", "" if dense else reason)
+    mask = allowed()
+    k_eff, name = settings.budget.of(mask), settings.backend
+    indices = backend.select(q, keys, mask, k_eff, backend=name, always=settings.always)
     out = backend.attend(q, keys, values, indices, logits, backend=name)
-    return out, lambda: indices_to_mask(indices, k.shape[2])
+    return Attended(out, lambda: indices_to_mask(indices, k.shape[2]), "canonical", reason)
+
+
+def _is_plain(q: torch.Tensor, shown: Shown | None, logits: Logits) -> bool:
+    """Whether a GPU's dense kernels know these queries: all keys before them, in 16 bits, nothing done to a logit."""
+    narrow = q.is_cuda and q.dtype != torch.float32
+    return narrow and logits.plain and shown is not None and shown.pads is None and shown.window is None
+
+
+def _all_before(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Dense attention of queries that are the last of the keys: neither a mask nor copies of the keys are made."""
+    m, n = q.shape[2], k.shape[2]
+    sdpa = partial(nn.functional.scaled_dot_product_attention, q, k, v, scale=scale, enable_gqa=True)
+    if m in (1, n):
+        return sdpa(is_causal=m > 1)
+    return sdpa(attn_mask=causal_lower_right(m, n))
 
 
 def masked(

@@ -1,14 +1,13 @@
-"""The quantised key/value cache, as a transformers ``Cache``.
+"""Key/value caches, as transformers' ``Cache``: in place with an index beside the keys, and quantised.
 
-Keys have outlier *channels*, so a scale belongs to one channel over 128 tokens; values fare better so, too. Tokens
-of the newest, incomplete group wait in the model's dtype until 128 are there, and are counted: below one group the
-cache is lossless. Every dequantised number is exact in bfloat16: qaxis/storage/grid.py says why.
-
+Of the quantised one: keys have outlier *channels*, so a scale belongs to one channel over 128 tokens; values fare
+better so, too. Tokens of the newest, incomplete group wait in the model's dtype until 128 are there, and are counted:
+below one group the cache is lossless. Every dequantised number is exact in bfloat16: qaxis/storage/grid.py says why.
 ``update`` returns what is *stored*, dequantised, also to the forward pass that just wrote it: a perplexity
 measured on this cache reads the quantised numbers.
 
 The layers are those that transformers itself would make; what holds keys and values of all tokens is replaced by a
-quantised layer of the same kind. Windows, chunks, recurrent states and shared layers stay what they always are.
+layer of the same kind. Windows, chunks, recurrent states and shared layers stay what they always are.
 """
 
 from __future__ import annotations
@@ -28,10 +27,12 @@ from transformers.cache_utils import (
 )
 
 from ..storage.formats import FORMATS, Format
+from ..storage.in_place import Shared
 from ..storage.lazy import LazyTensor, dequantized
 from ..storage.side import Side
 from ..validation import check_finite, check_form, is_integer, require
 from . import cache_file
+from .in_place import InPlaceLayer
 from .settings import NAME
 
 #: attention implementations that may be handed lazy tensors: ours reads the codes, the others ask for the numbers by
@@ -250,7 +251,127 @@ def _tensors(x: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(each)
 
 
-class Int8Cache(DynamicCache):
+class InPlaceCache(DynamicCache):
+    """What :class:`Cache` and :class:`Int8Cache` have in common: layers that transformers would make, some replaced.
+
+    Attributes:
+        shared: the clock, and what else layers share (:class:`qaxis.storage.in_place.Shared`).
+    """
+
+    #: also where every layer of a model could be: a step is captured by CUDA graphs, not compiled
+    is_compileable = False
+
+    def __init__(self, config: PreTrainedConfig, room: int, offloading: bool) -> None:
+        wanted = "a model's configuration (model.config)"
+        require(isinstance(config, PreTrainedConfig), "config", type(config).__name__, wanted)
+        require(is_integer(room) and room >= 0, "room", room, "a number of tokens, at least 0")
+        available = not offloading or torch.cuda.is_available()
+        require(available, "offloading", offloading, "False where torch finds no CUDA")
+        try:
+            super().__init__(config=config, offloading=offloading)
+        except (AttributeError, KeyError, TypeError) as error:
+            kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+            about = f"{type(config).__name__} with layer_types={kinds}"
+            raise ValueError(
+                f"config={about}: allowed is {wanted} for which transformers knows a cache ({error!r})"
+            ) from error
+        self.shared = Shared()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to one layer; see the layer's ``update``."""
+        require(layer_idx < len(self.layers), "layer_idx", layer_idx, f"a layer of the configuration's {len(self)}")
+        kwargs |= self._told(self.layers[layer_idx])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _told(self, layer: Any) -> dict[str, Any]:
+        """What the ``update`` of a layer is told beside the states."""
+        return {}
+
+    def reserve(self, m: int) -> None:
+        """Make room for ``m`` more tokens in every layer, one after the other."""
+        for layer in self.shared.layers:
+            layer.reserve(m)
+
+    def advance(self, m: int) -> None:
+        """Count ``m`` tokens that a replayed graph appended to every layer: the host catches up with the device."""
+        self.shared.advance(m)
+
+    def mark(self) -> Any:
+        """How far the host counted, for :meth:`rewind`."""
+        return self.shared.mark()
+
+    def rewind(self, mark: Any) -> None:
+        """Count on the host as at ``mark``, where the device did nothing since, or does it again."""
+        self.shared.rewind(mark)
+
+    def not_capturable(self) -> str:
+        """Why a forward pass over this cache cannot be captured in a graph; empty if it can."""
+        if self.offloading:
+            return "the cache is offloaded"
+        kept = {id(kv) for kv in self.shared.layers}
+        for i, layer in enumerate(self.layers):
+            kv = getattr(layer, "kv", None)
+            if type(layer).__name__ != "DummyLayer" and id(kv) not in kept:
+                return f"layer {i} of the cache is a {type(layer).__name__} that is not in place"
+            if kv is not None and not kv.capturable:
+                return f"layer {i} of the cache quantises with PyTorch"
+        return ""
+
+    def stored_bytes(self) -> int:
+        """Bytes that the cache holds, counted from the storage of its tensors, room for growth included."""
+        total = 0
+        for layer in self.layers:
+            sides: tuple[Side, ...] = getattr(layer, "sides", ())
+            kv = getattr(layer, "kv", None)
+            total += sum(side.nbytes() for side in sides) + (0 if kv is None else kv.nbytes())
+            total += sum(x.untyped_storage().nbytes() for x in _tensors([*vars(layer).values()]))
+        return total
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file; see :func:`qaxis.models.cache_file.save`."""
+        cache_file.save(self, path)
+
+
+class Cache(InPlaceCache):
+    """KV cache in place, with the key index that fast exact decoding needs: pass it as ``past_key_values``.
+
+    Every way of ``generate`` works, with any attention implementation. Nothing is concatenated: room grows by blocks.
+    What ``update`` returns are views of what is stored. Whether numbers are finite is left to attention, as looking at
+    them would wait for the device. Inference only.
+
+    Args:
+        config: the model's configuration. Layers that hold keys and values of all tokens are held in place; every
+            other kind (sliding window, chunk, recurrent state, shared) as ``DynamicCache(config=config)`` holds it.
+        index: ``"codes"``: bounds and 8-bit codes of the keys (half of a bfloat16 key more); ``"bounds"``: bounds.
+            Where no kernel scores by codes there are bounds, and ``index_reason`` of the layer says why.
+        room: allocate for so many tokens at once instead of growing.
+        offloading: keep all layers but the one at work on the CPU, as in transformers; needs CUDA.
+
+    Raises:
+        ValueError: for a configuration that the cache cannot hold, another index, or offloading without CUDA.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, *, index: str = "codes", room: int = 0, offloading: bool = False
+    ) -> None:
+        require(index in ("codes", "bounds"), "index", index, "'codes' or 'bounds'")
+        super().__init__(config, room, offloading)
+        for i, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[i] = InPlaceLayer.in_place_of(layer, self.shared, index, room, told=not offloading)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: Any, device: torch.device | str = "cpu", *, index: str = "codes"
+    ) -> Cache:
+        """Read a cache that :meth:`save` wrote; its index is made anew. See :func:`qaxis.models.cache_file.read`."""
+        about, tensors = cache_file.read(path, device)
+        return cache_file.restored(path, about, tensors, lambda _: cls(config, index=index))
+
+
+class Int8Cache(InPlaceCache):
     """Quantised KV cache: pass it as ``past_key_values`` to a model's forward or to ``generate()``.
 
     For an encoder-decoder, ``EncoderDecoderCache(Int8Cache(config), Int8Cache(config))``, or with a ``DynamicCache``
@@ -268,9 +389,6 @@ class Int8Cache(DynamicCache):
         ValueError: for a configuration or a format that the cache cannot hold, or offloading without CUDA.
     """
 
-    #: also where every layer of a model could be: quantising is eager
-    is_compileable = False
-
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -279,52 +397,20 @@ class Int8Cache(DynamicCache):
         room: int = 0,
         offloading: bool = False,
     ) -> None:
-        wanted = "a model's configuration (model.config)"
-        require(isinstance(config, PreTrainedConfig), "config", type(config).__name__, wanted)
         known = isinstance(format, Format) or (isinstance(format, str) and format in FORMATS)
         require(known, "format", format, f"one of {tuple(FORMATS)}, or a qaxis.storage.formats.Format")
-        require(is_integer(room) and room >= 0, "room", room, "a number of tokens, at least 0")
-        available = not offloading or torch.cuda.is_available()
-        require(available, "offloading", offloading, "False where torch finds no CUDA")
+        super().__init__(config, room, offloading)
         self.format = format if isinstance(format, Format) else FORMATS[format]
-        try:
-            super().__init__(config=config, offloading=offloading)
-        except (AttributeError, KeyError, TypeError) as error:
-            kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
-            about = f"{type(config).__name__} with layer_types={kinds}"
-            raise ValueError(
-                f"config={about}: allowed is {wanted} for which transformers knows a cache ({error!r})"
-            ) from error
         for i, layer in enumerate(self.layers):
             if type(layer) in _QUANTIZED:
                 self.layers[i] = _QUANTIZED[type(layer)].in_place_of(layer, self.format, room)  # type: ignore[arg-type]
         self._readers = _Readers(config, config.get_text_config(decoder=True))
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to one layer; see :meth:`QuantizedLayer.update`."""
-        require(layer_idx < len(self.layers), "layer_idx", layer_idx, f"a layer of the configuration's {len(self)}")
-        if isinstance(self.layers[layer_idx], QuantizedLayer):
-            kwargs["lazy"] = self._readers.lazy()
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def stored_bytes(self) -> int:
-        """Bytes that the cache holds, counted from the storage of its tensors: codes, scales, what is held in full
-        and room for growth."""
-        total = 0
-        for layer in self.layers:
-            sides: tuple[Side, ...] = getattr(layer, "sides", ())
-            total += sum(side.nbytes() for side in sides)
-            total += sum(x.untyped_storage().nbytes() for x in _tensors([*vars(layer).values()]))
-        return total
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to one safetensors file; see :func:`qaxis.models.cache_file.save`."""
-        cache_file.save(self, path)
+    def _told(self, layer: Any) -> dict[str, Any]:
+        return {"lazy": self._readers.lazy()} if isinstance(layer, QuantizedLayer) else {}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: Any, device: torch.device | str = "cpu") -> Int8Cache:
         """Read a cache that :meth:`save` wrote; see :func:`qaxis.models.cache_file.read`."""
         about, tensors = cache_file.read(path, device)
-        return cache_file.restored(path, about, tensors, lambda **f: cls(config, format=Format(**f)))
+        return cache_file.restored(path, about, tensors, lambda about: cls(config, format=cache_file.format_of(about)))

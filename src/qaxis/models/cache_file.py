@@ -1,7 +1,8 @@
-"""A quantised cache in a safetensors file.
+"""A cache in a safetensors file.
 
-Layers are quantised or a sliding window; of an empty one (it shares another's keys, or was never reached) the file
-says only that. Its metadata name the format, each layer's dtypes, and how many tokens each window has seen.
+Layers are quantised, in place or a sliding window; of an empty one (it shares another's keys, or was never reached) the
+file says only that. Its metadata name the format if there is one, each layer's dtypes, and how many tokens each window
+has seen. The index of keys in place is not in it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from ..storage.formats import Format
 from ..storage.grid import Grid
 from ..validation import require
+from .in_place import InPlaceLayer
 
 SIDES = ("keys", "values")
 
@@ -32,15 +35,15 @@ def _length(i: int, layer: Any) -> int:
     if type(layer).__name__ == "DummyLayer":  # not in every version of transformers that we support
         return 0
     known = getattr(layer, "savable", False) or type(layer) is DynamicSlidingWindowLayer
-    require(known, f"layer {i}", type(layer).__name__, "a cache of quantised and sliding-window layers")
+    require(known, f"layer {i}", type(layer).__name__, "a cache of layers that hold keys and values alone")
     return layer.get_seq_length() if layer.is_initialized else 0
 
 
 def save(cache: Any, path: str | os.PathLike[str]) -> None:
-    """Write an :class:`~qaxis.Int8Cache` to one safetensors file: whole, or not at all.
+    """Write a :class:`~qaxis.Cache` or :class:`~qaxis.Int8Cache` to one safetensors file: whole, or not at all.
 
     Raises:
-        ValueError: if there is nothing to save, or a layer is neither quantised nor a sliding window.
+        ValueError: if there is nothing to save, or a layer holds more than keys and values.
     """
     lengths = [_length(i, layer) for i, layer in enumerate(cache.layers)]
     require(any(lengths), "cache", "empty", "a cache that was written to")
@@ -51,8 +54,9 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
         dtypes.append(_collect(layer, i, tensors) if length else None)
         if length and isinstance(layer, DynamicSlidingWindowLayer):
             seen[i] = length
-    grids = {name: getattr(cache.format, name).__dict__ for name in SIDES}
-    about = {"format": grids, "dtypes": dtypes, "sinks": cache.format.sinks, "seen": seen}
+    about: dict[str, Any] = {"dtypes": dtypes, "seen": seen}
+    if (form := getattr(cache, "format", None)) is not None:
+        about |= {"format": {name: getattr(form, name).__dict__ for name in SIDES}, "sinks": form.sinks}
     data = safetensors.save(tensors, {"qaxis": json.dumps(about)})
     target = Path(path)
     staging = target.with_name(target.name + ".staging")
@@ -70,6 +74,11 @@ def _collect(layer: Any, i: int, tensors: dict[str, torch.Tensor]) -> list[str]:
             held = x[:, :, -_held(layer, layer.get_seq_length()) :]  # type: ignore[index]
             tensors[f"{i}.{name}"] = held.clone(memory_format=torch.contiguous_format)
         return [str(tensors[f"{i}.{name}"].dtype)[6:] for name in SIDES]
+    if isinstance(layer, InPlaceLayer):
+        assert layer.kv is not None
+        for name, x in zip(SIDES, layer.kv.views(), strict=True):
+            tensors[f"{i}.{name}"] = x.clone(memory_format=torch.contiguous_format)
+        return [str(dtype)[6:] for dtype in layer.kv.dtypes]
     for side, name in zip(layer.sides, SIDES, strict=True):
         for part, growing in side.parts.items():
             tensors[f"{i}.{name}.{part}"] = growing.view().contiguous()
@@ -83,7 +92,7 @@ def _held(layer: DynamicSlidingWindowLayer, seen: int) -> int:
 
 
 def _wrong(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    return ValueError(f"path={str(path)!r}: allowed is a whole file that Int8Cache.save wrote for this model ({error})")
+    return ValueError(f"path={str(path)!r}: allowed is a whole file that save wrote for this cache and model ({error})")
 
 
 def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -109,25 +118,33 @@ def restored(
     path: str | os.PathLike[str],
     about: dict[str, Any],
     tensors: dict[str, torch.Tensor],
-    make: Callable[..., Any],
+    make: Callable[[dict[str, Any]], Any],
 ) -> Any:
-    """The cache that ``make(keys=, values=, sinks=)`` gives, filled.
+    """The cache that ``make(about)`` gives, filled.
 
     Raises:
         ValueError: naming the file, if it does not fit.
     """
     try:
-        cache = make(**{name: Grid(**about["format"][name]) for name in SIDES}, sinks=about["sinks"])
+        cache = make(about)
+        require(hasattr(cache, "format") == ("format" in about), "format", about.get("format"), "one if quantised")
         require(len(about["dtypes"]) == len(cache.layers), "layers", len(about["dtypes"]), f"{len(cache.layers)}")
         for i, (layer, dtypes) in enumerate(zip(cache.layers, about["dtypes"], strict=True)):
             if dtypes is not None and str(i) in about.get("seen", {}):
                 _fill_window(layer, i, tensors, about["seen"][str(i)])
+            elif dtypes is not None and isinstance(layer, InPlaceLayer):
+                layer.update(*(tensors[f"{i}.{name}"] for name in SIDES))
             elif dtypes is not None:
                 # One name for both sides is what files of earlier versions have.
                 _fill(layer, i, tensors, dtypes if isinstance(dtypes, list) else [dtypes] * 2)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _wrong(path, error) from error
     return cache
+
+
+def format_of(about: dict[str, Any]) -> Format:
+    """The format that a file of a quantised cache names."""
+    return Format(**{name: Grid(**about["format"][name]) for name in SIDES}, sinks=about["sinks"])
 
 
 def _fill(layer: Any, i: int, tensors: dict[str, torch.Tensor], dtypes: list[str]) -> None:

@@ -18,6 +18,7 @@ from ..attention.backend import check_backend
 from ..budget import Budget
 from ..validation import is_integer, require
 from . import attention as _registered  # noqa: F401  registers the implementation that enable() names
+from .generation import hand_back, is_taken_over, take_over
 from .layers import attention_modules, check_attention, transformers_model
 from .settings import (
     EXACTNESS,
@@ -48,7 +49,7 @@ def enable(
     model: PreTrainedModel,
     budget: BudgetArgument = None,
     *,
-    exactness: str = "bitwise",
+    exactness: str = "auto",
     backend: str = "auto",
     first_dense: int = 0,
     sinks: int = 0,
@@ -61,21 +62,27 @@ def enable(
     decoder; so are linear and recurrent layers. While it is on, the decoder reads a copy of its configuration: change
     ``model.config`` by that name, and the change is kept; a configuration object held from before is not read, and a
     model that is built from the copy is one loaded with ``attn_implementation="qaxis"``. Attention weights are not
-    returned (``output_attentions``). Neither this nor :func:`disable` may be called while a forward pass of the model
+    returned (``output_attentions``). ``model.generate`` is given a :class:`qaxis.Cache` where the caller passes no cache
+    and names none, and on a GPU decodes in captured CUDA graphs. Neither this nor :func:`disable` may be called while a forward pass of the model
     is under way: its masks were made for what computed attention when it began.
 
     Args:
         model: a transformers model whose decoder's attention goes through ``AttentionInterface``.
         budget: a :class:`~qaxis.Budget` (default: coverage 0.1, at least 64 keys), an int, ``"dense"``, or a dict
             from layers (the ``layer_idx`` of attention) to these, with ``"default"`` for those it does not name.
-        exactness: ``"bitwise"`` (canonical output) or ``"selection"`` (identical indices, output by a
-            masked dense product; faster for prefill on a CPU, within
-            :func:`qaxis.arithmetic.rounding.selection_output_bound` of canonical).
-        backend: as in :func:`~qaxis.topk_attention`.
+        exactness: which keys are attended to is always the canonical choice; this is about their sum. ``"auto"``: a
+            token's is canonical, bit for bit, on every device; a prompt's too on a CPU, while on a GPU it is summed by
+            matrix products (:mod:`qaxis.prefill`), within
+            :func:`qaxis.arithmetic.rounding.selection_output_bound` of canonical. ``"bitwise"``: always canonical,
+            slow for prompts on a GPU. ``"selection"``: never more than that bound is asked for.
+        backend: ``"auto"``, or as in :func:`~qaxis.topk_attention`. With ``"auto"`` tokens on a GPU go through
+            :class:`qaxis.decode.Decoder`: CUDA C++ where that runs, Triton elsewhere. What ran, and why nothing faster,
+            is in :func:`qaxis.record` and, once, in the log.
         first_dense: the first so many layers stay dense.
         sinks, recent: the first and the newest so many visible keys are always kept. They count towards k_eff,
             so the budget's minimum must hold them.
-        strict: raise if a layer's attention is ever computed by anything else.
+        strict: raise if a layer's attention is ever computed by anything else, or on a GPU by neither the decode step
+            nor prefill, unless that was asked for.
 
     Returns:
         The same model.
@@ -98,6 +105,7 @@ def enable(
     switch(inner, modules, NAME)
     for module, each in zip(modules, settings, strict=True):
         _set(module, each)
+    take_over(inner)
     return model
 
 
@@ -141,6 +149,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     inner = transformers_model(model)
     for module in inner.modules():
         _set(module, None)
+    hand_back(inner)
     restore(inner)
     for part in inner.modules():
         if isinstance(part, PreTrainedModel) and part.config._attn_implementation == NAME:
@@ -153,12 +162,14 @@ def sparse(model: PreTrainedModel, budget: BudgetArgument = None, **options: Any
     """``with qaxis.sparse(model, budget): ...``: :func:`enable` inside; what was before, after."""
     inner = transformers_model(model)
     before = [(module, settings) for module in inner.modules() if (settings := settings_of(module)) is not None]
-    switched = state(inner)
+    switched, taken_over = state(inner), is_taken_over(inner)
     try:
         yield enable(model, budget, **options)
     finally:
         for module in inner.modules():
             _set(module, None)
+        if not taken_over:
+            hand_back(inner)
         restore(inner, switched)
         for module, settings in before:
             _set(module, settings)

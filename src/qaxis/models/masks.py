@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from ..attention.selection import causal_mask
 from ..validation import require
@@ -15,12 +19,111 @@ from .settings import NAME
 from .switching import original_of
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What M causal queries, the last of N positions, see of the keys: two numbers a batch row instead of a mask.
+
+    Attributes:
+        pads: int32 ``[B]``, so many first keys are padding; None: none is.
+        window: a query sees the last so many keys at most, itself included; None: all before it.
+    """
+
+    pads: torch.Tensor | None = None
+    window: int | None = None
+
+
+class ShownMask(torch.Tensor):
+    """A causal mask, bool ``[B, 1, M, N]``, that is made only if an operation other than qaxis's attention reads it.
+
+    ``shown`` describes it in a few numbers, as M * N booleans would outgrow memory with long prompts. What may have
+    been written to is described no more.
+    """
+
+    shown: Shown | None
+
+    @staticmethod
+    def __new__(
+        cls, shape: tuple[int, ...], device: torch.device, shown: Shown, make: Callable[[], torch.Tensor]
+    ) -> ShownMask:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+
+    def __init__(
+        self, shape: tuple[int, ...], device: torch.device, shown: Shown, make: Callable[[], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.shown, self.make = shown, make
+        self.made: torch.Tensor | None = None
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ShownMask({tuple(self.shape)}, {self.shown})"
+
+    def whole(self) -> torch.Tensor:
+        """The mask as an ordinary tensor, the same at every call."""
+        if self.made is None:
+            self.made = self.make()
+        return self.made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        shares = func._schema.is_mutable or any(x.alias_info is not None for x in func._schema.returns)
+
+        def plain(x: ShownMask) -> torch.Tensor:
+            # Through a view, too, the mask may be written to.
+            x.shown = None if shares else x.shown
+            return x.whole()
+
+        args, kwargs = tree_map_only(ShownMask, plain, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_function(f: Any, g: Any) -> bool:
+    """Whether two functions have the same code and hold the same things."""
+    if not isinstance(f, FunctionType) or not isinstance(g, FunctionType):
+        if isinstance(f, tuple) and isinstance(g, tuple):
+            return len(f) == len(g) and all(map(_is_function, f, g))
+        return type(f) is type(g) and isinstance(f, (int, str, bool, type(None))) and bool(f == g)
+    held, other = (tuple(c.cell_contents for c in x.__closure__ or ()) for x in (f, g))
+    return f.__code__ is g.__code__ and _is_function(held, other)
+
+
+def left_pads(mask: torch.Tensor | None, start: int, n: int) -> torch.Tensor | None | bool:
+    """How many of the keys ``[start, start + n)`` are padding, int32 ``[B]``; None if none is, False if not the first.
+
+    Looking waits for the device.
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[1] < start + n:
+        return False
+    real = mask[:, start : start + n] != 0
+    pads = n - real.sum(1)
+    first = real == (torch.arange(n, device=mask.device) >= pads[:, None])
+    padded, contiguous = torch.stack([pads.any(), first.all()]).tolist()
+    if not contiguous:
+        return False
+    return pads.int() if padded else None
+
+
+def _shown(q_length: int, kv_length: int, kwargs: dict[str, Any]) -> Shown | None:
+    """What the arguments of a mask describe, if a :class:`Shown` does."""
+    q_offset, kv_offset = kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0)
+    function, window = kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size")
+    expected = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    places = isinstance(q_offset, int) and isinstance(kv_offset, int)
+    if not places or q_offset + q_length != kv_offset + kv_length or not _is_function(function, expected):
+        return None
+    pads = left_pads(kwargs.get("attention_mask"), kv_offset, kv_length)
+    return None if isinstance(pads, bool) else Shown(pads, window)
+
+
 def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:
     """transformers' boolean mask ``[B, 1, M, N]``; left out only where its absence cannot be misread.
 
     SDPA reads no mask as causal from the *first* key on, which is how transformers uses it with a static cache;
     here no mask means that the queries are the last positions. Both agree for one query, or as many as keys, in
-    modules that are causal.
+    modules that are causal. A mask of causal queries at the end, left-padded or in a sliding window or neither, is a
+    :class:`ShownMask`.
 
     A bidirectional mask is for modules that stay what they are (cross attention): it is made as they expect it.
     """
@@ -30,7 +133,31 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
         return known(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
     skip = kwargs.pop("allow_is_causal_skip", True) and (q_length == 1 or (causal and q_length == kv_length))
     kwargs["allow_is_bidirectional_skip"] = False
-    return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs)
+    shown = _shown(q_length, kv_length, kwargs)
+    if shown is None:
+        return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs)
+    if skip and shown.pads is None and (shown.window is None or kv_length <= shown.window):
+        return None
+
+    def make() -> torch.Tensor:
+        mask = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
+        return mask.expand(batch_size, 1, q_length, kv_length)
+
+    device = torch.device(kwargs.get("device", "cpu"))
+    return ShownMask((batch_size, 1, q_length, kv_length), device, shown, make)
+
+
+def shown_by(
+    module: nn.Module, mask: Any, query: torch.Tensor, key: torch.Tensor, is_causal: bool | None
+) -> Shown | None:
+    """What a mask shows, in a few numbers, or None if only the mask itself tells; arguments as for visible keys."""
+    m, n = query.shape[2], key.shape[2]
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    if mask is None:
+        return Shown() if m == 1 or (causal and m == n) else None
+    if isinstance(mask, ShownMask) and (m == 1 or causal) and tuple(mask.shape[2:]) == (m, n):
+        return mask.shown
+    return None
 
 
 def visible_keys(
@@ -47,6 +174,7 @@ def visible_keys(
         ValueError: for an additive mask with other numbers, which is a bias, or a mask that does not fit.
     """
     m, n = query.shape[2], key.shape[2]
+    mask = mask.whole() if isinstance(mask, ShownMask) else mask
     causal = m > 1 and (is_causal if is_causal is not None else bool(getattr(module, "is_causal", True)))
     if mask is None:
         require(not causal or m == n, "attention_mask", None, f"a mask for {m} queries that meet {n} keys")

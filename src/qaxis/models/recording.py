@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -39,6 +40,9 @@ class LayerRecord:
     sparse_calls: int = 0
     dense_calls: int = 0
     everything_calls: int = 0
+    #: calls by what computed them, and after a colon why nothing faster did: ``"cuda"``, ``"triton: ..."`` (the
+    #: certified decode step), ``"prefill"``, ``"canonical: ..."``, ``"masked: ..."``, ``"dense"``
+    engines: Counter[str] = field(default_factory=Counter)
     #: with ``masks=True``: the keys kept in each call, bool ``[B, H, M, N]``, in the order in which calls ended
     masks: list[torch.Tensor] = field(default_factory=list)
 
@@ -78,13 +82,19 @@ class Recording:
         """
         return self.tokens / self.seconds if self.seconds > 0 else float("nan")
 
+    @property
+    def engines(self) -> Counter[str]:
+        """Calls of all layers by what computed them, and why nothing faster did."""
+        return sum((r.engines for r in self.layers.values()), Counter())
+
     def summary(self) -> str:
-        """One line a layer, and one in all."""
+        """One line a layer, one for each way in which attention was computed, and one in all."""
         lines = ["layer    k_eff     mass  entropy  calls (sparse, all keys, dense)"]
         for layer, r in sorted(self.layers.items()):
             calls = f"{r.sparse_calls - r.everything_calls}, {r.everything_calls}, {r.dense_calls}"
             k_eff, mass, entropy = (float(x.mean()) for x in (r.k_eff, r.mass, r.entropy))
             lines.append(f"{layer:5d} {k_eff:8.1f} {mass:8.4f} {entropy:8.3f}  {calls}")
+        lines += [f"{calls} calls: {engine}" for engine, calls in self.engines.most_common()]
         lines.append(f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, {self.fallbacks} fallbacks")
         return "\n".join(lines)
 
@@ -109,6 +119,7 @@ def _measure(call: Call) -> LayerRecord:
         # A query of padding sees no key: it has no weights to count.
         record.queries = int(allowed.expand(batch, -1, -1, -1).any(-1).any(1).sum())
         record.dense_calls = int(call.kept is None)
+        record.engines[f"{call.engine}: {call.reason}" if call.reason else call.engine] += 1
         if call.kept is not None:
             record.sparse_calls = 1
             record.everything_calls = int(bool((call.kept == allowed).all()))
@@ -188,7 +199,8 @@ def _implementation(module: Any) -> str | None:
 def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording]:
     """Record every forward pass of a model on which qaxis is enabled, without changing a bit of its output.
 
-    Calls of every thread are counted, each judged in its own thread. Entropy and mass are computed in float32 by
+    Calls of every thread are counted, each judged in its own thread. While a recording runs, ``generate`` replays no
+    captured steps: each call is there to be seen, with the same bits. Entropy and mass are computed in float32 by
     PyTorch, as its settings for float32 products have it; they are not canonical. A compiled model is recorded too.
 
     Args:

@@ -17,7 +17,7 @@ from ..validation import is_integer, require
 
 #: of the attention implementation in transformers
 NAME = "qaxis"
-EXACTNESS = ("bitwise", "selection")
+EXACTNESS = ("auto", "bitwise", "selection")
 _SETTINGS = "_qaxis_settings"
 _CALLS = "_qaxis_calls"
 
@@ -32,7 +32,7 @@ class Settings:
 
     #: None: this layer attends to every key
     budget: Budget | None = field(default_factory=Budget)
-    exactness: str = "bitwise"
+    exactness: str = "auto"
     backend: str = "auto"
     always: Always = NONE
     strict: bool = False
@@ -82,6 +82,11 @@ class _Watch:
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.begun.pop(get_ident(), None) == calls_of(module):
             self.missed(module)
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook of a module is one of :func:`watch_calls`."""
+    return isinstance(getattr(hook, "__self__", None), _Watch)
 
 
 def watch_calls(module: nn.Module, missed: Callable[[nn.Module], None]) -> list[RemovableHandle]:

@@ -1,20 +1,24 @@
-"""How a prefill is cut: into parts (heads in flight), chunks (queries at once) and buffers that are used again.
+"""How a prefill is cut: into parts (heads in flight), stretches, chunks and buffers that are used again.
 
-A row is one query of one head. Buffers hold the rows of one chunk of one part: memory is bounded whatever the length.
+A row is one query of one head. A stretch is the queries that are attended for at once, of whose selection a bit a key
+is kept; a chunk is the queries of it whose scores, 16 times as large, are kept. Memory is bounded whatever the length.
+Everything of a stretch counts keys from its ``origin``, before which none of its queries sees one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import next_power_of_two
+from ..attention.always import NONE, Always
+from ..attention.logits import Logits
 from ..budget import Budget
 from ..validation import is_integer, require
 
@@ -24,8 +28,10 @@ MOST_KEYS = (1 << 31) - (1 << 16)
 MOST_HEADS = 65535
 #: rows a program of prefill_wide_band_kernel looks at together
 WIDE_ROWS = 64
-#: keys that a row of scores is a multiple of, for loads of whole lines
-_LINE = 256
+#: keys that a row of scores is a multiple of, for loads of whole lines; and a row of bits
+_LINE, SPAN = 256, 1024
+#: of a query that may see all keys before it
+NO_WINDOW = MOST_KEYS
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class PrefillTuning:
 
     #: bytes that the rows in flight may take: more fill a GPU better where contexts are long
     memory: int = 4 << 30
-    #: queries of a head in flight: more fill a GPU better and launch fewer kernels, for more memory
+    #: queries of a head in a stretch: more fill a GPU better and launch fewer kernels, for more memory
     chunk: int = 2048
     #: queries of a tile of scores: more use a loaded key more often, for registers
     queries: int = 128
@@ -64,14 +70,23 @@ class PrefillTuning:
     capacity: int = 128
     #: keys of the band that are rescored at once: more overlap their loads, for registers
     band: int = 32
-    #: programs that share the rows whose list overflowed: more run at once, each with a line of 4 bytes a key
+    #: programs that share the rows whose list overflowed: more run at once, each with lines of 8 bytes a key
     wide_programs: int = 512
+    #: keys for each of which one may be long and is scored canonically for every row: more long ones cost more, but
+    #: leave the others a narrower band
+    keys_a_long: int = 64
+    #: rows that a program scores long keys for: more use a loaded key more often, for registers
+    long_rows: int = 64
+    #: warps that select.cu is to have on a multiprocessor: where few rows fit, several warps share one
+    select_warps: int = 12
     #: queries of a tile of attention: more use loaded keys and values more often, for registers
     attend_queries: int = 64
     #: keys of a tile of attention, 32 to 128: more make larger products, for registers and shared memory
     attend_keys: int = 64
     #: tiles of keys and values on their way at a time: more hide latency, for shared memory
     attend_stages: int = 3
+    #: 2: tiles of attention of whose keys no query attends to any are left out; 1: all are looked at
+    attend_skip: int = 1
     #: warps that share a tile of attention: more leave each lane fewer registers to fill, but wait for each other
     attend_warps: int = 4
 
@@ -82,6 +97,8 @@ class PrefillTuning:
             if field.name not in (
                 "memory",
                 "chunk",
+                "keys_a_long",
+                "select_warps",
                 "loop",
                 "stages",
                 "attend_stages",
@@ -98,15 +115,28 @@ class PrefillTuning:
 DEFAULT_TUNING = PrefillTuning()
 
 
-class Chunk(NamedTuple):
-    """Queries that are handled at once."""
+class Frame(NamedTuple):
+    """Queries that are handled at once, a stretch or a chunk of one; keys are counted from its origin."""
 
-    #: the first of them, and how many there are
+    #: the first of the queries, and how many there are
     start: int
     rows: int
-    #: position of the first among the keys, and how many keys the last one sees
+    #: a multiple of 1024 before which none of them sees a key
+    origin: int
+    #: of the first query, among the keys from the origin on
     first: int
+    #: how many of those the last one sees
     visible: int
+
+    @property
+    def padded(self) -> int:
+        """Scores that a row has room for."""
+        return round_up(self.visible, _LINE)
+
+    @property
+    def words(self) -> int:
+        """Words of bits of a row."""
+        return round_up(self.visible, SPAN) // 32
 
 
 @dataclass(frozen=True)
@@ -119,13 +149,20 @@ class Plan:
     n: int
     dim: int
     causal: bool
-    #: queries of a head in flight
+    #: keys that a query sees at most
+    window: int
+    always: Always
+    #: queries of a head that are attended for at once
+    stretch: int
+    #: of them, queries whose scores are kept, if they see as many keys as any
     chunk: int
     #: KV heads in flight, of one batch or of whole ones
     kv_heads_at_once: int
     #: scores a row has room for, and words of bits
     padded: int
     words: int
+    #: keys of a head that may be long
+    long: int
     #: programs of prefill_wide_band_kernel
     wide_programs: int
     tuning: PrefillTuning
@@ -136,14 +173,17 @@ class Plan:
         return self.heads // self.kv_heads
 
     @property
-    def rows(self) -> int:
-        """Rows in flight."""
-        return self.kv_heads_at_once * self.group * self.chunk
+    def heads_at_once(self) -> int:
+        """Query heads in flight, of all batches."""
+        return self.kv_heads_at_once * self.group
 
     @property
     def off(self) -> float:
-        """Units of the 15-bit score between the fast score and the canonical, either way: half a unit is rounding."""
-        return fast_scores.UNITS / 2 * fast_scores.rounding(self.dim) * 1.02 + 0.51
+        """Units of the 15-bit score between the fast score and the canonical, either way: half a unit is rounding.
+
+        Kernels add up the squares of a query in orders of their own, which moves a score by less than 0.03.
+        """
+        return fast_scores.UNITS / 2 * fast_scores.rounding(self.dim) * 1.02 + 0.53
 
     @property
     def error(self) -> int:
@@ -161,34 +201,69 @@ class Plan:
             for h in range(0, self.kv_heads, at_once):
                 yield slice(b, b + 1), slice(h * self.group, (h + at_once) * self.group), slice(h, h + at_once)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Chunks of the queries, in order."""
-        for start in range(0, self.m, self.chunk):
-            rows, first = min(self.chunk, self.m - start), self.n - self.m + start
-            yield Chunk(start, rows, first, min(self.n, first + rows) if self.causal else self.n)
+    def stretches(self) -> Iterator[Frame]:
+        """Stretches of the queries, in order."""
+        for start in range(0, self.m, self.stretch):
+            rows, first = min(self.stretch, self.m - start), self.n - self.m + start
+            origin = first + 1 if self.causal else self.n
+            origin = max(0, origin - self.window) // SPAN * SPAN
+            visible = (min(self.n, first + rows) if self.causal else self.n) - origin
+            yield Frame(start, rows, origin, first - origin, visible)
+
+    def chunks(self, stretch: Frame) -> Iterator[Frame]:
+        """Chunks of a stretch, in order: of more queries where these see fewer keys."""
+        tile = self.tuning.queries
+        at_once = max(self.chunk, self.chunk * self.padded // stretch.padded // tile * tile)
+        for offset in range(0, stretch.rows, at_once):
+            rows, first = min(at_once, stretch.rows - offset), stretch.first + offset
+            visible = min(stretch.visible, first + rows) if self.causal else stretch.visible
+            yield Frame(stretch.start + offset, rows, stretch.origin, first, visible)
 
 
 def make_plan(
-    shape: tuple[int, ...], kv_heads: int, n: int, *, causal: bool = True, tuning: PrefillTuning = DEFAULT_TUNING
-) -> Plan:
+    shape: tuple[int, ...], kv_heads: int, n: int, *, causal: bool = True, tuning: PrefillTuning = DEFAULT_TUNING,
+    window: int = NO_WINDOW, always: Always = NONE,
+) -> Plan:  # fmt: skip
     """Sizes for queries of ``shape [B, H, M, D]`` and ``n`` keys of ``kv_heads``.
 
-    Chunks shrink, down to one tile of scores, until all heads fit into ``tuning.memory``; then fewer heads are in
-    flight, then fewer queries still. One query of a KV head's group is the least.
+    If a stretch of all heads does not fit into ``tuning.memory``, scores get half of it: chunks shrink, down to one
+    tile of scores; then fewer heads are in flight, then fewer queries still. One query of a KV head's group is the
+    least.
     """
     batch, heads, m, dim = shape
     group, t = heads // kv_heads, tuning
-    padded = round_up(n, _LINE)
-    words = max(bit_words(n, cut_block(n, t)), round_up(n, 1024) // 32)
-    most = max(1, min(t.memory // bytes_a_row(padded, words, t), 1 << 30))
-    chunk = min(m, t.chunk, max(t.queries, most // (batch * heads) // t.queries * t.queries))
-    chunk = min(chunk, max(1, most // group))
-    kv_heads_at_once = min(batch * kv_heads, max(1, min(most // chunk, MOST_HEADS) // group))
+    widest = n if window >= n else min(n, window + min(m, t.chunk) + SPAN)
+    padded, words = round_up(widest, _LINE), round_up(widest, SPAN) // 32
+    scores, bits = bytes_of_scores(padded), bytes_of_bits(words, t)
+    stretch = chunk = min(m, t.chunk)
+    most = max(1, min(t.memory // (scores + bits), 1 << 30))
+    kv_heads_at_once = batch * kv_heads
+    if stretch * kv_heads_at_once * group > most:
+        most = max(1, min(t.memory // (2 * scores), 1 << 30))
+        chunk = min(chunk, max(t.queries, most // (batch * heads) // t.queries * t.queries), max(1, most // group))
+        kv_heads_at_once = min(kv_heads_at_once, max(1, most // (chunk * group)))
+        left = t.memory // (kv_heads_at_once * group) - chunk * scores
+        stretch = max(1, min(stretch, left // bits))
+        chunk = min(chunk, stretch)
+        stretch = stretch // chunk * chunk
+    kv_heads_at_once = min(kv_heads_at_once, max(1, MOST_HEADS // group))
     # A quarter of the memory for lines; and no program without rows.
-    lines = min(
-        t.wide_programs, max(1, t.memory // 4 // (4 * padded)), -(-kv_heads_at_once * group * chunk // WIDE_ROWS)
-    )
-    return Plan(heads, kv_heads, m, n, dim, causal, chunk, kv_heads_at_once, padded, words, lines, tuning)
+    rows = kv_heads_at_once * group * stretch
+    lines = max(1, min(t.wide_programs, t.memory // 4 // (8 * padded), -(-rows // WIDE_ROWS)))
+    long = min(n - 1, max(16, n // t.keys_a_long))
+    return Plan(
+        heads, kv_heads, m, n, dim, causal, window, always, stretch, chunk, kv_heads_at_once, padded, words, long,
+        lines, t,
+    )  # fmt: skip
+
+
+def tuning_for(batch: int, heads: int, m: int, n: int) -> PrefillTuning:
+    """What suits ``m`` queries of ``batch * heads`` heads that meet ``n`` keys, with little memory beside the cache.
+
+    At most 1.25 GiB are taken, and at most 512 MiB where there are more than 32768 keys.
+    """
+    memory = (1 << 30) if n <= 32768 else (400 << 20)
+    return replace(DEFAULT_TUNING, memory=min(memory, max(1 << 20, batch * heads * m * 3 * round_up(n, SPAN))))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -201,18 +276,18 @@ def cut_block(visible: int, tuning: PrefillTuning) -> int:
     return max(128, min(tuning.cut, next_power_of_two(visible)))
 
 
-def bit_words(visible: int, block: int) -> int:
-    """Words of bits of a row that sees ``visible`` keys, written ``block`` keys at a time."""
-    return round_up(visible, block) // 32
+def bytes_of_scores(padded: int) -> int:
+    """Bytes of :class:`Buffers` for the scores of one row."""
+    return 2 * padded
 
 
-def bytes_a_row(padded: int, words: int, tuning: PrefillTuning) -> int:
-    """Bytes of :class:`Buffers` for one row: scores, bits, a list and its scores, five numbers."""
-    return 2 * padded + 4 * words + 8 * tuning.capacity + 20
+def bytes_of_bits(words: int, tuning: PrefillTuning) -> int:
+    """Bytes of :class:`Buffers` for what else is kept of one row: bits, a list and its scores, six numbers."""
+    return 4 * words + 8 * tuning.capacity + 24
 
 
 class Buffers:
-    """What is written for the rows in flight, ``plan.rows`` of each; int32 but for the scores.
+    """What is written for the rows in flight; int32 but for scores.
 
     At most ``tuning.memory`` bytes and, for ``line``, a quarter of that; or what one query of a KV head's group takes.
     """
@@ -221,25 +296,28 @@ class Buffers:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        rows, capacity = plan.rows, plan.tuning.capacity
-        #: 15-bit scores
-        self.fast = empty(rows, plan.padded, dtype=torch.uint16)
-        #: a bit a key: selected or not
+        heads, capacity = plan.heads_at_once, plan.tuning.capacity
+        rows = heads * plan.stretch
+        #: 15-bit scores of a chunk
+        self.fast = empty(heads * plan.chunk * plan.padded, dtype=torch.uint16)
+        #: of a stretch a bit a key: selected or not
         self.bits = empty(rows * plan.words)
+        #: of its rows the largest 15-bit score, and the largest canonical score of a long key
+        self.top, self.long_top = empty(rows), empty(rows, dtype=torch.float32)
         #: keys of the band, and their canonical scores
         self.positions, self.listed = empty(rows, capacity), empty(rows, capacity)
         #: keys in the band, and how many of them are missing in the selection
         self.band, self.missing = empty(rows), empty(rows)
-        #: 15-bit scores from which on a key is in the band, and from which on surely selected; the largest
-        self.low, self.high, self.top = empty(rows), empty(rows), empty(rows)
-        #: canonical scores of one row a program, where its band outgrew the list
-        self.line = empty(plan.wide_programs, plan.padded)
+        #: 15-bit scores from which on a key is in the band, and from which on surely selected
+        self.low, self.high = empty(rows), empty(rows)
+        #: keys and canonical scores of one row a program, where its band outgrew the list
+        self.line = empty(plan.wide_programs, 2, plan.padded)
 
 
 class Tables(NamedTuple):
     """Of every number of visible keys, from 0 to n."""
 
-    #: int32: keys that a query keeps
+    #: int32: keys that a query keeps beside those it always keeps
     k_eff: torch.Tensor
     #: float32: where normal scores would put the cut, in deviations above the mean
     quantile: torch.Tensor
@@ -247,15 +325,31 @@ class Tables(NamedTuple):
     slope: torch.Tensor
 
 
+def tables(budget: Budget, n: int, device: str, always: Always = NONE) -> Tables:
+    """The tables on ``device``, for ``n`` keys at least."""
+    # By powers of two: a cache that grows must not make one for each length.
+    return _tables(budget, (1 << n.bit_length()) - 1, device, always)
+
+
 @lru_cache(maxsize=64)
-def tables(budget: Budget, n: int, device: str) -> Tables:
-    """The tables on ``device``."""
-    k_eff = budget.table(n)
-    seen = torch.arange(n + 1, device="cpu").clamp(min=1)
+def _tables(budget: Budget, n: int, device: str, always: Always) -> Tables:
+    seen = torch.arange(n + 1, device="cpu")
+    kept = seen.clamp(max=always.sinks + always.recent)
+    k_eff, seen = (budget.table(n) - kept).clamp(min=0), (seen - kept).clamp(min=1)
     share = (1 - k_eff.float() / seen.float()).clamp(1e-4, 1 - 1e-4).double()
     quantile = torch.special.ndtri(share)
     density = torch.exp(-quantile * quantile / 2) / (2 * torch.pi) ** 0.5
     return Tables(k_eff.int().to(device), quantile.float().to(device), (1 / (seen * density)).float().to(device))
+
+
+class Ranges(NamedTuple):
+    """Of every KV head: what its scores' range comes from, and the keys that are longer."""
+
+    #: float32 ``[B, Hkv]``: upper bound on the length of all keys but the long ones; 0 if too small to be told
+    norm: torch.Tensor
+    #: int64 ``[B, Hkv, L]``: the longest keys, of which the first ``[B, Hkv]`` are long
+    longest: torch.Tensor
+    long: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -268,8 +362,10 @@ class Part:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    #: float32 ``[B, Hkv]``: upper bound on the length of the keys
-    norm: torch.Tensor
+    ranges: Ranges
+    #: int32 ``[B]``, or None: first keys that are not seen
+    pads: torch.Tensor | None
+    logits: Logits
     out: torch.Tensor
     #: as in ``Prefill``
     bits: torch.Tensor | None
@@ -285,6 +381,15 @@ class Part:
         """Of q, four, and k, three, as the kernels take them."""
         return (*self.q.stride(), *self.k.stride()[:3])
 
-    def common(self, chunk: Chunk) -> tuple[int, int, int, int]:
-        """What every kernel is told first: heads, group, first query and queries of the chunk."""
-        return (self.q.shape[1], self.plan.group, chunk.start, chunk.rows)
+    def keys(self, frame: Frame) -> torch.Tensor:
+        """The keys from the origin on."""
+        return self.k[:, :, frame.origin :]
+
+    def seen(self, frame: Frame) -> tuple[Any, ...]:
+        """What Triton kernels are told of who sees what: first query, end of the keys, pads, origin, window."""
+        pads = self.ranges.long if self.pads is None else self.pads
+        return (frame.first, frame.visible, pads, frame.origin, self.plan.window)
+
+    def common(self, frame: Frame) -> tuple[int, int, int, int]:
+        """What every kernel is told first: heads, group, first query and queries of the frame."""
+        return (self.q.shape[1], self.plan.group, frame.start, frame.rows)

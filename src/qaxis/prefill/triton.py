@@ -1,7 +1,9 @@
-"""Triton kernels of selection-exact prefill: 15-bit scores, a cut with its band, the band's canonical order, attention.
+"""Triton kernels that select for a prefill: 15-bit scores, a cut with its band, the band's canonical order.
 
-A row is one query of one head; ``chunk`` queries of every head are in flight. What a row selects is kept as one bit a
-key. Offsets into tensors are 64-bit: any stride of theirs may be large.
+A row is one query of one head; ``chunk`` queries of every head are in flight, from the query ``start`` on. It sees the
+keys [begin, end), of which it always keeps those outside [lo, hi) and ranks the others. What it selects is kept as one
+bit a key, in row ``bit_start + i`` of the ``bit_rows`` of its head. Keys are counted from ``origin``, where ``k_ptr``
+points to. Offsets into tensors are 64-bit: any stride of theirs may be large.
 """
 
 from __future__ import annotations
@@ -9,29 +11,47 @@ from __future__ import annotations
 from ..arithmetic.fast_scores import LARGEST, SMALLEST, UNITS
 from ..arithmetic.triton import jit, score_of, tl, tree_last, units_per_score, widen
 
-_UNITS, _SMALLEST, _LARGEST = tl.constexpr(UNITS), tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
+_SMALLEST, _LARGEST = tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
 #: 2^23 + 2^14: added to a float32 it leaves an integer, moved up by 2^14, in the lowest bits
 _TO_FIFTEEN_BITS = tl.constexpr(8404992.0)
 #: the score 0, and what is behind all scores
 _ZERO, _BEHIND = tl.constexpr(16384), tl.constexpr(32768)
 _NO_SCORE = tl.constexpr(-2147483648)
-_LOG2_E = tl.constexpr(1.4426950408889634)
+#: where the range ends, from the score 0
+_HALF = tl.constexpr(UNITS / 2)
 
 
 @jit
-def _visible(i, first, n, CAUSAL: tl.constexpr):
-    """How many keys query ``i`` of the chunk sees; ``first`` is the position of the chunk's first query."""
-    return tl.minimum(first + i + 1, n) if CAUSAL else i * 0 + n
+def range_of(i, b, first, n, pads_ptr, origin, window, CAUSAL: tl.constexpr, PADDED: tl.constexpr):
+    """The keys [begin, end) that queries ``i`` see; ``first`` is the position of query 0."""
+    end = tl.minimum(first + i + 1, n) if CAUSAL else i * 0 + n
+    begin = tl.maximum(end - window, 0)
+    if PADDED:
+        begin = tl.maximum(begin, tl.load(pads_ptr + b) - origin)
+    return tl.minimum(begin, end), end
 
 
 @jit
-def _split(place, many):
+def _ranked(begin, end, sinks, recent):
+    """Of the keys that are seen those that are ranked, [lo, hi): the others are always kept."""
+    lo = tl.minimum(begin + sinks, end)
+    return lo, tl.maximum(end - recent, lo)
+
+
+@jit
+def _bit_row(head, i, bit_rows, bit_start):
+    """Row of a query's bits."""
+    return head.to(tl.int64) * bit_rows + bit_start + i
+
+
+@jit
+def split(place, many):
     """(quotient, remainder): grids have one dimension, as their second ends at 65535."""
     return place // many, place % many
 
 
 @jit
-def _heads(head, heads, group):
+def heads_of(head, heads, group):
     """64-bit (batch, query head, KV head) of a head among those of all batches."""
     return (head // heads).to(tl.int64), (head % heads).to(tl.int64), (head % heads // group).to(tl.int64)
 
@@ -45,7 +65,7 @@ def _query(q_ptr, b, h, place, dim, stride_qb, stride_qh, stride_qm, stride_qd, 
 
 
 @jit
-def _queries(q_ptr, b, h, place, here, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM: tl.constexpr):
+def queries_of(q_ptr, b, h, place, here, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM: tl.constexpr):
     """The queries ``place``, where they are ``here``."""
     d = tl.arange(0, DIM)
     queries = q_ptr + b * stride_qb + h * stride_qh + place.to(tl.int64)[:, None] * stride_qm
@@ -53,7 +73,7 @@ def _queries(q_ptr, b, h, place, here, dim, stride_qb, stride_qh, stride_qm, str
 
 
 @jit
-def _vectors(rows_ptr, offset, n, dim, stride, ROWS: tl.constexpr, DIM: tl.constexpr):
+def vectors_of(rows_ptr, offset, n, dim, stride, ROWS: tl.constexpr, DIM: tl.constexpr):
     """The ROWS keys or values of a head from ``offset`` on, where there are that many."""
     o = tl.arange(0, ROWS)
     d = tl.arange(0, DIM)
@@ -66,7 +86,7 @@ def _vectors(rows_ptr, offset, n, dim, stride, ROWS: tl.constexpr, DIM: tl.const
 
 
 @jit
-def _product(q, k, WIDE: tl.constexpr):
+def product(q, k, WIDE: tl.constexpr):
     """Scores on the tensor cores; ``WIDE`` for the interpreter, which cannot multiply bfloat16."""
     if WIDE:
         return tl.dot(widen(q), tl.trans(widen(k)), input_precision="ieee")
@@ -76,69 +96,130 @@ def _product(q, k, WIDE: tl.constexpr):
 
 @jit
 def prefill_scores_kernel(
-    q_ptr, k_ptr, norm_ptr, fast_ptr, heads, group, start, chunk, first, n, padded, dim, key_tiles, query_tiles,
+    q_ptr, k_ptr, norm_ptr, fast_ptr, heads, group, start, chunk, first, n, pads_ptr, origin, window, padded, dim,
+    key_tiles, query_tiles,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn,
-    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
-    DIM: tl.constexpr, WIDE: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr,
+    STAGES: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """15-bit scores of QUERIES queries and LOOP times KEYS keys."""
-    place, key_tile = _split(tl.program_id(0), key_tiles)
-    head, query_tile = _split(place, query_tiles)
-    b, h, kv = _heads(head, heads, group)
+    """15-bit scores of QUERIES queries and LOOP times KEYS keys, but for tiles that none of them sees.
+
+    What is written for keys longer than the norm is no score: prefill_long_kernel writes theirs.
+    """
+    place, key_tile = split(tl.program_id(0), key_tiles)
+    head, query_tile = split(place, query_tiles)
+    b, h, kv = heads_of(head, heads, group)
     i = query_tile * QUERIES + tl.arange(0, QUERIES)
     here = i < chunk
-    q = _queries(q_ptr, b, h, start + i, here, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM)
+    q = queries_of(q_ptr, b, h, start + i, here, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM)
     wide = widen(q)
     units = units_per_score(tl.sqrt(tl.sum(wide * wide, 1)), tl.load(norm_ptr + b * (heads // group) + kv))
     keys = k_ptr + b * stride_kb + kv * stride_kh
     rows = fast_ptr + (head.to(tl.int64) * chunk + i)[:, None] * padded
+    lowest, _ = range_of(query_tile * QUERIES, b, first, n, pads_ptr, origin, window, CAUSAL, PADDED)
     begin = key_tile * (LOOP * KEYS)
     end = tl.minimum(begin + LOOP * KEYS, n)
     if CAUSAL:
         end = tl.minimum(end, first + (query_tile + 1) * QUERIES)
+    begin = tl.maximum(begin, lowest // KEYS * KEYS)
     for offset in tl.range(begin, end, KEYS, num_stages=STAGES):
-        score = _product(q, _vectors(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
+        score = product(q, vectors_of(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
         fast = (score * (0.5 * units)[:, None] + _TO_FIFTEEN_BITS).to(tl.int32, bitcast=True).to(tl.uint16)
         tl.store(rows + (offset + tl.arange(0, KEYS))[None, :], fast, mask=here[:, None])
 
 
 @jit
-def _first_guess(fast_ptr, quantile_ptr, slope_ptr, seen, SAMPLE: tl.constexpr):
+def prefill_lengths_kernel(k_ptr, norm_ptr, kv_heads, n, dim, tiles, stride_kb, stride_kh, stride_kn,
+                           KEYS: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+    """Lengths of KEYS keys of a head."""
+    head, tile = split(tl.program_id(0), tiles)
+    keys = k_ptr + (head // kv_heads).to(tl.int64) * stride_kb + (head % kv_heads).to(tl.int64) * stride_kh
+    wide = widen(vectors_of(keys, tile * KEYS, n, dim, stride_kn, KEYS, DIM))
+    j = tile * KEYS + tl.arange(0, KEYS)
+    tl.store(norm_ptr + head.to(tl.int64) * n + j, tl.sqrt(tl.sum(wide * wide, 1)), mask=j < n)
+
+
+@jit
+def prefill_long_kernel(
+    q_ptr, k_ptr, norm_ptr, longest_ptr, long_ptr, k_eff_ptr, fast_ptr, long_top_ptr,
+    heads, group, start, chunk, first, n, pads_ptr, origin, window, sinks, recent, bit_rows, bit_start, padded, dim,
+    room, tiles, stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, TREE: tl.constexpr, LOG_TREE: tl.constexpr,
+):  # fmt: skip
+    """15-bit scores of the long keys, from their canonical ones; and the largest of these, where it may be kept.
+
+    Why the selection stays exact: let f(s) be the canonical score s in units, cut off at both ends of the range. f
+    never falls, and every key's 15-bit score is within ``off`` of its f: that of a long key by rounding f itself, that
+    of another key as its length bounds both s and the error of its product. If 15-bit scores of two keys are more than
+    2 off apart, their f are in the same order, and so are their canonical scores; that is all that the cut relies on.
+    Long keys beyond the ends tie there, and are put in canonical order if the cut falls among them.
+    """
+    head, tile = split(tl.program_id(0), tiles)
+    b, h, kv = heads_of(head, heads, group)
+    i = tile * ROWS + tl.arange(0, ROWS)
+    here = i < chunk
+    many = tl.load(long_ptr + b * (heads // group) + kv)
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    if many > 0:
+        wide = widen(queries_of(q_ptr, b, h, start + i, here, dim, stride_qb, stride_qh, stride_qm, stride_qd, TREE))
+        norm = tl.load(norm_ptr + b * (heads // group) + kv)
+        units = 0.5 * units_per_score(tl.sqrt(tl.sum(wide * wide, 1)), norm)
+        keys = k_ptr + b * stride_kb + kv * stride_kh
+        begin, end = range_of(i, b, first, n, pads_ptr, origin, window, CAUSAL, PADDED)
+        lo, hi = _ranked(begin, end, sinks, recent)
+        ranks = tl.load(k_eff_ptr + (end - begin), mask=here, other=0) > 0
+        lowest, furthest = tl.min(begin, 0), tl.max(end, 0)
+        longest_ptr += (b * (heads // group) + kv) * room
+        rows = fast_ptr + (head.to(tl.int64) * chunk + i) * padded
+        d = tl.arange(0, TREE)
+        for at in range(0, many):
+            j = (tl.load(longest_ptr + at) - origin).to(tl.int32)
+            if (j >= lowest) & (j < furthest):
+                key = widen(tl.load(keys + j.to(tl.int64) * stride_kn + d, mask=d < dim, other=0.0))
+                score = tree_last(wide * key[None, :], ROWS, TREE, LOG_TREE)
+                place = tl.minimum(tl.maximum(score * units, -_HALF), _HALF) + _TO_FIFTEEN_BITS
+                seen = here & (j >= begin) & (j < end)
+                tl.store(rows + j, place.to(tl.int32, bitcast=True).to(tl.uint16), mask=seen)
+                kept = seen & (ranks | (j < lo) | (j >= hi))
+                highest = tl.where(kept, tl.maximum(highest, score), highest)
+    tl.store(long_top_ptr + _bit_row(head, i, bit_rows, bit_start), highest, mask=here)
+
+
+@jit
+def _first_guess(fast_ptr, quantile_ptr, slope_ptr, lo, hi, seen, SAMPLE: tl.constexpr):
     """(where the k best would begin if a sample's mean and spread told all, how far one key moves that)."""
-    each = tl.maximum(seen // SAMPLE, 1)
-    s = tl.arange(0, SAMPLE) * each
-    some = tl.load(fast_ptr + s, mask=s < seen, other=0).to(tl.float32)
-    many = tl.minimum(SAMPLE, (seen + each - 1) // each).to(tl.float32)
+    each = tl.maximum((hi - lo) // SAMPLE, 1)
+    s = lo + tl.arange(0, SAMPLE) * each
+    some = tl.load(fast_ptr + s, mask=s < hi, other=0).to(tl.float32)
+    many = tl.minimum(SAMPLE, (hi - lo + each - 1) // each).to(tl.float32)
     mean = tl.sum(some, 0) / many
-    spread = tl.sqrt(tl.sum(tl.where(s < seen, (some - mean) * (some - mean), 0.0), 0) / many)
+    spread = tl.sqrt(tl.sum(tl.where(s < hi, (some - mean) * (some - mean), 0.0), 0) / many)
     return mean + tl.load(quantile_ptr + seen) * spread, tl.load(slope_ptr + seen) * spread
 
 
 @jit
-def _reached(fast, fast_ptr, seen, trial, BLOCK: tl.constexpr):
+def _reached(fast, fast_ptr, hi, trial, BLOCK: tl.constexpr):
     """How many scores of a row reach ``trial``; ``fast`` holds the first BLOCK."""
     o = tl.arange(0, BLOCK)
     enough = tl.sum((fast >= trial).to(tl.int32), 0)
-    for offset in range(BLOCK, seen, BLOCK):
-        more = tl.load(fast_ptr + offset + o, mask=offset + o < seen, other=0).to(tl.int32)
+    for offset in range(BLOCK, hi, BLOCK):
+        more = tl.load(fast_ptr + offset + o, mask=offset + o < hi, other=0).to(tl.int32)
         enough += tl.sum((more >= trial).to(tl.int32), 0)
     return enough
 
 
 @jit
-def _narrow(fast, fast_ptr, quantile_ptr, slope_ptr, seen, k_eff, BLOCK: tl.constexpr, SAMPLE: tl.constexpr,
-            SLACK: tl.constexpr):  # fmt: skip
+def _narrow(fast, fast_ptr, guess, per_key, lo, hi, k_eff, BLOCK: tl.constexpr, SLACK: tl.constexpr):
     """(found, behind): at least k_eff scores reach the one and at most k_eff the other, few of them between."""
     found = tl.full((), 0, tl.int32)
     behind = tl.full((), _BEHIND, tl.int32)
-    at_least = seen
+    at_least = hi - lo
     beyond = tl.full((), 0, tl.int32)
     tries = tl.full((), 0, tl.int32)
-    guess, per_key = _first_guess(fast_ptr, quantile_ptr, slope_ptr, seen, SAMPLE)
     # A wide band costs less than one more trial.
     while (behind - found > 1) & (at_least - beyond > SLACK):
         trial = tl.minimum(tl.maximum(guess.to(tl.int32), found + 1), behind - 1)
-        enough = _reached(fast, fast_ptr, seen, trial, BLOCK)
+        enough = _reached(fast, fast_ptr, hi, trial, BLOCK)
         at_least = tl.where(enough >= k_eff, enough, at_least)
         found = tl.where(enough >= k_eff, trial, found)
         beyond = tl.where(enough <= k_eff, enough, beyond)
@@ -154,68 +235,101 @@ def _narrow(fast, fast_ptr, quantile_ptr, slope_ptr, seen, k_eff, BLOCK: tl.cons
 
 @jit
 def _keep(
-    fast, j, seen, low, high, so_far, bits_ptr, position_ptr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
+    fast, j, base, end, inside, low, high, so_far, bytes_ptr, position_ptr, BLOCK: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Write the bits of the keys surely selected and list those of the band; returns how many there are of both."""
-    sure = (fast >= high) & (j < seen)
-    band = ((fast >= low) & (fast < high) & (j < seen)).to(tl.int32)
+    """Write the bits of the keys surely selected and list those of the band; returns how many there are of both.
+
+    ``j`` counts from ``base``, up to ``end``, where the row of bits ends.
+    """
+    sure = (fast >= high) & inside
+    band = ((fast >= low) & (fast < high) & inside).to(tl.int32)
     bit = tl.where(sure, 1 << (tl.arange(0, BLOCK) % 8), 0)
     byte = tl.sum(tl.reshape(bit, (BLOCK // 8, 8)), 1)
-    tl.store(bits_ptr + tl.min(j, 0) // 8 + tl.arange(0, BLOCK // 8), byte.to(tl.uint8))
+    at = tl.min(j, 0) // 8 + tl.arange(0, BLOCK // 8)
+    tl.store(bytes_ptr + at, byte.to(tl.uint8), mask=at < end // 8)
     slot = so_far + tl.cumsum(band, 0) - 1
-    tl.store(position_ptr + slot, j, mask=(band > 0) & (slot < CAPACITY))
+    tl.store(position_ptr + slot, base + j, mask=(band > 0) & (slot < CAPACITY))
     return tl.sum(sure.to(tl.int32), 0), tl.sum(band, 0)
+
+
+@jit
+def _keep_always(fast_ptr, bits_ptr, begin, end, top):
+    """Sets the bits of the keys [begin, end); returns the larger of ``top`` and their scores."""
+    for offset in range(begin, end, 128):
+        j = offset + tl.arange(0, 128)
+        tl.atomic_or(bits_ptr + (j >> 5), 1 << (j & 31), mask=j < end, sem="relaxed")
+        top = tl.maximum(top, tl.max(tl.load(fast_ptr + j, mask=j < end, other=0).to(tl.int32), 0))
+    return top
 
 
 @jit
 def prefill_cut_kernel(
     q_ptr, norm_ptr, fast_ptr, k_eff_ptr, quantile_ptr, slope_ptr,
-    bits_ptr, position_ptr, band_ptr, missing_ptr, low_ptr, high_ptr, top_ptr,
-    heads, group, start, chunk, first, n, padded, words, dim, error,
-    stride_qb, stride_qh, stride_qm, stride_qd,
-    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr, SLACK: tl.constexpr, CAPACITY: tl.constexpr,
-    DIM: tl.constexpr,
+    bytes_ptr, bits_ptr, position_ptr, band_ptr, missing_ptr, low_ptr, high_ptr, top_ptr,
+    heads, group, start, chunk, first, n, pads_ptr, origin, window, sinks, recent, bit_rows, bit_start, padded, words,
+    dim, error, stride_qb, stride_qh, stride_qm, stride_qd,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr, SLACK: tl.constexpr,
+    CAPACITY: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Of one row: which keys are surely among its k best, which may be (the band), and how many of the band are.
 
-    If at least k fast scores reach ``found``, the k-th canonical score is at most one error below it, and a key more
-    than two errors below is out. If at most k reach ``behind``, a key two errors above it has at most k - 1 rivals.
+    Every fast score is within half an error of the same growing function of the canonical score. If at least k reach
+    ``found``, the k-th canonical score is at most half an error below it, and a key more than an error below is out. If
+    at most k reach ``behind``, a key an error above it has at most k - 1 rivals. All bits are 0 before.
     """
-    head, i = _split(tl.program_id(0), chunk)
-    b, h, kv = _heads(head, heads, group)
+    head, i = split(tl.program_id(0), chunk)
+    b, h, kv = heads_of(head, heads, group)
     row = tl.program_id(0).to(tl.int64)
-    seen = _visible(i, first, n, CAUSAL)
-    k_eff = tl.minimum(tl.load(k_eff_ptr + seen), seen).to(tl.int32)
+    bit_row = _bit_row(head, i, bit_rows, bit_start)
+    begin, end = range_of(i, b, first, n, pads_ptr, origin, window, CAUSAL, PADDED)
+    from_key, to_key = _ranked(begin, end, sinks, recent)
+    k_eff = tl.minimum(tl.load(k_eff_ptr + (end - begin)), to_key - from_key).to(tl.int32)
     wide = _query(q_ptr, b, h, start + i, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM)
     largest = tl.sqrt(tl.sum(wide * wide, 0)) * tl.load(norm_ptr + b * (heads // group) + kv) * 1.001
     # A little narrower than for the scores: where these are not usable, neither may be taken to be here.
     usable = (largest > _SMALLEST * 1.01) & (largest < _LARGEST / 1.01)
-    everything = k_eff >= seen
+    everything = k_eff >= to_key - from_key
     fast_ptr += row * padded
-    bits_ptr += row * (words * 4)
+    bytes_ptr += bit_row * (words * 4)
+    bits_ptr += bit_row * words
     position_ptr += row * CAPACITY
+    # From the first whole bytes of what is ranked.
+    base = from_key // 128 * 128
+    lo, hi = from_key - base, to_key - base
     o = tl.arange(0, BLOCK)
-    fast = tl.load(fast_ptr + o, mask=o < seen, other=0).to(tl.int32)
+    fast = tl.load(fast_ptr + base + o, mask=(o >= lo) & (o < hi), other=0).to(tl.int32)
     found = tl.full((), 0, tl.int32)
     behind = tl.full((), _BEHIND, tl.int32)
-    if (k_eff < seen) & usable:
-        found, behind = _narrow(fast, fast_ptr, quantile_ptr, slope_ptr, seen, k_eff, BLOCK, SAMPLE, SLACK)
+    if (k_eff < to_key - from_key) & usable:
+        guess, per_key = _first_guess(fast_ptr + base, quantile_ptr, slope_ptr, lo, hi, end - begin, SAMPLE)
+        found, behind = _narrow(fast, fast_ptr + base, guess, per_key, lo, hi, k_eff, BLOCK, SLACK)
     low = tl.where(usable | everything, found - error, -1)
     high = tl.where(everything, -1, tl.where(usable, behind + error, 1 << 20))
-    sure, band = _keep(fast, o, seen, low, high, 0, bits_ptr, position_ptr, BLOCK, CAPACITY)
+    # Nothing is ranked where all is taken by what is always kept.
+    low = tl.where((k_eff == 0) & (everything == 0), 1 << 20, low)
+    room = words * 32 - base
+    inside = (o >= lo) & (o < hi)
+    sure, band = _keep(fast, o, base, room, inside, low, high, 0, bytes_ptr + base // 8, position_ptr, BLOCK, CAPACITY)
     top = tl.max(fast, 0)
-    # To the end of the row, as attention reads whole tiles.
-    for offset in range(BLOCK, words * 32, BLOCK):
-        more = tl.load(fast_ptr + offset + o, mask=offset + o < seen, other=0).to(tl.int32)
+    for offset in range(BLOCK, hi, BLOCK):
+        inside = offset + o < hi
+        more = tl.load(fast_ptr + base + offset + o, mask=inside, other=0).to(tl.int32)
         top = tl.maximum(top, tl.max(more, 0))
-        and_sure, and_band = _keep(more, offset + o, seen, low, high, band, bits_ptr, position_ptr, BLOCK, CAPACITY)
+        and_sure, and_band = _keep(more, offset + o, base, room, inside, low, high, band, bytes_ptr + base // 8,
+                                   position_ptr, BLOCK, CAPACITY)  # fmt: skip
         sure += and_sure
         band += and_band
+    top = tl.where(k_eff > 0, top, 0)
+    if (sinks > 0) | (recent > 0):
+        tl.debug_barrier()
+        top = _keep_always(fast_ptr, bits_ptr, begin, from_key, top)
+        top = _keep_always(fast_ptr, bits_ptr, to_key, end, top)
     tl.store(band_ptr + row, band)
     tl.store(missing_ptr + row, k_eff - sure)
     tl.store(low_ptr + row, low)
     tl.store(high_ptr + row, high)
-    tl.store(top_ptr + row, top)
+    tl.store(top_ptr + bit_row, top)
 
 
 @jit
@@ -263,7 +377,7 @@ def _order_list(
 @jit
 def prefill_band_kernel(
     q_ptr, k_ptr, position_ptr, word_ptr, band_ptr, missing_ptr, bits_ptr,
-    heads, group, start, chunk, words, dim,
+    heads, group, start, chunk, bit_rows, bit_start, words, dim,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr, TREE: tl.constexpr, LOG_TREE: tl.constexpr,
 ):  # fmt: skip
@@ -272,13 +386,13 @@ def prefill_band_kernel(
     band = tl.load(band_ptr + row)
     missing = tl.load(missing_ptr + row)
     if (missing > 0) & (band <= CAPACITY):
-        head, i = _split(tl.program_id(0), chunk)
-        b, h, kv = _heads(head, heads, group)
+        head, i = split(tl.program_id(0), chunk)
+        b, h, kv = heads_of(head, heads, group)
         wide = _query(q_ptr, b, h, start + i, dim, stride_qb, stride_qh, stride_qm, stride_qd, TREE)
         keys = k_ptr + b * stride_kb + kv * stride_kh
         position_ptr += row * CAPACITY
         word_ptr += row * CAPACITY
-        bits_ptr += row * words
+        bits_ptr += _bit_row(head, i, bit_rows, bit_start) * words
         if band <= BLOCK:
             o = tl.arange(0, BLOCK)
             j = tl.load(position_ptr + o, mask=o < band, other=0)
@@ -292,76 +406,88 @@ def prefill_band_kernel(
 
 
 @jit
-def _rescore(
-    wide, keys, fast_ptr, line_ptr, seen, low, high, stride_kn, dim,
-    BLOCK: tl.constexpr, TREE: tl.constexpr, LOG_TREE: tl.constexpr,
-):  # fmt: skip
-    """Writes the canonical scores of the band to the line, and no score for the other keys."""
-    for offset in range(0, seen, BLOCK):
+def _list_band(fast_ptr, line_ptr, lo, hi, low, high, BLOCK: tl.constexpr):
+    """Lists the keys of the band, ascending; returns how many they are."""
+    band = tl.full((), 0, tl.int32)
+    for offset in range(lo // BLOCK * BLOCK, hi, BLOCK):
         j = offset + tl.arange(0, BLOCK)
-        fast = tl.load(fast_ptr + j, mask=j < seen, other=0).to(tl.int32)
-        inside = (j < seen) & (fast >= low) & (fast < high)
-        word = _NO_SCORE + tl.zeros((BLOCK,), tl.int32)
-        if tl.sum(inside.to(tl.int32), 0) > 0:
-            word = _canonical(wide, keys, j, inside, stride_kn, dim, BLOCK, TREE, LOG_TREE)
-        tl.store(line_ptr + j, tl.where(inside, word, _NO_SCORE), mask=j < seen)
+        fast = tl.load(fast_ptr + j, mask=(j >= lo) & (j < hi), other=0).to(tl.int32)
+        inside = ((j >= lo) & (j < hi) & (fast >= low) & (fast < high)).to(tl.int32)
+        slot = band + tl.cumsum(inside, 0) - 1
+        tl.store(line_ptr + slot, j, mask=inside > 0)
+        band += tl.sum(inside, 0)
+    return band
 
 
 @jit
-def _line_reaches(line_ptr, seen, trial, BLOCK: tl.constexpr):
-    """How many scores of the line reach ``trial``."""
+def _rescore(
+    wide, keys, line_ptr, word_ptr, band, stride_kn, dim, BLOCK: tl.constexpr, TREE: tl.constexpr,
+    LOG_TREE: tl.constexpr,
+):  # fmt: skip
+    """Writes the canonical scores of the band."""
+    for offset in range(0, band, BLOCK):
+        o = offset + tl.arange(0, BLOCK)
+        j = tl.load(line_ptr + o, mask=o < band, other=0)
+        word = _canonical(wide, keys, j, o < band, stride_kn, dim, BLOCK, TREE, LOG_TREE)
+        tl.store(word_ptr + o, word, mask=o < band)
+
+
+@jit
+def _band_reaches(word_ptr, band, trial, BLOCK: tl.constexpr):
+    """How many scores of the band reach ``trial``."""
     o = tl.arange(0, BLOCK)
     enough = tl.full((), 0, tl.int32)
-    for offset in range(0, seen, BLOCK):
-        word = tl.load(line_ptr + offset + o, mask=offset + o < seen, other=_NO_SCORE)
+    for offset in range(0, band, BLOCK):
+        word = tl.load(word_ptr + offset + o, mask=offset + o < band, other=_NO_SCORE)
         enough += tl.sum((word.to(tl.int64) >= trial).to(tl.int32), 0)
     return enough
 
 
 @jit
-def _largest_of_line(line_ptr, seen, missing, BLOCK: tl.constexpr):
-    """The ``missing``-th largest score of the line, by halving."""
+def _largest_of_band(word_ptr, band, missing, BLOCK: tl.constexpr):
+    """The ``missing``-th largest score of the band, by halving."""
     kth = tl.full((), -2147483647, tl.int64)
     behind = tl.full((), 2147483648, tl.int64)
     while behind - kth > 1:
         trial = (kth + behind) >> 1
-        enough = _line_reaches(line_ptr, seen, trial, BLOCK)
+        enough = _band_reaches(word_ptr, band, trial, BLOCK)
         kth = tl.where(enough >= missing, trial, kth)
         behind = tl.where(enough >= missing, behind, trial)
     return kth
 
 
 @jit
-def _take_from_line(line_ptr, bits_ptr, seen, missing, kth, BLOCK: tl.constexpr):
+def _take_from_band(line_ptr, word_ptr, bits_ptr, band, missing, kth, BLOCK: tl.constexpr):
     """Sets the bits of the scores above ``kth``, and of the first of those at it until ``missing`` are taken."""
     o = tl.arange(0, BLOCK)
-    above = _line_reaches(line_ptr, seen, kth + 1, BLOCK)
+    above = _band_reaches(word_ptr, band, kth + 1, BLOCK)
     equal = tl.full((), 0, tl.int32)
-    for offset in range(0, seen, BLOCK):
-        word = tl.load(line_ptr + offset + o, mask=offset + o < seen, other=_NO_SCORE).to(tl.int64)
+    for offset in range(0, band, BLOCK):
+        inside = offset + o < band
+        j = tl.load(line_ptr + offset + o, mask=inside, other=0)
+        word = tl.load(word_ptr + offset + o, mask=inside, other=_NO_SCORE).to(tl.int64)
         at_kth = (word == kth).to(tl.int32)
         earlier = equal + tl.cumsum(at_kth, 0) - at_kth
-        take = (word > kth) | ((at_kth > 0) & (earlier < missing - above))
-        bit = tl.where(take, 1 << (o % 32), 0)
-        word_of = offset // 32 + tl.arange(0, BLOCK // 32)
-        picked = tl.sum(tl.reshape(bit, (BLOCK // 32, 32)), 1)
-        tl.store(bits_ptr + word_of, tl.load(bits_ptr + word_of) | picked)
+        take = inside & ((word > kth) | ((at_kth > 0) & (earlier < missing - above)))
+        tl.atomic_or(bits_ptr + (j >> 5), 1 << (j & 31), mask=take, sem="relaxed")
         equal += tl.sum(at_kth, 0)
 
 
 @jit
 def prefill_wide_band_kernel(
     q_ptr, k_ptr, fast_ptr, line_ptr, band_ptr, missing_ptr, low_ptr, high_ptr, bits_ptr,
-    heads, group, start, chunk, first, n, padded, words, rows, dim,
-    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn,
-    CAUSAL: tl.constexpr, CAPACITY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TREE: tl.constexpr,
-    LOG_TREE: tl.constexpr,
+    heads, group, start, chunk, first, n, pads_ptr, origin, window, sinks, recent, bit_rows, bit_start, padded, room,
+    words, rows, dim, stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, CAPACITY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, TREE: tl.constexpr, LOG_TREE: tl.constexpr,
 ):  # fmt: skip
     """As the kernel before it, for rows whose band did not fit: their fast scores are looked through again.
 
-    Every program takes the rows in turn, ROWS at a time, and keeps the canonical scores of one row in its own line.
+    Every program takes the rows in turn, ROWS at a time, and lists the band of one row with its canonical scores in two
+    lines of its own, BLOCK keys at a time.
     """
-    line_ptr += tl.program_id(0).to(tl.int64) * padded
+    line_ptr += tl.program_id(0).to(tl.int64) * (2 * room)
+    word_ptr = line_ptr + room
     for first_row in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         r = first_row + tl.arange(0, ROWS)
         crowded = tl.load(band_ptr + r, mask=r < rows, other=0) > CAPACITY
@@ -370,90 +496,19 @@ def prefill_wide_band_kernel(
                 row = tl.full((), 0, tl.int64) + short
                 missing = tl.load(missing_ptr + row)
                 if (missing > 0) & (tl.load(band_ptr + row) > CAPACITY):
-                    head, i = _split(row.to(tl.int32), chunk)
-                    b, h, kv = _heads(head, heads, group)
-                    seen = _visible(i, first, n, CAUSAL)
+                    head, i = split(row.to(tl.int32), chunk)
+                    b, h, kv = heads_of(head, heads, group)
+                    begin, end = range_of(i, b, first, n, pads_ptr, origin, window, CAUSAL, PADDED)
+                    lo, hi = _ranked(begin, end, sinks, recent)
                     wide = _query(q_ptr, b, h, start + i, dim, stride_qb, stride_qh, stride_qm, stride_qd, TREE)
                     keys = k_ptr + b * stride_kb + kv * stride_kh
                     low = tl.load(low_ptr + row)
                     high = tl.load(high_ptr + row)
                     tl.debug_barrier()
-                    _rescore(wide, keys, fast_ptr + row * padded, line_ptr, seen, low, high, stride_kn, dim, BLOCK,
-                             TREE, LOG_TREE)  # fmt: skip
+                    band = _list_band(fast_ptr + row * padded, line_ptr, lo, hi, low, high, BLOCK)
                     tl.debug_barrier()
-                    kth = _largest_of_line(line_ptr, seen, missing, BLOCK)
-                    _take_from_line(line_ptr, bits_ptr + row * words, seen, missing, kth, BLOCK)
-
-
-@jit
-def _selected(bits_ptr, words, offset, here, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Bits ``[QUERIES, KEYS]`` of a tile, as a mask; ``bits_ptr`` points to the rows."""
-    w = offset // 32 + tl.arange(0, KEYS // 32)
-    packed = tl.load(bits_ptr[:, None] + w[None, :], mask=here[:, None], other=0)
-    bit = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bit, (QUERIES, KEYS)) != 0
-
-
-@jit
-def _highest(
-    q, keys, bits_ptr, here, end, n, words, dim, stride_kn,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The highest score of the selected keys of every query."""
-    top = tl.full((QUERIES,), -1e38, tl.float32)
-    for offset in range(0, end, KEYS):
-        score = _product(q, _vectors(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
-        chosen = _selected(bits_ptr, words, offset, here, QUERIES, KEYS)
-        top = tl.maximum(top, tl.max(tl.where(chosen, score, -1e38), 1))
-    return top
-
-
-@jit
-def prefill_attend_kernel(
-    q_ptr, k_ptr, v_ptr, norm_ptr, bits_ptr, top_ptr, out_ptr,
-    heads, group, start, chunk, m, first, n, words, dim, dim_v, tiles, scale, off,
-    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    CAUSAL: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Softmax attention of QUERIES queries over the keys whose bits are set, on the tensor cores."""
-    head, tile = _split(tl.program_id(0), tiles)
-    # Later queries see more keys: they start first.
-    tile = tiles - 1 - tile
-    b, h, kv = _heads(head, heads, group)
-    i = tile * QUERIES + tl.arange(0, QUERIES)
-    here = i < chunk
-    q = _queries(q_ptr, b, h, start + i, here, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM)
-    keys = k_ptr + b * stride_kb + kv * stride_kh
-    values = v_ptr + b * stride_vb + kv * stride_vh
-    row = head.to(tl.int64) * chunk + i
-    bits_ptr += row * words
-    end = n
-    if CAUSAL:
-        end = tl.minimum(end, first + (tile + 1) * QUERIES)
-    # The highest fast score bounds the highest score from above, so nothing has to be rescaled on the way.
-    wide = widen(q)
-    units = units_per_score(tl.sqrt(tl.sum(wide * wide, 1)), tl.load(norm_ptr + b * (heads // group) + kv))
-    factor = scale * _LOG2_E
-    one = tl.where(units > 0.0, 2.0 / tl.where(units > 0.0, units, 1.0), 0.0)
-    top = (tl.load(top_ptr + row, mask=here, other=0) - _ZERO + off) * one
-    if tl.max(tl.where((units > 0.0) & (one * (2.0 * off * factor) < 1.0), 0, 1), 0) > 0:
-        # Except where that bound is too far above it.
-        top = _highest(q, keys, bits_ptr, here, end, n, words, dim, stride_kn, QUERIES, KEYS, DIM, WIDE)
-    behind = top * factor
-    weight = tl.zeros((QUERIES,), tl.float32)
-    total = tl.zeros((QUERIES, DIM_V), tl.float32)
-    for offset in tl.range(0, end, KEYS, num_stages=STAGES):
-        score = _product(q, _vectors(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
-        chosen = _selected(bits_ptr, words, offset, here, QUERIES, KEYS)
-        p = tl.where(chosen, tl.exp2(score * factor - behind[:, None]), 0.0)
-        weight += tl.sum(p, 1)
-        v = _vectors(values, offset, n, dim_v, stride_vn, KEYS, DIM_V)
-        if WIDE:
-            total += tl.dot(p, widen(v), input_precision="ieee")
-        else:
-            total = tl.dot(p.to(v.dtype), v, total, input_precision="ieee")
-    out = total / tl.where(weight > 0.0, weight, 1.0)[:, None]
-    e = tl.arange(0, DIM_V)
-    place = out_ptr + ((head.to(tl.int64) * m + start + i)[:, None] * dim_v + e[None, :])
-    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=here[:, None] & (e < dim_v)[None, :])
+                    _rescore(wide, keys, line_ptr, word_ptr, band, stride_kn, dim, KEYS, TREE, LOG_TREE)
+                    tl.debug_barrier()
+                    kth = _largest_of_band(word_ptr, band, missing, BLOCK)
+                    bits = bits_ptr + _bit_row(head, i, bit_rows, bit_start) * words
+                    _take_from_band(line_ptr, word_ptr, bits, band, missing, kth, BLOCK)

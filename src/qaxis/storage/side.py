@@ -121,6 +121,24 @@ def width_of(grid: Grid, dim: int) -> int:
     return grid.group_size if grid.per == "token" and dim % grid.group_size == 0 else dim
 
 
+def quantized(
+    x: torch.Tensor, grid: Grid, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(codes, scales, zeros) as stored, of tokens ``[B, Hkv, n, D]`` in whole groups, that are read as ``dtype``."""
+    x, largest, dim = x.float(), torch.finfo(dtype).max, x.shape[3]
+    if grid.per == "channel":
+        codes, scales, zeros = quantize(x.unflatten(2, (-1, grid.tokens)), 3, grid, largest)
+        codes, scales = codes.flatten(2, 3), scales.squeeze(3)
+        zeros = None if zeros is None else zeros.squeeze(3)
+    else:
+        codes, scales, zeros = quantize(x.unflatten(-1, (-1, width_of(grid, dim))), -1, grid, largest)
+        codes, scales = codes.flatten(-2), scales.squeeze(-1)
+        zeros = None if zeros is None else zeros.squeeze(-1)
+    if grid.bits < 8:
+        codes = pack(torch.nn.functional.pad(codes, (0, -dim % 8)), grid.bits)
+    return codes, scales, zeros
+
+
 class Side:
     """The keys, or the values, of one layer."""
 
@@ -146,19 +164,7 @@ class Side:
         return self.parts["codes"].length + (self.parts["newest"].length if "newest" in self.parts else 0)
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(codes, scales, zeros) as they are stored, of tokens ``[B, Hkv, n, D]``, whole groups."""
-        x, largest = x.float(), torch.finfo(self.dtype).max
-        if self.grid.per == "channel":
-            codes, scales, zeros = quantize(x.unflatten(2, (-1, self.grid.tokens)), 3, self.grid, largest)
-            codes, scales = codes.flatten(2, 3), scales.squeeze(3)
-            zeros = None if zeros is None else zeros.squeeze(3)
-        else:
-            codes, scales, zeros = quantize(x.unflatten(-1, (-1, self.width)), -1, self.grid, largest)
-            codes, scales = codes.flatten(-2), scales.squeeze(-1)
-            zeros = None if zeros is None else zeros.squeeze(-1)
-        if self.grid.bits < 8:
-            codes = pack(torch.nn.functional.pad(codes, (0, -self.dim % 8)), self.grid.bits)
-        return codes, scales, zeros
+        return quantized(x, self.grid, self.dtype)
 
     def prepare(self, x: torch.Tensor) -> Callable[[], None]:
         """Quantise what ``x [B, Hkv, n, D]`` completes; the returned function stores it.

@@ -1,0 +1,254 @@
+"""The steps of ``generate`` as CUDA graphs: captured once for a cache's memory, replayed for every token.
+
+A replay launches what the model's own forward pass launched, without Python between the launches. It is used only
+after it gave, for two tokens that follow each other, the bits of the forward pass itself: whatever the model keeps on
+the host (a position, a length, a branch) would show there. Graphs live as long as one call of ``generate``, so nothing
+that changes between calls, as weights or adapters do, can go stale in them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_modules
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from . import attention, decoding
+from .cache import Cache, Int8Cache
+from .masks import left_pads
+from .settings import is_ours
+
+log = logging.getLogger(__name__)
+#: steps before one is captured: kernels are compiled in them, and short answers are over
+WARM = 2
+#: tokens for which a replay must have the bits of the forward pass before it stands for it
+PROOFS = 2
+_CACHE, _MASK, _FORWARD = "past_key_values", "attention_mask", "forward"
+
+
+class _Graph:
+    """One captured step, its inputs and its output."""
+
+    def __init__(self, forward: Any, kwargs: dict[str, Any], pads: torch.Tensor | None) -> None:
+        self.cache = kwargs[_CACHE]
+        self.inputs = {n: x.clone() for n, x in kwargs.items() if isinstance(x, torch.Tensor) and n != _MASK}
+        fixed = {n: x for n, x in kwargs.items() if not isinstance(x, torch.Tensor)}
+        shared = self.cache.shared
+        state = shared.mark()
+        shared.pads = pads
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with attention.capturing(), decoding.capturing(shared, self):
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self.output = forward(**self.inputs, **fixed, **{_MASK: None})
+        finally:
+            # Nothing was computed: the host alone went a token ahead.
+            shared.rewind(state)
+
+    def replay(self, kwargs: dict[str, Any]) -> Any:
+        """The output for these inputs; the cache is a token longer."""
+        for name, to in self.inputs.items():
+            to.copy_(kwargs[name])
+        shared = self.cache.shared
+        shared.clock.move_to(shared.layers[0].length)
+        self.graph.replay()
+        shared.advance(1)
+        decoding.forget_rows(shared)
+        return _fresh(self.output)
+
+
+def _fresh(x: Any) -> Any:
+    """A copy that the next replay does not overwrite."""
+    if isinstance(x, torch.Tensor):
+        return x.clone()
+    if isinstance(x, ModelOutput):
+        return type(x)(**{name: _fresh(part) for name, part in x.items()})
+    return tuple(map(_fresh, x)) if isinstance(x, tuple) else x
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Whether all tensors of two outputs have the same bits."""
+    if isinstance(x, torch.Tensor):
+        alike = isinstance(y, torch.Tensor) and x.shape == y.shape and x.dtype == y.dtype
+        return alike and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+    if isinstance(x, ModelOutput):
+        return isinstance(y, ModelOutput) and x.keys() == y.keys() and all(_same(x[name], y[name]) for name in x)
+    return all(map(_same, x, y)) and len(x) == len(y) if isinstance(x, tuple) else True
+
+
+def _foreign_hooks(model: nn.Module) -> bool:
+    """Whether somebody else looks at, or changes, what modules compute: replays would pass them by."""
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        return True
+    hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return not all(map(is_ours, hooks))
+
+
+def _not_capturable(cache: Cache | Int8Cache) -> str:
+    """Why a step over this cache cannot be captured; empty if it can."""
+    layers = cache.shared.layers
+    if cache.offloading or not all(layer.capturable for layer in layers):
+        return "a layer of the cache waits for the host"
+    if len(layers) != len(cache.layers) or len({layer.device for layer in layers}) != 1:
+        return "layers of the cache are not all kept in place on one GPU"
+    return "" if len({layer.length for layer in layers}) == 1 else "layers of the cache have different lengths"
+
+
+class _Replay:
+    """The forward passes of one call of ``generate``."""
+
+    def __init__(self, model: PreTrainedModel, forward: Any) -> None:
+        self.model, self.forward = model, forward
+        self.graph: _Graph | None = None
+        self.key: Any = None
+        self.warm = self.proofs = 0
+        #: why this call of generate replays no more
+        self.failed = ""
+        self.told: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        why = self.failed or self._refusal(args, kwargs)
+        if why:
+            self._tell(why)
+            return self.forward(*args, **kwargs)
+        for layer in kwargs[_CACHE].shared.layers:
+            layer.reserve(1)
+        if self._ready(kwargs):
+            assert self.graph is not None
+            return self.graph.replay(kwargs) if self.proofs == PROOFS else self._proven(kwargs)
+        return self.forward(**kwargs)
+
+    def _tell(self, why: str) -> None:
+        if why not in self.told and why != "a prompt":
+            self.told.add(why)
+            log.info("qaxis: generate decodes without captured graphs, as %s", why)
+
+    def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why this call cannot be a replay; empty if it can."""
+        cache, ids, positions = (kwargs.get(name) for name in (_CACHE, "input_ids", "position_ids"))
+        if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.shape[1] > 1:
+            return "a prompt"
+        if args or not isinstance(ids, torch.Tensor) or not isinstance(positions, torch.Tensor):
+            return "a step takes input_ids and position_ids, by name"
+        if not isinstance(cache, (Cache, Int8Cache)):
+            return f"{_CACHE} is a {type(cache).__name__}"
+        mask = kwargs.get(_MASK)
+        if mask is not None and not (mask.ndim == 2 and mask.shape[1] == cache.get_seq_length() + 1):
+            return "attention_mask is not one number a token"
+        if attention.recorders:
+            return "a recording sees every call"
+        known = (torch.Tensor, bool, int, float, str, type(None), Cache, Int8Cache)
+        strange = [name for name, x in kwargs.items() if not isinstance(x, known)]
+        return f"{strange[0]} is neither a tensor nor a constant" if strange else _not_capturable(cache)
+
+    def _ready(self, kwargs: dict[str, Any]) -> bool:
+        """Whether there is a graph of such a step; one is captured once enough steps were seen."""
+        cache = kwargs[_CACHE]
+        key = (id(cache), cache.shared.version, *(
+            (n, x.shape, x.dtype) if isinstance(x, torch.Tensor) else (n, x)
+            for n, x in sorted(kwargs.items()) if n not in (_CACHE, _MASK)
+        ))  # fmt: skip
+        if self.graph is not None and self.key == key:
+            return True
+        self.graph, self.proofs = None, 0
+        if self.warm < WARM:
+            self.warm += 1
+            return False
+        if _foreign_hooks(self.model):
+            self.failed = "a module has hooks"
+            return False
+        pads = left_pads(kwargs.get(_MASK), 0, cache.get_seq_length() + 1)
+        if isinstance(pads, bool):
+            self.failed = "padding is not on the left"
+            return False
+        return self._captured(kwargs, pads, key)
+
+    def _captured(self, kwargs: dict[str, Any], pads: torch.Tensor | None, key: Any) -> bool:
+        try:
+            self.graph, self.key = _Graph(self.forward, kwargs, pads), key
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            self.failed = f"the step cannot be captured ({str(error).splitlines()[0]})"
+            log.warning("qaxis: %s; tokens take longer", self.failed)
+            return False
+        return True
+
+    def _proven(self, kwargs: dict[str, Any]) -> Any:
+        """The forward pass itself, once the replay was compared with it."""
+        assert self.graph is not None
+        cache = kwargs[_CACHE]
+        state = cache.shared.mark()
+        replayed = self.graph.replay(kwargs)
+        cache.shared.rewind(state)
+        output = self.forward(**kwargs)
+        if _same(replayed, output):
+            self.proofs += 1
+        else:
+            self.graph, self.failed = None, "a replay did not give the bits of the forward pass"
+            log.warning("qaxis: %s: this model keeps something on the host; tokens take longer", self.failed)
+        return output
+
+
+class _Forward:
+    """Stands for ``model.forward`` while some thread generates; other threads, and compilers, get the model's own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.own = model.__dict__.get(_FORWARD)
+        self.original = model.forward
+        functools.update_wrapper(self, self.original)
+        self.local, self.users = threading.local(), 0
+
+    def stack(self) -> list[_Replay]:
+        """The calls of ``generate`` of this thread, the innermost last."""
+        return self.local.__dict__.setdefault("stack", [])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stack = self.stack()
+        if not stack or torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
+        return stack[-1](*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise RuntimeError("model=<generating>: allowed is copying a model while no generate() of it is under way")
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def replaying(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, forward passes of ``model`` in this thread that decode a token are replays of a captured one.
+
+    Only on a GPU, over a cache of ours, and where the replay has been seen to give the same bits.
+    """
+    if model.device.type != "cuda" or torch.version.hip:
+        yield
+        return
+    with _lock:
+        forward = model.__dict__.get(_FORWARD)
+        if not isinstance(forward, _Forward):
+            forward = model.__dict__[_FORWARD] = _Forward(model)
+        forward.users += 1
+    forward.stack().append(_Replay(model, forward.original))
+    try:
+        yield
+    finally:
+        forward.stack().pop()
+        with _lock:
+            forward.users -= 1
+            if forward.users == 0:
+                _put_back(model, forward)
+
+
+def _put_back(model: PreTrainedModel, forward: _Forward) -> None:
+    if forward.own is None:
+        del model.__dict__[_FORWARD]
+    else:
+        model.__dict__[_FORWARD] = forward.own

@@ -1,0 +1,289 @@
+"""Keys and values of one layer in place: room that grows by blocks, and the index of the keys beside them.
+
+Tokens are appended where they stay. What changes with a token lies in device memory (the clock, the bounds), so that a
+captured graph serves a cache that grows until its buffers move, which :attr:`Shared.version` tells.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..validation import check_form, require
+from . import bounds
+from .buffer import rounded_up
+from .clock import Clock
+from .formats import EIGHT
+from .key_index import KeyIndex
+from .side import Stored
+from .window import first_held, places_for
+
+#: places that buffers grow by: a sixteenth of the length, at least so many, and a multiple of a block
+LEAST, SHARE, BLOCK = 1024, 16, 512
+
+#: parts by their third dimension: places, groups of places, none (of a head)
+_OF_PLACES, _OF_GROUPS = ("k", "v", "codes"), ("norms", "residuals", "scales")
+
+
+class Shared:
+    """What the layers of one cache share.
+
+    Attributes:
+        pads: int32 ``[B]``, tokens at the start that a batch row does not see, or None.
+        workspace: for decoders and what else works on this cache; a copy of a cache starts without.
+        version: changes whenever any buffer of the cache moves in memory.
+        layers: those that were written to.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        """With the clock of a ``device``, or of those of the layers to come."""
+        self.clocks: dict[str, Clock] = {}
+        if device is not None:
+            self.clock_on(torch.empty(0, device=device).device)
+        self.pads: torch.Tensor | None = None
+        self.workspace: dict[Any, Any] = {}
+        self.version = 0
+        self.layers: list[Any] = []
+
+    def clock_on(self, device: torch.device) -> Clock:
+        """The clock of the layers on ``device``; a model of several devices has one on each."""
+        if str(device) not in self.clocks:
+            self.clocks[str(device)] = Clock(device)
+        return self.clocks[str(device)]
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of the first layer.
+
+        Raises:
+            ValueError: before anything was written.
+        """
+        require(bool(self.clocks), "cache", "empty", "a cache that was written to")
+        return next(iter(self.clocks.values()))
+
+    def advance(self, m: int) -> None:
+        """Count ``m`` tokens that a replayed graph appended to every layer: the host catches up with the device."""
+        for clock in self.clocks.values():
+            clock.at += m
+        for layer in self.layers:
+            layer.advance(m)
+
+    def mark(self) -> Any:
+        """How far the host counted, for :meth:`rewind`."""
+        return [clock.at for clock in self.clocks.values()], [layer.length for layer in self.layers]
+
+    def rewind(self, mark: Any) -> None:
+        """Count on the host as at ``mark``, where the device did nothing since, or does it again."""
+        for clock, at in zip(self.clocks.values(), mark[0], strict=True):
+            clock.at = at
+        for layer, length in zip(self.layers, mark[1], strict=True):
+            layer.length = length
+            layer.indexed = layer.held
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "workspace": {}}
+
+
+class KeyValues:
+    """Keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` of one layer, and the index of the keys.
+
+    Args:
+        shared: what the layers of the cache share.
+        k, v: states whose batch, heads, width, dtype and device the layer takes; of any length, not appended.
+        index: ``"bounds"``, or ``"codes"`` for 8-bit codes of complete groups of 128 tokens as well.
+        window: newest tokens that a query sees, 0 for all. Only ``"bounds"`` then.
+        room: tokens to make room for at once.
+
+    Attributes:
+        length: tokens appended, also those that a window dropped.
+        reason: why there are no codes where they were asked for; empty otherwise.
+        indexed: places whose keys the index is of: on a CPU, where nothing needs it, it follows when it is asked for.
+        parts: the buffers, contiguous; ``bounds.py`` says what they are.
+    """
+
+    #: one launch appends on a GPU, whatever the clock says
+    capturable = True
+    #: whether :meth:`operands` are codes
+    quantised = False
+    reason = ""
+
+    def __init__(
+        self, shared: Shared, k: torch.Tensor, v: torch.Tensor, *, index: str = "bounds", window: int = 0, room: int = 0
+    ) -> None:
+        require(index in ("bounds", "codes"), "index", index, "'bounds' or 'codes'")
+        require(not (window and index == "codes"), "index", index, "'bounds' where there is a window")
+        self.shared, self.window, self.wanted = shared, window, room
+        self.length = self.indexed = 0
+        self.dtypes, self.dims, self.heads = (k.dtype, v.dtype), (k.shape[3], v.shape[3]), k.shape[1]
+        self.parts = _empty(k, v, index == "codes", places_for(window) if window else 0)
+        shared.clock_on(k.device)
+        shared.layers.append(self)
+        shared.version += 1
+
+    def leave(self) -> None:
+        """Take no more part in what the cache's layers share."""
+        self.shared.layers.remove(self)
+        self.shared.version += 1
+
+    @property
+    def clock(self) -> Clock:
+        return self.shared.clock_on(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts["k"].device
+
+    @property
+    def batch(self) -> int:
+        return self.parts["k"].shape[0]
+
+    @property
+    def room(self) -> int:
+        """Places."""
+        return self.parts["k"].shape[2]
+
+    @property
+    def held(self) -> int:
+        """Places that hold a token: all tokens, or those that are left of a window."""
+        return self.length - (first_held(self.length, self.window, self.room) if self.window else 0)
+
+    def check(self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")) -> None:
+        """Check that states can be appended, by form: whether they are finite is left to who reads them.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
+        """
+        for name, x, dtype, dim in zip(names, (k, v), self.dtypes, self.dims, strict=True):
+            # Latent attention may keep all it needs in the keys, and values of no width beside them (GLM 5 Next).
+            bare = dim == 0 and isinstance(x, torch.Tensor) and x.ndim == 4
+            check_form(name, k if bare else x, 4)
+            require(x.device == self.device, f"{name}.device", str(x.device), f"the cache's {self.device}")
+            require(x.dtype == dtype, f"{name}.dtype", x.dtype, f"the cache's {dtype}")
+            fits = (*x.shape[:2], x.shape[3]) == (self.batch, self.heads, dim)
+            require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{self.batch}, {self.heads}, n, {dim}]")
+        same = k.shape[2] == v.shape[2]
+        require(same, f"{names[1]}.shape", tuple(v.shape), f"as many tokens as {names[0]} {tuple(k.shape)}")
+
+    def takes(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether states of this kind can be appended."""
+        alike = (k.dtype, v.dtype) == self.dtypes and (k.shape[3], v.shape[3]) == self.dims and k.device == self.device
+        return alike and tuple(k.shape[:2]) == (self.batch, self.heads)
+
+    def reserve(self, m: int) -> None:
+        """Make room for ``m`` more tokens; an exact fit, in blocks, the first time. A window has all it needs."""
+        end = self.length + m
+        if self.window or end <= self.room:
+            return
+        room = max(end, self.wanted)
+        if self.length:
+            room = max(end, self.room + max(LEAST, self.room // SHARE))
+        self._move(rounded_up(room, BLOCK))
+
+    def _move(self, room: int) -> None:
+        """Move what is stored into larger buffers, part by part."""
+        for name in (*_OF_PLACES, *_OF_GROUPS):
+            if name in self.parts:
+                old, many = self.parts.pop(name), room if name in _OF_PLACES else room // bounds.GROUP
+                self.parts[name] = _zeros((*old.shape[:2], many, *old.shape[3:]), old)
+                self.parts[name][:, :, : old.shape[2]] = old
+        self.shared.version += 1
+
+    @torch.no_grad()
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append ``k [B, Hkv, m, D]`` and ``v [B, Hkv, m, Dv]`` that :meth:`check` allows; moves the clock."""
+        start, end = self.length, self.length + k.shape[2]
+        self.reserve(k.shape[2])
+        self.clock.move_to(end)
+        if k.is_cuda and not self.window:
+            from .append import append
+
+            append(self.parts, self.clock.tensor, k, v)
+            self.indexed = end
+        else:
+            # Their bounds are stated when somebody asks.
+            self.parts["k"][:, :, start:end], self.parts["v"][:, :, start:end] = k, v
+        self.length = end
+
+    def advance(self, m: int) -> None:
+        """Count ``m`` tokens that a replayed graph appended."""
+        self.length += m
+        self.indexed = self.held
+
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values, views of the host's length; a window's are of its places."""
+        n = self.held
+        return self.parts["k"][:, :, :n], self.parts["v"][:, :, :n]
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, KeyIndex]:
+        """Views as :meth:`views` has them, and the index of these keys."""
+        parts, n = self.parts, self.held
+        if self.indexed < n:
+            with torch.no_grad():
+                bounds.raise_bounds(parts, self.indexed, n)
+            self.indexed = n
+        k, v = self.views()
+        codes = None
+        if "codes" in parts:
+            whole = n // bounds.GROUP
+            coded, scales = parts["codes"][:, :, : whole * bounds.GROUP], parts["scales"][:, :, :whole]
+            newest = k[:, :, whole * bounds.GROUP :]
+            codes = Stored(EIGHT, k.dtype, k.shape[3], k.shape[3], coded, scales, k[:, :, :0], None, newest)
+        return k, v, KeyIndex(parts["norm"], parts["residual"], parts["largest_scales"], codes)
+
+    @torch.no_grad()
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens; of a window only while nothing was dropped from it."""
+        self.length = min(length, self.length)
+        if self.indexed > self.length:
+            self.indexed = self.length
+            bounds.restate(self.parts, self.length)
+
+    @torch.no_grad()
+    def select(self, indices: torch.Tensor) -> None:
+        """Batch rows that ``indices`` name, int64 or bool; buffers stay where they are if the batch stays as large."""
+        for name, x in list(self.parts.items()):
+            rows = indices.to(x.device)
+            with torch.inference_mode(False):
+                chosen = x[rows]
+            if chosen.shape == x.shape:
+                x.copy_(chosen)
+            else:
+                self._replace(name, chosen)
+
+    def move(self, device: torch.device | str) -> None:
+        """Move all buffers to ``device``, without waiting."""
+        for name, x in list(self.parts.items()):
+            if x.device != torch.device(device):
+                with torch.inference_mode(False):
+                    self._replace(name, x.to(device, non_blocking=True))
+
+    def _replace(self, name: str, x: torch.Tensor) -> None:
+        self.parts[name] = x
+        self.shared.version += 1
+
+    def nbytes(self) -> int:
+        """Bytes of the buffers, room for growth included."""
+        return sum(x.untyped_storage().nbytes() for x in self.parts.values())
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros as ``like``, an ordinary tensor in inference mode too: it is written to outside as well."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def _empty(k: torch.Tensor, v: torch.Tensor, coded: bool, places: int) -> dict[str, torch.Tensor]:
+    head, dim, groups = tuple(k.shape[:2]), k.shape[3], places // bounds.GROUP
+    sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "k": ((*head, places, dim), k.dtype), "v": ((*head, places, v.shape[3]), v.dtype),
+        "norms": ((*head, groups), torch.float32), "norm": (head, torch.float32),
+        "residual": (head, torch.float32), "largest_scales": ((*head, dim), torch.float32),
+    }  # fmt: skip
+    if coded:
+        sizes |= {
+            "codes": ((*head, places, dim), torch.int8), "scales": ((*head, groups, dim), torch.int8),
+            "residuals": ((*head, groups), torch.float32), "longest": (head, torch.float32),
+        }  # fmt: skip
+    with torch.inference_mode(False):
+        return {name: torch.zeros(size, dtype=dtype, device=k.device) for name, (size, dtype) in sizes.items()}
