@@ -42,6 +42,7 @@ def facts(records: Records, root: Path = ROOT) -> dict[str, str]:
     return {
         "content": evidence.content_root(evidence.every(records), root),
         "speed.card": _card(records["certified-speed"]["device"]),
+        "generation.card": _card(records["generation-speed"]["device"]),
         "claims.cpu": in_words(len(claims) - on_gpu),
         "claims.gpu": in_words(on_gpu),
     }
