@@ -36,6 +36,8 @@ WARM = 2
 PROOFS = 2
 #: how far, of the largest logit, those of a compiled step may be from those of the model's own kernels
 ROUNDING = 0.05
+#: what no clock shows
+UNKNOWN = -1
 #: tokens before a step is captured: by then a cache has all that it keeps in full of the first ones
 LEAST = 128
 _CACHE, _MASK, _FORWARD = "past_key_values", "attention_mask", "forward"
@@ -53,9 +55,9 @@ class _Graph:
         self.inputs = {n: x.clone() for n, x in kwargs.items() if isinstance(x, torch.Tensor) and n != _MASK}
         fixed = {n: x for n, x in kwargs.items() if not isinstance(x, torch.Tensor)}
         shared = self.cache.shared
-        state = shared.mark()
         shared.pads = pads
-        self.graph = torch.cuda.CUDAGraph()
+        shared.clock.move_to(shared.layers[0].length)
+        state, self.graph = shared.mark(), torch.cuda.CUDAGraph()
         try:
             with attention.capturing(), decoding.capturing(shared, self):
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
@@ -220,9 +222,13 @@ class _Replay:
 
     def _rewound(self, kwargs: dict[str, Any], forward: Any) -> Any:
         """What ``forward`` gives for these inputs; the host counts as before."""
-        state = kwargs[_CACHE].shared.mark()
+        shared = kwargs[_CACHE].shared
+        state = shared.mark()
         output = forward(**kwargs)
-        kwargs[_CACHE].shared.rewind(state)
+        shared.rewind(state)
+        for clock in shared.clocks.values():
+            # The device's went on: it is set anew by whatever comes next.
+            clock.at = UNKNOWN
         return output
 
     def _proven(self, kwargs: dict[str, Any]) -> Any:
