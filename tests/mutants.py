@@ -188,7 +188,7 @@ MUTANTS = (
     Mutant(ROWS + "test_rows_never_lead_beyond_the_room", "rows are trusted blindly", "src/qaxis/decode/seen.cuh", "max(0, min(rows[4 * b + 1], room.n))", "max(0, min(rows[4 * b + 1], room.n + 40))"),
     Mutant(ROWS + "test_rows_that_see_little_of_the_room", "the cut is sought among too few bests", NATIVE, "const bool few = SUB > 1 &&", "const bool few = false &&"),
     Mutant(ROWS + "test_rows_of_any_shape", "ranks beyond the first turn are left out", NATIVE, "for (int c = 0; c < p.turns; c++) {", "for (int c = 0; c < 1; c++) {"),
-    Mutant(ROWS + "test_what_is_always_kept_counts", "what is always kept is ranked", NATIVE, "bin = p.forced(j) ? BINS + 1 : fine.of", "bin = fine.of"),
+    Mutant(ROWS + "test_the_highest_score_is_one_of_a_key_that_is_kept", "a key that is not kept sets the highest score", NATIVE, "return !FORCED || forced(j) || ranked() > 0;", "return true;"),
     Mutant(ROWS + "test_soft_caps_and_sinks_have_the_bits_of_the_reference", "a sink has no weight", NATIVE, "if (sinks) w[0] = __fadd_rn(w[0], sink);", ""),
     Mutant(ROWS + "test_what_is_launched_does_not_depend_on_how_many_tokens_there_are", "one token has no stride", "src/qaxis/cuda/compiler.py", "tokens = tokens if tokens < MOST_TOKEN_STRIDE else 0", "tokens = tokens if x.shape[2] > 1 else 0"),
     Mutant(ROWS + "test_what_is_launched_does_not_depend_on_how_many_tokens_there_are", "a part without tokens has no address", "src/qaxis/cuda/compiler.py", "    if x.numel():\n        return x\n", "    return x\n"),

@@ -128,6 +128,13 @@ def test_what_is_always_kept_counts(decoder, tensors, name, always, rows, codes)
     check(decoder, q, k, v, decode.index_keys(k, codes=codes), rows, always)
 
 
+def test_the_highest_score_is_one_of_a_key_that_is_kept():
+    # None of 120 keys has a code, so all are looked at; float32 shows which of them the weights are relative to.
+    q, k, v = (bell(1, h, n, 64, seed=h + n) * 3 for h, n in ((2, 1), (1, 120), (1, 120)))
+    decoder = decode.Decoder(1, 2, 120, 64, 8, "cpu")
+    check(decoder, q, k, v, decode.index_keys(k, codes=True), [(0, 120, 8)], Always(3, 5))
+
+
 LOGITS: dict[str, Logits] = {
     "cap": Logits(0.125, 5.0),
     "little cap": Logits(1.0, 0.5),
