@@ -82,6 +82,13 @@ CACHE, QUANTIZATION, KERNELS_QUANTIZED = (
 DIRECT = CACHE + "test_kernels_read_the_codes_and_give_the_bits_of_the_dequantised_cache"
 SITUATIONS, CACHES = "test_cache_situations.py::", "src/qaxis/models/cache.py"
 CACHE_FILE = "src/qaxis/models/cache_file.py"
+IN_PLACE, QUANTISED = "src/qaxis/storage/in_place.py", "src/qaxis/storage/in_place_quantised.py"
+APPEND, APPEND_QUANTISED = "src/qaxis/storage/append.py", "src/qaxis/storage/append_quantised.py"
+BOUNDS, PLACES, LAYERS_IN_PLACE = (
+    "src/qaxis/storage/bounds.py",
+    "src/qaxis/storage/window.py",
+    "src/qaxis/models/in_place.py",
+)
 GENERATION, WINDOW = "test_generation.py::", "test_families.py::test_selection_stays_inside_the_window"
 MODELS, ALWAYS, RECORDING = (
     "src/qaxis/models/attention.py",
@@ -105,6 +112,35 @@ ROWS = "test_decode_rows.py::"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
+    # Caches in place: clock, rows, index, windows
+    Mutant("test_rows.py::test_a_clock_moves_in_device_memory", "the clock moves on the host alone", "src/qaxis/storage/clock.py", "            self.tensor.fill_(end)\n", "            pass\n"),
+    Mutant("test_rows.py::test_rows_are_those_of_a_plain_model", "rows see more than the window", "src/qaxis/decode/rows.py", "begin = torch.maximum(begin, end - window)", "pass"),
+    Mutant("test_rows.py::test_rows_are_those_of_a_plain_model", "Triton's rows name tokens, not places", "src/qaxis/decode/rows_triton.py", "        end = end - first\n", "        pass\n"),
+    Mutant("test_rows.py::test_fixed_rows_and_a_table_that_ends_early", "a table is read beyond its end", "src/qaxis/decode/rows_triton.py", "tl.minimum(end - begin, most)", "tl.minimum(end - begin, 49)"),
+    Mutant("test_rows.py::test_rows_that_do_not_fit_are_named", "rows not checked", "src/qaxis/decode/rows.py", "    _check(out, clock, table, pads, window, places)\n", ""),
+    Mutant("test_rows.py::test_a_window_keeps_enough_and_a_move_overwrites_nothing_it_reads", "a move overwrites what it reads", PLACES, "max(window, LEAST)", "LEAST"),
+    Mutant("test_in_place.py::test_the_index_grows_to_what_one_made_anew_is", "an open group forgets its earlier tokens", BOUNDS, "        if low % GROUP:\n", "        if False:\n"),
+    Mutant("test_in_place.py::test_the_index_grows_to_what_one_made_anew_is", "Triton: an open group forgets its earlier tokens", APPEND, "mask=(low < high) & (low > g * _GROUP), other=0.0", "mask=low < 0, other=0.0"),
+    Mutant("test_in_place.py::test_the_index_grows_to_what_one_made_anew_is", "Triton: codes rounded towards zero", APPEND, "rounded = (x * power_of_two(-exponent) + _MAGIC) - _MAGIC", "rounded = (x * power_of_two(-exponent)).to(tl.int32).to(tl.float32)"),
+    Mutant("test_in_place.py::test_every_width_and_layout", "last stride of new tokens ignored", APPEND, "new_m + d[None, :] * new_d, mask=fresh, other=0.0)\n    rows", "new_m + d[None, :], mask=fresh, other=0.0)\n    rows"),
+    Mutant("test_in_place.py::test_room_grows_by_blocks_and_a_first_fit_is_exact", "room grows by what is needed", IN_PLACE, "max(LEAST, self.room // SHARE)", "0"),
+    Mutant("test_in_place.py::test_what_is_not_a_number_gives_no_bound_that_is_too_small", "the bound of what is not a number is 0", "src/qaxis/arithmetic/fast_scores.py", "return torch.where(length <= LARGEST_NORM, bound, torch.inf)", "return torch.where(length <= LARGEST_NORM, bound, 0.0)"),
+    Mutant("test_in_place.py::test_states_that_do_not_fit_are_named", "states of another dtype are appended", IN_PLACE, 'require(x.dtype == dtype, f"{name}.dtype"', 'require(True, f"{name}.dtype"'),
+    Mutant("test_in_place.py::test_a_window_keeps_its_newest_tokens_where_the_clock_says", "a full window is not moved", APPEND, "    if moved > 0:\n", "    if moved > 100000:\n"),
+    Mutant("test_in_place.py::test_a_window_keeps_its_newest_tokens_where_the_clock_says", "bounds of what a window dropped stay", IN_PLACE, "        if first > before:\n            self.indexed = 0\n", "        if False:\n            self.indexed = 0\n"),
+    Mutant("test_in_place_quantised.py::test_one_token_by_triton_is_what_quantising_at_once_gives", "first tokens widen scales in Triton", APPEND_QUANTISED, "tl.where((g == 0) & (place < sinks), sinks, place)", "place"),
+    Mutant("test_in_place_quantised.py::test_one_token_by_triton_is_what_quantising_at_once_gives", "a complete group keeps the bound of its full numbers", APPEND_QUANTISED, "tl.store(norm + head, tl.maximum(longest, _longest_of", "tl.store(norm + head, tl.maximum(tl.load(norm + head), _longest_of"),
+    Mutant("test_in_place_quantised.py::test_cropped_into_a_group_its_numbers_wait_again", "a crop leaves the bounds of what it dropped", QUANTISED, "            self.indexed = self.length - 1\n", "            pass\n"),
+    Mutant("test_in_place_quantised.py::test_buffers_stay_where_they_are_unless_the_version_says_so", "buffers that moved are not told of", QUANTISED, "            self.shared.version += 1\n\n    @torch", "            pass\n\n    @torch"),
+    Mutant("test_in_place_quantised.py::test_what_is_not_finite_is_noted_on_a_gpu_and_refused_on_a_cpu", "NaN passes Triton unnoticed", APPEND_QUANTISED, "tl.store(broken, 1, mask=odd > 0)", "tl.store(broken, 1, mask=odd > 100)"),
+    Mutant("test_in_place_quantised.py::test_formats_without_kernels_say_so_and_are_bounded", "float16 codes go to kernels that round them", QUANTISED, "eight and k.dtype in (torch.float32, torch.bfloat16)", "eight and k.dtype in (torch.float32, torch.bfloat16, torch.float16)"),
+    Mutant("test_full_cache.py::test_turns_that_are_taken_back", "a window does not remember its past", LAYERS_IN_PLACE, "self.kv.refill(k, v, length)", "self.kv.crop(length)"),
+    Mutant("test_full_cache.py::test_buffers_stay_where_they_are_unless_the_version_says_so", "reordering moves buffers", IN_PLACE, "            if chosen.shape == x.shape:\n                x.copy_(chosen)", "            if False:\n                x.copy_(chosen)"),
+    Mutant("test_full_cache.py::test_update_names_what_does_not_fit_and_changes_nothing", "states are not checked", LAYERS_IN_PLACE, "            self.kv.check(key_states, value_states, names)\n", ""),
+    Mutant("test_full_cache.py::test_what_is_returned_says_what_holds_it_and_why_there_are_no_codes", "attention is not told what holds the keys", LAYERS_IN_PLACE, "        if self.told:\n", "        if False:\n"),
+    Mutant("test_full_cache.py::test_wrong_arguments_and_files_are_named", "a file of another kind of cache is read", CACHE_FILE, 'require(hasattr(cache, "format") == ("format" in about),', "require(True,"),
+    Mutant("test_cache_states.py::test_any_sequence_of_operations", "a crop leaves the bounds of what it dropped", IN_PLACE, "            bounds.restate(self.parts, self.length)\n", "            pass\n"),
+    Mutant("test_cache_states.py::test_any_sequence_of_operations", "index rows do not follow the beams", IN_PLACE, "for name, x in list(self.parts.items()):\n            rows", "for name, x in [x for x in self.parts.items() if x[0] != 'norms']:\n            rows"),
     # What everything is installed from
     Mutant(SUPPLY + "test_every_list_has_the_versions_of_the_constraints", "a list has another version", "requirements/selfcheck.txt", "\ntokenizers==0.23.3", "\ntokenizers==0.23.2"),
     Mutant(SUPPLY + "test_records_made_with_a_list_are_not_stale", "a list has another version of what evidence names", "requirements/torch-cpu.txt", "\ntorch==2.13.0+cpu", "\ntorch==2.12.1+cpu"),
@@ -282,7 +318,7 @@ MUTANTS = (
     Mutant(CACHE + "test_however_it_is_fed_it_stores_the_same", "first tokens survive a crop", "src/qaxis/storage/side.py", '        self.parts["first"].crop(length)\n', ""),
     Mutant(CACHE + "test_first_tokens_stay_in_full_and_spoil_no_scale", "first tokens widen scales", "src/qaxis/storage/side.py", 'if self.grid.per == "channel" and self.sinks', 'if self.grid.per == "none" and self.sinks'),
     Mutant(CACHE + "test_streaming_protocol_is_what_token_by_token_gives", "streaming quantises the open group", "selfcheck/rivals/streaming.py", "torch.cat([quantised[:, :, :start], x[:, :, start:stop]], dim=2)", "quantised[:, :, :stop]"),
-    Mutant(CACHE + "test_bad_states_are_refused_and_the_cache_is_unchanged", "NaN reaches the cache", "src/qaxis/models/cache.py", "if not bool(torch.isfinite(key_states)", "if False and not bool(torch.isfinite(key_states)"),
+    Mutant(CACHE + "test_bad_states_are_refused_and_the_cache_is_unchanged", "NaN reaches the cache", QUANTISED, "if not bool(torch.isfinite(k)", "if False and not bool(torch.isfinite(k)"),
     Mutant(DIRECT, "an open group is read from the codes", KERNELS_QUANTIZED, "mask & (position >= whole) & (position >= sinks)", "mask & (position > whole) & (position >= sinks)"),
     Mutant(DIRECT, "first tokens are read as zeros", KERNELS_QUANTIZED, "in_first = mask & (position < sinks)", "in_first = mask & (position < 0)"),
     Mutant(DIRECT, "scale of the group before", KERNELS_QUANTIZED, "(position // SHARING) * scales_n", "tl.maximum(position // SHARING - 1, 0) * scales_n"),
@@ -292,7 +328,7 @@ MUTANTS = (
     Mutant(SITUATIONS + "test_the_cross_cache_is_filled_once", "a layer shows no keys", CACHES, "return dequantized(self.sides[0].stored()) if self.sides else None", "return None"),
     Mutant(SITUATIONS + "test_logits_of_every_kind_of_cache", "hybrid layers stay in full", CACHES, "    LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,\n", ""),
     Mutant(SITUATIONS + "test_generate", "beams leave recurrent states behind", CACHES, "        LinearAttentionLayer.reorder_cache(self, beam_idx)\n", ""),
-    Mutant(SITUATIONS + "test_update_names_what_does_not_fit_and_changes_nothing", "values of another dtype are stored", CACHES, 'require(x.dtype == side.dtype, f"{name}.dtype", x.dtype,', 'require(True, f"{name}.dtype", x.dtype,'),
+    Mutant(SITUATIONS + "test_update_names_what_does_not_fit_and_changes_nothing", "values of another dtype are stored", QUANTISED, 'require(x.dtype == side.dtype, f"{name}.dtype", x.dtype,', 'require(True, f"{name}.dtype", x.dtype,'),
     Mutant(SITUATIONS + "test_early_initialisation_and_a_new_start_take_any_shape", "an empty cache insists on its first shape", CACHES, "if self.get_seq_length() == 0:\n            return self._empty", "if not self.sides:\n            return self._empty"),
     Mutant(SITUATIONS + "test_values_may_have_no_width", "values have to have a width", CACHES, "key_states if bare else value_states, 4", "value_states, 4"),
     Mutant(SITUATIONS + "test_bytes_are_those_of_every_layer", "recurrent states are not counted", CACHES, "    elif isinstance(x, (dict, list, tuple)):", "    elif isinstance(x, (list, tuple)):"),

@@ -423,7 +423,7 @@ def test_bytes_are_those_of_every_layer():
     for layer in cache.layers:
         assert layer.recurrent_states[0].numel() > 0
     states = sum(x.nbytes for layer in cache.layers for x in (layer.recurrent_states[0], layer.conv_states[0]))
-    assert cache.stored_bytes() == states + sum(side.nbytes() for layer in cache.layers for side in layer.sides)
+    assert cache.stored_bytes() == states + sum(layer.kv.nbytes() for layer in cache.layers)
 
 
 @pytest.mark.parametrize("format", FORMATS)
