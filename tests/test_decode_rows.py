@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import qaxis
 from qaxis import decode
 from qaxis.attention import backend
 from qaxis.attention.always import NONE, Always
 from qaxis.attention.logits import Logits
 from qaxis.cuda import emulator
-from qaxis.decode.rows import fixed_rows
 from qaxis.decode.triton_step import Step
 from qaxis.storage.grid import Grid
 from qaxis.storage.side import Side, Stored
