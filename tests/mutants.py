@@ -88,6 +88,8 @@ MODELS, ALWAYS, RECORDING = (
     "src/qaxis/attention/always.py",
     "src/qaxis/models/recording.py",
 )
+DENSE, DECODING = "selfcheck/rivals/dense_decoding.py", "selfcheck/checks/decoding.py"
+GEMMA = "selfcheck/checks/gemma.py"
 OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switching.py", "src/qaxis/models/masks.py"
@@ -170,6 +172,22 @@ MUTANTS = (
     Mutant("certified", "keys without a fast score are dropped", CERTIFIED, "(fast >= cut) | (j < start)", "(fast >= cut) & (j >= start)"),
     Mutant("test_decode.py::test_codes_that_are_nearly_all_zero_are_ranked_by_both_parts_of_the_query", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
     Mutant("test_decode.py::test_ties_go_to_the_lower_position", "ties go to the higher position", CERTIFIED, "j = tl.load(position_ptr + offset + o,", "j = tl.load(position_ptr + total - 1 - offset - o,"),
+    # What speeds are measured with
+    Mutant("test_rivals.py::test_dense_steps_of_ours_are_dense_attention", "stretches of keys overlap", DENSE, "end = tl.minimum(begin + span, n)", "end = n"),
+    Mutant("test_rivals.py::test_dense_steps_of_ours_are_dense_attention", "a merged stretch counts twice", DENSE, "tl.where(s < SPLITS, tl.load(lse_ptr + part), -1e30)", "tl.load(lse_ptr + part)"),
+    Mutant("test_rivals.py::test_dense_steps_of_ours_are_dense_attention", "first tokens are read from codes, too", "selfcheck/rivals/dense_8bit.py", "tl.where((at >= first)[None, :], tl.dot(turned", "tl.where((at >= 0)[None, :], tl.dot(turned"),
+    Mutant("test_rivals.py::test_dense_ways_generate_the_same", "a dense graph attends to no new token", "selfcheck/rivals/dense_graph.py", "self.cache.at.add_(1)", "self.cache.at.add_(0)"),
+    Mutant("test_rivals.py::test_only_dense_rivals_may_fail", "a way of ours that fails is left out", DECODING, "if name not in ways.IDEAL:", "if name == 'nothing':"),
+    Mutant("test_rivals.py::test_steps_of_generate_are_compared_bit_for_bit", "canonical steps are not looked at", DECODING, "canonical += int(not torch.equal(plain.step(one), out.logits[i]))", "canonical += 0"),
+    Mutant("test_rivals.py::test_a_slow_run_fails_nothing_and_a_bit_does", "a step with other bits passes", DECODING, "passed=not wrong and", "passed="),
+    Mutant("test_rivals.py::test_a_ratio_is_to_the_fastest_dense_way_of_the_same_size", "ratios are to the slowest dense way", DECODING, 'return str(min(found, key=lambda r: r["ms"])["way"])', 'return str(max(found, key=lambda r: r["ms"])["way"])'),
+    Mutant("test_rivals.py::test_every_target_is_of_values_that_are_measured_and_the_paper_says_which_are_met", "the best of several values meets a target", "paper/numbers.py", 'worst, sign = (min(found), r"$\\ge$")', 'worst, sign = (max(found), r"$\\ge$")'),
+    Mutant("test_rivals.py::test_a_token_is_its_kernels_and_gaps", "gaps are not counted", "selfcheck/checks/timeline.py", "max(0.0, start - at)", "0.0"),
+    Mutant("test_rivals.py::test_enable_as_documented_is_compared_with_the_reference", "rows of a prompt are not compared", "selfcheck/checks/enable.py", "int((off > NEAR).sum())", "0"),
+    Mutant("test_optional.py::test_a_part_that_differs_or_is_missing_is_named", "an optional subject is not verified", "selfcheck/inputs/optional.py", 'if actual != subject["sha256"]:', "if False:"),
+    Mutant("test_optional.py::test_a_claim_without_its_subject_is_not_run", "a missing subject is not noticed", GEMMA, "if optional.missing(subject):", "if False:"),
+    Mutant("test_optional.py::test_anything_wrong_with_a_second_model_fails_its_claim", "a text within the window serves", GEMMA, "passed=passed and ids.shape[1] > window", "passed=passed"),
+    Mutant("test_optional.py::test_a_second_model_whose_enabling_changes_nothing_or_too_much_fails", "enabling that changes nothing passes", GEMMA, 'return float("inf")', "pass"),
     # The CUDA C++, emulated
     Mutant("native", "no error behind codes", NATIVE, "(int)ceilf((float)found - margin)", "(int)ceilf((float)found)"),
     Mutant("native", "keys without a code are dropped", NATIVE, "i < start + n - end; i += THREADS", "i < 0; i += THREADS"),
