@@ -95,6 +95,8 @@ MODELS, ALWAYS, RECORDING = (
     "src/qaxis/attention/always.py",
     "src/qaxis/models/recording.py",
 )
+DENSE, DECODING = "selfcheck/rivals/dense_decoding.py", "selfcheck/checks/decoding.py"
+GEMMA = "selfcheck/checks/gemma.py"
 OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switching.py", "src/qaxis/models/masks.py"
@@ -102,6 +104,7 @@ BUILDS = "test_enable.py::"
 
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
 ROWS = "test_decode_rows.py::"
+TRITON_ROWS = "test_triton_rows.py::"
 EVIDENCE, TRACING = "selfcheck/harness/states.py", "selfcheck/harness/tracing.py"
 RECORDS, KEEPING = "selfcheck/harness/records.py", "selfcheck/harness/keeping.py"
 MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py"
@@ -208,15 +211,31 @@ MUTANTS = (
     Mutant("certified", "keys without a fast score are dropped", CERTIFIED, "(fast >= cut) | (j < start)", "(fast >= cut) & (j >= start)"),
     Mutant("test_decode.py::test_codes_that_are_nearly_all_zero_are_ranked_by_both_parts_of_the_query", "the query's lower part is not used", CERTIFIED, "lower.to(tl.float32) * fine[None, :]", "lower.to(tl.float32) * 0.0"),
     Mutant("test_decode.py::test_ties_go_to_the_lower_position", "ties go to the higher position", CERTIFIED, "j = tl.load(position_ptr + offset + o,", "j = tl.load(position_ptr + total - 1 - offset - o,"),
-    Mutant(ROWS + "test_rows_see_and_keep_different_keys", "rows that keep fewer keys are padded with a position", CERTIFIED, "tl.full((OUT,), -1, tl.int64)", "tl.full((OUT,), 0, tl.int64)"),
-    Mutant(ROWS + "test_rows_see_and_keep_different_keys", "keys before the first visible one are candidates", CERTIFIED, "may & (j >= begin) & (j < end)", "may & (j < end)"),
-    Mutant(ROWS + "test_one_step_serves_a_growing_cache", "the last tokens are thought to have codes", KERNELS, "return end - end % SHARING", "return end"),
-    Mutant(ROWS + "test_what_is_always_kept_counts", "recent keys are not kept always", CERTIFIED, "tl.minimum(k_eff - oldest, recent)", "tl.minimum(k_eff - oldest, 0)"),
-    Mutant(ROWS + "test_what_is_always_kept_counts", "sinks are not kept always", CERTIFIED, "oldest = tl.minimum(k_eff, sinks)", "oldest = tl.minimum(k_eff, 0)"),
-    Mutant(ROWS + "test_soft_caps_and_sinks", "a sink is not in the maximum", CERTIFIED, "    if SINK:\n", "    if False:\n"),
-    Mutant(ROWS + "test_attention_over_given_keys", "a soft cap loses the sign", KERNELS, "((bits & 2147483647) | sign)", "(bits & 2147483647)"),
-    Mutant(ROWS + "test_attention_over_given_keys", "a sink weighs nothing", KERNELS, "        if SINK:\n", "        if False:\n"),
-    Mutant(ROWS + "test_launches_depend_on_the_room_and_not_on_the_length", "a grid for the codes there are", "src/qaxis/decode/triton_step.py", "triton.cdiv(self.n // size, t.codes_loop)", "triton.cdiv(c.scales.shape[2], t.codes_loop)"),
+    Mutant(TRITON_ROWS + "test_rows_see_and_keep_different_keys", "rows that keep fewer keys are padded with a position", CERTIFIED, "tl.full((OUT,), -1, tl.int64)", "tl.full((OUT,), 0, tl.int64)"),
+    Mutant(TRITON_ROWS + "test_rows_see_and_keep_different_keys", "keys before the first visible one are candidates", CERTIFIED, "may & (j >= begin) & (j < end)", "may & (j < end)"),
+    Mutant(TRITON_ROWS + "test_one_step_serves_a_growing_cache", "the last tokens are thought to have codes", KERNELS, "return end - end % SHARING", "return end"),
+    Mutant(TRITON_ROWS + "test_what_is_always_kept_counts", "recent keys are not kept always", CERTIFIED, "tl.minimum(k_eff - oldest, recent)", "tl.minimum(k_eff - oldest, 0)"),
+    Mutant(TRITON_ROWS + "test_what_is_always_kept_counts", "sinks are not kept always", CERTIFIED, "oldest = tl.minimum(k_eff, sinks)", "oldest = tl.minimum(k_eff, 0)"),
+    Mutant(TRITON_ROWS + "test_soft_caps_and_sinks", "a sink is not in the maximum", CERTIFIED, "    if SINK:\n", "    if False:\n"),
+    Mutant(TRITON_ROWS + "test_attention_over_given_keys", "a soft cap loses the sign", KERNELS, "((bits & 2147483647) | sign)", "(bits & 2147483647)"),
+    Mutant(TRITON_ROWS + "test_attention_over_given_keys", "a sink weighs nothing", KERNELS, "        if SINK:\n", "        if False:\n"),
+    Mutant(TRITON_ROWS + "test_launches_depend_on_the_room_and_not_on_the_length", "a grid for the codes there are", "src/qaxis/decode/triton_step.py", "triton.cdiv(self.n // size, t.codes_loop)", "triton.cdiv(c.scales.shape[2], t.codes_loop)"),
+    # What speeds are measured with
+    Mutant("test_rivals.py::test_dense_steps_of_ours_are_dense_attention", "stretches of keys overlap", DENSE, "end = tl.minimum(begin + span, n)", "end = n"),
+    Mutant("test_rivals.py::test_dense_steps_of_ours_are_dense_attention", "a merged stretch counts twice", DENSE, "tl.where(s < SPLITS, tl.load(lse_ptr + part), -1e30)", "tl.load(lse_ptr + part)"),
+    Mutant("test_rivals.py::test_dense_steps_of_ours_are_dense_attention", "first tokens are read from codes, too", "selfcheck/rivals/dense_8bit.py", "tl.where((at >= first)[None, :], tl.dot(turned", "tl.where((at >= 0)[None, :], tl.dot(turned"),
+    Mutant("test_rivals.py::test_dense_ways_generate_the_same", "a dense graph attends to no new token", "selfcheck/rivals/dense_graph.py", "self.cache.at.add_(1)", "self.cache.at.add_(0)"),
+    Mutant("test_rivals.py::test_only_dense_rivals_may_fail", "a way of ours that fails is left out", DECODING, "if name not in ways.IDEAL:", "if name == 'nothing':"),
+    Mutant("test_rivals.py::test_steps_of_generate_are_compared_bit_for_bit", "canonical steps are not looked at", DECODING, "canonical += int(not torch.equal(plain.step(one), out.logits[i]))", "canonical += 0"),
+    Mutant("test_rivals.py::test_a_slow_run_fails_nothing_and_a_bit_does", "a step with other bits passes", DECODING, "passed=not wrong and", "passed="),
+    Mutant("test_rivals.py::test_a_ratio_is_to_the_fastest_dense_way_of_the_same_size", "ratios are to the slowest dense way", DECODING, 'return str(min(found, key=lambda r: r["ms"])["way"])', 'return str(max(found, key=lambda r: r["ms"])["way"])'),
+    Mutant("test_rivals.py::test_every_target_is_of_values_that_are_measured_and_the_paper_says_which_are_met", "the best of several values meets a target", "paper/numbers.py", 'worst, sign = (min(found), r"$\\ge$")', 'worst, sign = (max(found), r"$\\ge$")'),
+    Mutant("test_rivals.py::test_a_token_is_its_kernels_and_gaps", "gaps are not counted", "selfcheck/checks/timeline.py", "max(0.0, start - at)", "0.0"),
+    Mutant("test_rivals.py::test_enable_as_documented_is_compared_with_the_reference", "rows of a prompt are not compared", "selfcheck/checks/enable.py", "int((off > NEAR).sum())", "0"),
+    Mutant("test_optional.py::test_a_part_that_differs_or_is_missing_is_named", "an optional subject is not verified", "selfcheck/inputs/optional.py", 'if actual != subject["sha256"]:', "if False:"),
+    Mutant("test_optional.py::test_a_claim_without_its_subject_is_not_run", "a missing subject is not noticed", GEMMA, "if optional.missing(subject):", "if False:"),
+    Mutant("test_optional.py::test_anything_wrong_with_a_second_model_fails_its_claim", "a text within the window serves", GEMMA, "passed=passed and ids.shape[1] > window", "passed=passed"),
+    Mutant("test_optional.py::test_a_second_model_whose_enabling_changes_nothing_or_too_much_fails", "enabling that changes nothing passes", GEMMA, 'return float("inf")', "pass"),
     # The CUDA C++, emulated
     # What rows see and keep
     Mutant(ROWS + "test_rows_see_what_they_say", "keys that a row does not see are ranked", "src/qaxis/decode/score_keys.cu", "(u32)(j + c - seen.start) < (u32)(seen.stop - seen.start);", "true;"),

@@ -124,7 +124,6 @@ def test_marks_stop_nothing_and_medians_have_an_interval(model):
     assert median([3.0])[:3] == (3.0, 3.0, 3.0)
 
 
-@pytest.mark.skipif(not hasattr(qaxis, "Cache"), reason="needs the cache in place")
 def test_steps_of_generate_are_compared_bit_for_bit(model, monkeypatch):
     model = model.to(torch.bfloat16)
     names = ["codes-16", "bounds-0.1"]
@@ -227,14 +226,15 @@ def test_caches_in_use_are_timed_through_generate(model):
 
 def test_enable_as_documented_is_compared_with_the_reference(model, monkeypatch):
     model = model.to(torch.bfloat16)
+    monkeypatch.setattr(enable, "CALLS", {"enable(model)": ()})
     with torch.inference_mode():
-        found = enable.measured(Context(), copy.deepcopy(model), {140: 3})
-        assert found.passed and found.values["tokens"]["value"] == 12 and found.values["wrong"]["value"] == 0
+        found = enable.measured(Context(), copy.deepcopy(model), {140: 2})
+        assert found.passed and found.values["tokens"]["value"] == 4 and found.values["wrong"]["value"] == 0
         assert not hasattr(model.model.layers[0].self_attn, "_qaxis_hooks")
         # A wrong token, a wrong row, and a call that raises are failures, each by its name.
         real = qaxis.topk_attention
         off = lambda *a, **k: (out := real(*a, **k))._replace(output=out.output + 1)  # noqa: E731
         monkeypatch.setattr(enable.qaxis, "topk_attention", off)
-        assert "rows" in enable.measured(Context(), model, {140: 3}).verdict
+        assert "rows" in enable.measured(Context(), model, {140: 1}).verdict
     with pytest.raises(NotRunError):
         enable.as_documented(Context())

@@ -159,7 +159,9 @@ def test_a_number_of_the_readme_is_written_as_the_evidence_has_it(bound):
     said = readme.render("<!--qx kv-formats.int8_ratio .3f-->9<!--/--> <!--qx claims.cpu-->x<!--/-->", records, bound)
     value = records["kv-formats"]["values"]["int8_ratio"]["value"]
     on_cpu = sum(claim.get("where") != "gpu" for claim in seal.claims(bound))
-    assert said.startswith(f"<!--qx kv-formats.int8_ratio .3f-->{value:.3f}<!--/-->") and readme.in_words(on_cpu) in said
+    assert (
+        said.startswith(f"<!--qx kv-formats.int8_ratio .3f-->{value:.3f}<!--/-->") and readme.in_words(on_cpu) in said
+    )
     with pytest.raises(SelfcheckError, match="no-such"):
         readme.render("<!--qx no-such.value-->1<!--/-->", records, bound)
     assert [readme.in_words(n) for n in (7, 20, 41)] == ["Seven", "Twenty", "Forty-one"]

@@ -148,6 +148,7 @@ class Running:
         kept = {"output_logits": True, "return_dict_in_generate": True}
         return generated(self.way.model, self._prompt(), new, self.cache, **self.way.options, **kept)[0]
 
+    @torch.no_grad()
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Logits float32 ``[1, V]`` of one forward pass of the model itself, without ``generate``."""
         return self.way.model(token, past_key_values=self.cache, use_cache=True).logits[:, -1].float()
