@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention.logits import Logits
@@ -113,11 +113,11 @@ def stepping(step: Step) -> Iterator[None]:
 
 
 class CompiledForward:
-    """The forward pass of one token of ``model``, compiled at its first call for every batch size."""
+    """The forward pass of one token, compiled at its first call for every batch size."""
 
-    def __init__(self, model: PreTrainedModel, forward: Any) -> None:
+    def __init__(self, forward: Any) -> None:
         # Eager kernels round what lies between two operations to 16 bits; so do these, where the compiler can.
-        options = {"emulate_precision_casts": True}
+        options: dict[str, Any] = {"emulate_precision_casts": True}
         self.forward = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
         self.echoes: dict[tuple[bool, ...], Cache] = {}
 

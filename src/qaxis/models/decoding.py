@@ -22,6 +22,7 @@ from ..decode.triton_step import TritonStep
 from ..storage.clock import Clock
 from ..storage.in_place import Shared
 from ..storage.lazy import tensor_of
+from .in_place import KEPT
 from .masks import Shown
 from .settings import Settings
 
@@ -29,8 +30,6 @@ from .settings import Settings
 MOST_QUERIES = 16
 #: places that a step without a cache of ours is made for at least, and a multiple of: fewer would be made more often
 PLACES = 4096
-#: of the tensors that a cache of ours returns: what it keeps
-KEPT = "qaxis_key_values"
 #: in a cache's work space, while a step is captured: what was written before is not in the graph
 _CAPTURE = "capture"
 
@@ -63,7 +62,8 @@ class _Local(threading.local):
 _local = _Local()
 
 
-class _Kept(NamedTuple):
+@dataclass(frozen=True)
+class _Kept:
     """Keys, values and their index, as a step reads them, and where they lie."""
 
     keys: Any
@@ -95,7 +95,7 @@ def capturing(shared: Shared, graph: object) -> Iterator[None]:
 
 
 def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
-    kept = getattr(k, KEPT, None)
+    kept: Any = getattr(k, KEPT, None)
     if kept is not None and kept is getattr(v, KEPT, None):
         return _Kept(*kept.operands(), kept.shared, kept.clock, kept.room, kept.window, kept.reason)
     k, v, n = tensor_of("key", k), tensor_of("value", v), k.shape[2]

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from ..attention.always import Always
 from ..attention.backend import check_backend
 from ..budget import Budget
-from ..validation import is_integer, require
+from ..validation import check_flag, is_integer, require
 from . import attention as _registered  # noqa: F401  registers the implementation that enable() names
-from .generation import hand_back, is_taken_over, take_over
+from .generation import hand_back, take_over, taken_over
 from .layers import attention_modules, check_attention, transformers_model
 from .settings import (
     EXACTNESS,
@@ -55,6 +55,7 @@ def enable(
     sinks: int = 0,
     recent: int = 0,
     strict: bool = False,
+    compiled: bool = False,
 ) -> PreTrainedModel:
     """Let the self-attention of ``model``'s text decoder attend to its exact top-k keys.
 
@@ -63,8 +64,8 @@ def enable(
     ``model.config`` by that name, and the change is kept; a configuration object held from before is not read, and a
     model that is built from the copy is one loaded with ``attn_implementation="qaxis"``. Attention weights are not
     returned (``output_attentions``). ``model.generate`` is given a :class:`qaxis.Cache` where the caller passes no cache
-    and names none, and on a GPU decodes in captured CUDA graphs. Neither this nor :func:`disable` may be called while a forward pass of the model
-    is under way: its masks were made for what computed attention when it began.
+    and names none, and on a GPU decodes in captured CUDA graphs. Neither this nor :func:`disable` may be called while a
+    forward pass of the model is under way: its masks were made for what computed attention when it began.
 
     Args:
         model: a transformers model whose decoder's attention goes through ``AttentionInterface``.
@@ -83,6 +84,9 @@ def enable(
             so the budget's minimum must hold them.
         strict: raise if a layer's attention is ever computed by anything else, or on a GPU by neither the decode step
             nor prefill, unless that was asked for.
+        compiled: let ``generate`` on a GPU compile what lies between the attentions of a step (``torch.compile``, once
+            for a model and a batch size, a second a layer or so): fewer kernels a token. Attention keeps its bits; of
+            the rest the compiler may round otherwise, by no more than 16 bits do.
 
     Returns:
         The same model.
@@ -96,6 +100,7 @@ def enable(
     check_attention(inner, modules)
     always = Always(sinks, recent)
     _check_options(exactness, backend, first_dense, always)
+    check_flag("compiled", compiled)
     check_layers(budget, {int(module.layer_idx) for module in modules})  # type: ignore[arg-type]
     settings = []
     for module in modules:
@@ -105,7 +110,7 @@ def enable(
     switch(inner, modules, NAME)
     for module, each in zip(modules, settings, strict=True):
         _set(module, each)
-    take_over(inner)
+    take_over(inner, compiled)
     return model
 
 
@@ -162,14 +167,16 @@ def sparse(model: PreTrainedModel, budget: BudgetArgument = None, **options: Any
     """``with qaxis.sparse(model, budget): ...``: :func:`enable` inside; what was before, after."""
     inner = transformers_model(model)
     before = [(module, settings) for module in inner.modules() if (settings := settings_of(module)) is not None]
-    switched, taken_over = state(inner), is_taken_over(inner)
+    switched, generates = state(inner), taken_over(inner)
     try:
         yield enable(model, budget, **options)
     finally:
         for module in inner.modules():
             _set(module, None)
-        if not taken_over:
+        if generates is None:
             hand_back(inner)
+        else:
+            take_over(inner, generates)
         restore(inner, switched)
         for module, settings in before:
             _set(module, settings)

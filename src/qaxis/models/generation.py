@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import Cache
+from .compiled import CompiledForward
 from .graphs import replaying
 from .settings import settings_of
 
@@ -26,23 +27,36 @@ MOST_ROOM = 4096
 _GENERATE = "generate"
 
 
+def _own(model: PreTrainedModel) -> Any:
+    """The class's ``generate``."""
+    return type(model).generate  # type: ignore[attr-defined]
+
+
 class _Generate:
     """Stands for ``model.generate`` on one model."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        functools.update_wrapper(self, type(model).generate)
-        self.model = weakref.ref(model)
+    def __init__(self, model: PreTrainedModel, compiled: bool) -> None:
+        functools.update_wrapper(self, _own(model))
+        self.model, self.compiled = weakref.ref(model), compiled
+        self.forward: CompiledForward | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
-        return _Generate(memo.get(id(self.model()), self.model()))
+        model: Any = self.model()
+        return _Generate(memo.get(id(model), model), self.compiled)
 
     def __reduce__(self) -> Any:
-        return _Generate, (self.model(),)
+        return _Generate, (self.model(), self.compiled)
+
+    def _compiled_forward(self, model: PreTrainedModel) -> CompiledForward | None:
+        """What is compiled once for all calls, if it is wanted."""
+        if self.compiled and self.forward is None and "forward" not in model.__dict__:
+            self.forward = CompiledForward(model.forward)
+        return self.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         assert model is not None, "the model is gone"
-        whole = functools.partial(type(model).generate, model)
+        whole = functools.partial(_own(model), model)
         if all(settings_of(module) is None for module in model.modules()):
             # A part of the model was disabled, and that was all.
             return whole(*args, **kwargs)
@@ -53,7 +67,7 @@ class _Generate:
             why = _give_cache(model, inputs, args, kwargs)
         if why:
             log.info("qaxis: generate keeps the cache that transformers chooses, as %s", why)
-        with replaying(model):
+        with replaying(model, self._compiled_forward(model)):
             return whole(*args, **kwargs)
 
 
@@ -102,10 +116,14 @@ def _give_cache(model: PreTrainedModel, inputs: torch.Tensor, args: tuple[Any, .
     return ""
 
 
-def take_over(model: PreTrainedModel) -> None:
-    """From now on ``model.generate`` is given a cache and replays."""
-    if model.can_generate() and not isinstance(model.__dict__.get(_GENERATE), _Generate):
-        model.__dict__[_GENERATE] = _Generate(model)
+def take_over(model: PreTrainedModel, compiled: bool = False) -> None:
+    """From now on ``model.generate`` is given a cache and replays, ``compiled`` or not; but not what somebody set."""
+    known = model.__dict__.get(_GENERATE)
+    if isinstance(known, _Generate):
+        known.compiled = compiled
+        known.forward = known.forward if compiled else None
+    elif known is None and model.can_generate():
+        model.__dict__[_GENERATE] = _Generate(model, compiled)
 
 
 def hand_back(model: PreTrainedModel) -> None:
@@ -114,6 +132,7 @@ def hand_back(model: PreTrainedModel) -> None:
         del model.__dict__[_GENERATE]
 
 
-def is_taken_over(model: PreTrainedModel) -> bool:
-    """Whether ``model.generate`` is ours."""
-    return isinstance(model.__dict__.get(_GENERATE), _Generate)
+def taken_over(model: PreTrainedModel) -> bool | None:
+    """Whether steps are compiled in a ``model.generate`` that is ours; None for one that is not."""
+    known = model.__dict__.get(_GENERATE)
+    return known.compiled if isinstance(known, _Generate) else None

@@ -88,7 +88,7 @@ def _is_function(f: Any, g: Any) -> bool:
     return f.__code__ is g.__code__ and _is_function(held, other)
 
 
-def left_pads(mask: torch.Tensor | None, start: int, n: int) -> torch.Tensor | None | bool:
+def left_pads(mask: torch.Tensor | None, start: int, n: int) -> torch.Tensor | bool | None:
     """How many of the keys ``[start, start + n)`` are padding, int32 ``[B]``; None if none is, False if not the first.
 
     Looking waits for the device.
@@ -143,7 +143,7 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
         return None
 
     def make() -> torch.Tensor:
-        mask = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
+        mask: Any = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
         return mask.expand(batch_size, 1, q_length, kv_length)
 
     device = torch.device(kwargs.get("device", "cpu"))
