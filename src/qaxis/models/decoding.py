@@ -35,7 +35,7 @@ _CAPTURE = "capture"
 
 
 class Attended(NamedTuple):
-    """Output ``[B, H, M, Dv]`` and indices int64 ``[B, H, M, K]`` padded with -1, what computed them, and why not faster."""
+    """Output ``[B, H, M, Dv]``, indices int64 ``[B, H, M, K]`` padded with -1, what ran, and why nothing faster did."""
 
     output: torch.Tensor
     indices: torch.Tensor
@@ -96,8 +96,10 @@ def capturing(shared: Shared, graph: object) -> Iterator[None]:
 
 def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
     kept: Any = getattr(k, KEPT, None)
-    if kept is not None and kept is getattr(v, KEPT, None):
-        return _Kept(*kept.operands(), kept.shared, kept.clock, kept.room, kept.window, kept.reason)
+    same = kept is not None and getattr(v, KEPT, None) is kept
+    if same:
+        keys, values, index = kept.operands()
+        return _Kept(keys, values, index, kept.shared, kept.clock, kept.room, kept.window, kept.reason)
     k, v, n = tensor_of("key", k), tensor_of("value", v), k.shape[2]
     shared = _local.shared.setdefault(q.device, Shared(q.device))
     shared.clock.move_to(n)
