@@ -130,6 +130,11 @@ class StoredKeyValues:
         growing = (g for side in self.sides for g in side.parts.values())
         return [g.buffer.data_ptr() for g in (*growing, self.norms)]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy lies elsewhere, and nothing was made for it yet.
+        vars(self).update(state)
+        self._places = self.addresses()
+
     def _note_moves(self) -> None:
         places = self.addresses()
         if places != self._places:
