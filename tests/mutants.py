@@ -111,7 +111,6 @@ MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py
 ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "paper/tex.py"
 SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
 SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
-ROWS = "test_decode_rows.py::"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+import qaxis
 from qaxis.decode import index_cache
 from qaxis.storage import append_quantised
 from qaxis.storage.formats import FORMATS, Format
@@ -131,3 +133,18 @@ def test_formats_without_kernels_say_so_and_are_bounded():
         assert kv.reason and not kv.quantised and kv.capturable == (format == FORMATS["int8"])
         assert keys.shape == k.shape and values.shape == v.shape and index.codes is None
         assert bool((index.norm[..., None] >= torch.linalg.vector_norm(keys.double(), dim=-1)).all())
+
+
+def test_a_group_that_becomes_complete_needs_room_for_its_codes():
+    """Before a token is appended by a kernel, it is asked whether anything would have to move."""
+    torch.manual_seed(0)
+    cache = qaxis.Int8Cache(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64))
+    cache.update(*torch.randn(2, 1, 1, 130, 64), 0)
+    (layer,) = cache.shared.layers
+    assert layer.has_room(131) and layer.has_room(255) and not layer.has_room(256)
+    version = cache.shared.version
+    for _ in range(125):
+        cache.update(*torch.randn(2, 1, 1, 1, 64), 0)
+    assert cache.shared.version == version and layer.length == 255
+    cache.update(*torch.randn(2, 1, 1, 1, 64), 0)
+    assert cache.shared.version > version

@@ -64,8 +64,8 @@ def enable(
     ``model.config`` by that name, and the change is kept; a configuration object held from before is not read, and a
     model that is built from the copy is one loaded with ``attn_implementation="qaxis"``. Attention weights are not
     returned (``output_attentions``). ``model.generate`` is given a :class:`qaxis.Cache` where the caller passes no
-    cache and names none, and on a GPU decodes in captured CUDA graphs. Neither this nor :func:`disable` may be called while a
-    forward pass of the model is under way: its masks were made for what computed attention when it began.
+    cache and names none, and on a GPU decodes in captured CUDA graphs. Neither this nor :func:`disable` may be called
+    while a forward pass of the model is under way: its masks were made for what computed attention when it began.
 
     Args:
         model: a transformers model whose decoder's attention goes through ``AttentionInterface``.

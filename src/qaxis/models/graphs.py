@@ -77,7 +77,7 @@ class _Graph:
             and all(kwargs[name].shape == x.shape and kwargs[name].dtype == x.dtype for name, x in self.inputs.items())
             and (mask is None or (mask.ndim == 2 and mask.shape[1] == length))
             and version == shared.version
-            and all(layer.window or length <= layer.room for layer in shared.layers)
+            and all(layer.has_room(length) for layer in shared.layers)
         )
 
     def replay(self, kwargs: dict[str, Any]) -> Any:

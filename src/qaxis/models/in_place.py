@@ -25,12 +25,14 @@ def index_for(k: torch.Tensor, wanted: str) -> tuple[str, str]:
     return wanted, ""
 
 
-def tokens_left(length: int, tokens_to_remove: int) -> int:
+def tokens_left(length: int, tokens_to_remove: int | torch.Tensor) -> int:
     """Tokens of ``length`` that a crop leaves; transformers passes how many to remove as a negative number.
 
     Raises:
         ValueError: for a positive number, or more tokens than are stored.
     """
+    # Assisted decoding passes a tensor.
+    tokens_to_remove = int(tokens_to_remove)
     require(tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, "0 or a negative number of tokens")
     require(length + tokens_to_remove >= 0, "tokens_to_remove", tokens_to_remove, f"at most the {length} stored")
     return length + tokens_to_remove

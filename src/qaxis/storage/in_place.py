@@ -175,10 +175,14 @@ class KeyValues:
         alike = (k.dtype, v.dtype) == self.dtypes and (k.shape[3], v.shape[3]) == self.dims and k.device == self.device
         return alike and tuple(k.shape[:2]) == (self.batch, self.heads)
 
+    def has_room(self, end: int) -> bool:
+        """Whether ``end`` tokens in all find room where the buffers lie."""
+        return bool(self.window) or end <= self.room
+
     def reserve(self, m: int) -> None:
         """Make room for ``m`` more tokens; an exact fit, in blocks, the first time. A window has all it needs."""
         end = self.length + m
-        if self.window or end <= self.room:
+        if self.has_room(end):
             return
         room = max(end, self.wanted)
         if self.length:

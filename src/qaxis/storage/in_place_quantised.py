@@ -114,6 +114,10 @@ class StoredKeyValues:
             fits = (*x.shape[:2], x.shape[3]) == (batch, heads, side.dim)
             require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{batch}, {heads}, n, {side.dim}]")
 
+    def has_room(self, end: int) -> bool:
+        """Whether ``end`` tokens in all find room where the buffers lie."""
+        return all(side.has_room(end) for side in self.sides)
+
     def reserve(self, m: int) -> None:
         """Make room for ``m`` more tokens."""
         end = self.length + m

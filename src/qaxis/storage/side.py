@@ -182,6 +182,12 @@ class Side:
         if n % self.grid.tokens:
             self.open_group()
 
+    def has_room(self, n: int) -> bool:
+        """Whether ``n`` tokens in all find room where the parts lie."""
+        groups, rest = divmod(n, self.grid.tokens)
+        opened = rest == 0 or self.parts["newest"].buffer.shape[2] > 0
+        return opened and groups * self.grid.tokens <= self.parts["codes"].buffer.shape[2]
+
     def open_group(self) -> None:
         """Make room for a group that is not complete; not before there is one."""
         if self.parts["newest"].buffer.shape[2] == 0:
