@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -33,7 +36,9 @@ def test_steps_give_what_the_reference_gives(llama, backend, index):
             with qaxis.sparse(llama, qaxis.Budget(0.2, 5), backend=way), qaxis.record(llama) as recording:
                 found[way] = llama(ids[:, :1], attention_mask=mask, past_key_values=cache).logits
     assert torch.equal(*found.values())
-    assert {name.split(":")[0] for name in recording.engines} == {backend}, recording.engines
+    # CUDA C++ reads 8-bit caches of bfloat16 alone.
+    engine = "triton" if index == "int8" else backend
+    assert {name.split(":")[0] for name in recording.engines} == {engine}, recording.engines
 
 
 def test_generate_is_given_a_cache_where_the_caller_names_none(llama):

@@ -240,7 +240,7 @@ def attend(
         dense = settings.budget is None
         return Attended(out, kept, "dense" if dense else "masked", "" if dense else reason)
     mask = allowed()
-    k_eff, name = settings.budget.of(mask), settings.backend
+    k_eff, name = settings.budget.of(mask), "auto" if settings.backend == "cuda" else settings.backend
     indices = backend.select(q, keys, mask, k_eff, backend=name, always=settings.always)
     out = backend.attend(q, keys, values, indices, logits, backend=name)
     return Attended(out, lambda: indices_to_mask(indices, k.shape[2]), "canonical", reason)

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention.always import Always
-from ..attention.backend import check_backend
 from ..budget import Budget
 from ..validation import check_flag, is_integer, require
 from . import attention as _registered  # noqa: F401  registers the implementation that enable() names
 from .generation import hand_back, take_over, taken_over
 from .layers import attention_modules, check_attention, transformers_model
 from .settings import (
+    ENGINES,
     EXACTNESS,
     NAME,
     BudgetArgument,
@@ -127,7 +127,7 @@ def _set(module: nn.Module, settings: Settings | None) -> None:
 
 def _check_options(exactness: str, backend: str, first_dense: int, always: Always) -> None:
     require(exactness in EXACTNESS, "exactness", exactness, f"one of {EXACTNESS}")
-    check_backend(backend)
+    require(backend in ENGINES, "backend", backend, f"one of {ENGINES}")
     for name, n in (("first_dense", first_dense), *always._asdict().items()):
         require(is_integer(n) and n >= 0, name, n, "an integer of at least 0")
 

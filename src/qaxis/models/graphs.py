@@ -193,9 +193,11 @@ class _Replay:
             (n, x.shape, x.dtype) if isinstance(x, torch.Tensor) else (n, x)
             for n, x in sorted(kwargs.items()) if n not in (_CACHE, _MASK)
         ))  # fmt: skip
-        if self.graph is not None and self.key == key:
+        if key != self.key:
+            # What a first step makes, kernels and work space, is made outside of a graph.
+            self.graph, self.proofs, self.key, self.warm = None, 0, key, min(self.warm, WARM - 1)
+        if self.graph is not None:
             return True
-        self.graph, self.proofs = None, 0
         if self.warm < WARM or cache.get_seq_length() < LEAST:
             self.warm += 1
             return False
@@ -206,15 +208,15 @@ class _Replay:
         if isinstance(pads, bool):
             self.failed = "padding is not on the left"
             return False
-        return self._captured(kwargs, pads, key)
+        return self._captured(kwargs, pads)
 
-    def _captured(self, kwargs: dict[str, Any], pads: torch.Tensor | None, key: Any) -> bool:
+    def _captured(self, kwargs: dict[str, Any], pads: torch.Tensor | None) -> bool:
         try:
             if self.compiled is not None:
                 # The compiler's work is done before anything is captured.
                 self._rewound(kwargs, partial(self._compiled, pads))
             forward = self.forward if self.compiled is None else partial(self._compiled, pads)
-            self.graph, self.key, self.pads = _Graph(forward, kwargs, pads), key, pads
+            self.graph, self.pads = _Graph(forward, kwargs, pads), pads
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             if self.compiled is not None:
                 self.compiled = None

@@ -12,11 +12,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attention.always import NONE, Always
+from ..attention.backend import BACKENDS
 from ..budget import Budget, as_budget
 from ..validation import is_integer, require
 
 #: of the attention implementation in transformers
 NAME = "qaxis"
+#: what may compute attention: as for a call on tensors, or the decode step in CUDA C++, emulated where there is no GPU
+ENGINES = (*BACKENDS, "cuda")
 EXACTNESS = ("auto", "bitwise", "selection")
 _SETTINGS = "_qaxis_settings"
 _CALLS = "_qaxis_calls"
