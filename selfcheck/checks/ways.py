@@ -42,6 +42,8 @@ IDEAL = {
 FLOOR = "graph-none"
 #: the same reading an 8-bit cache, half the bytes: the rival of exact steps that read one
 CODED = "graph-int8"
+#: at the end of a name: what lies between the attentions of a step is compiled
+COMPILED = "+compiled"
 #: an index and a budget
 QAXIS = ("codes-2048", "codes-0.02", "codes-0.1", "bounds-2048", "int8-2048", "int8-0.02", "codes-2048+compiled")
 
@@ -101,8 +103,8 @@ def way(name: str, model: Any) -> Way:
     if kind == "plain" and what in FORMATS:
         return Way(name, model, lambda room: qaxis.Int8Cache(config, format=what, room=room))
     if kind in ("codes", "bounds", *FORMATS):
-        word, _, how = what.partition("+")
-        qaxis.enable(model, budget_of(word), compiled=how == "compiled")
+        compiled = what.endswith(COMPILED)
+        qaxis.enable(model, budget_of(what.removesuffix(COMPILED)), compiled=compiled)
         if kind in FORMATS:
             return Way(name, model, lambda room: qaxis.Int8Cache(config, format=kind, room=room))
         return Way(name, model, lambda room: qaxis.Cache(config, index=kind, room=room))
