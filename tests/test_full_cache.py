@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -266,3 +268,19 @@ def test_wrong_arguments_and_files_are_named(tmp_path):
             model(prompt(), past_key_values=cache)
             with pytest.raises(ValueError, match="layer 0="):
                 cache.save(path)
+
+
+@pytest.mark.parametrize("make", [qaxis.Cache, qaxis.Int8Cache])
+def test_a_cache_that_is_dropped_is_gone_without_the_collector(make):
+    gc.disable()
+    try:
+        cache = make(tf.LlamaConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64))
+        for layer in range(2):
+            cache.update(*torch.randn(2, 1, 1, 130, 64), layer)
+        held = [weakref.ref(layer) for layer in cache.shared.layers]
+        twin = copy.deepcopy(cache)
+        assert len(held) == 2 and len(twin.shared.layers) == 2 and twin.shared.layers[0] is not cache.shared.layers[0]
+        del cache
+        assert all(reference() is None for reference in held)
+    finally:
+        gc.enable()

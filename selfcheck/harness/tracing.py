@@ -130,7 +130,7 @@ class _Loader(isolated.Source):
 
     def exec_module(self, module: ModuleType) -> None:
         where = place(self.path) or ""
-        module.__dict__["__ran__"] = functools.partial(RAN.add, where)
+        module.__dict__["__ran__"] = _reporter(where)
         with apart() as found:
             super().exec_module(module)
         IMPORTED[where] = frozenset(found - {where})
@@ -138,6 +138,15 @@ class _Loader(isolated.Source):
             if isinstance(item, type) and item.__module__ == module.__name__:
                 _report_construction(item, module.__dict__["__ran__"])
         _watch_triton()
+
+
+def _reporter(where: str) -> Callable[[], None]:
+    def ran() -> None:
+        RAN.add(where)
+
+    # A compiler that traces the function calls it once, then, and takes what it gives for a constant.
+    ran._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return ran
 
 
 class _Reporting(ast.NodeTransformer):

@@ -9,6 +9,7 @@ that changes between calls, as weights or adapters do, can go stale in them.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import threading
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ class _Graph:
         shared.clock.move_to(shared.layers[0].length)
         state, self.graph = shared.mark(), torch.cuda.CUDAGraph()
         try:
-            with attention.capturing(), decoding.capturing(shared, self):
+            with attention.capturing(), decoding.capturing(shared, self), _no_collection():
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.output = forward(**self.inputs, **self.fixed, **{_MASK: None})
         finally:
@@ -90,6 +91,18 @@ class _Graph:
         shared.advance(1)
         decoding.forget_rows(shared)
         return _fresh(self.output)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, no garbage is collected: what it frees, other graphs too, must not be freed while one is captured."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _fresh(x: Any) -> Any:
@@ -243,12 +256,13 @@ class _Replay:
         """What ``forward`` gives for these inputs; the host counts as before."""
         shared = kwargs[_CACHE].shared
         state = shared.mark()
-        output = forward(**kwargs)
-        shared.rewind(state)
-        for clock in shared.clocks.values():
-            # The device's went on: it is set anew by whatever comes next.
-            clock.at = UNKNOWN
-        return output
+        try:
+            return forward(**kwargs)
+        finally:
+            shared.rewind(state)
+            for clock in shared.clocks.values():
+                # The device's went on: it is set anew by whatever comes next.
+                clock.at = UNKNOWN
 
     def _proven(self, kwargs: dict[str, Any]) -> Any:
         """The forward pass itself, once the replay was compared with it."""

@@ -6,6 +6,7 @@ captured graph serves a cache that grows until its buffers move, which :attr:`Sh
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ class Shared:
         pads: int32 ``[B]``, tokens at the start that a batch row does not see, or None.
         workspace: for decoders and what else works on this cache; a copy of a cache starts without.
         version: changes whenever any buffer of the cache moves in memory.
-        layers: those that were written to.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -44,7 +44,8 @@ class Shared:
         self.pads: torch.Tensor | None = None
         self.workspace: dict[Any, Any] = {}
         self.version = 0
-        self.layers: list[Any] = []
+        # Not held: a cache that is dropped gives its memory back at once.
+        self.references: list[weakref.ref[Any]] = []
 
     def clock_on(self, device: torch.device) -> Clock:
         """The clock of the layers on ``device``; a model of several devices has one on each."""
@@ -80,8 +81,24 @@ class Shared:
         for layer, (length, indexed) in zip(self.layers, mark[1], strict=True):
             layer.length, layer.indexed = length, indexed
 
+    @property
+    def layers(self) -> list[Any]:
+        """Those that were written to."""
+        return [layer for reference in self.references if (layer := reference()) is not None]
+
+    def join(self, layer: Any) -> None:
+        """``layer`` takes part from now on."""
+        self.references.append(weakref.ref(layer))
+        self.version += 1
+
+    def part(self, layer: Any) -> None:
+        """``layer`` takes no more part."""
+        self.references = [reference for reference in self.references if reference() is not layer]
+        self.version += 1
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "workspace": {}}
+        # Layers that are copied join the copy themselves.
+        return {**vars(self), "workspace": {}, "references": []}
 
 
 class KeyValues:
@@ -117,13 +134,15 @@ class KeyValues:
         self.dtypes, self.dims, self.heads = (k.dtype, v.dtype), (k.shape[3], v.shape[3]), k.shape[1]
         self.parts = _empty(k, v, index == "codes", places_for(window) if window else 0)
         shared.clock_on(k.device)
-        shared.layers.append(self)
-        shared.version += 1
+        shared.join(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.shared.join(self)
 
     def leave(self) -> None:
         """Take no more part in what the cache's layers share."""
-        self.shared.layers.remove(self)
-        self.shared.version += 1
+        self.shared.part(self)
 
     @property
     def clock(self) -> Clock:

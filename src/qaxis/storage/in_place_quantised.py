@@ -61,8 +61,7 @@ class StoredKeyValues:
             #: int32 ``[1]``: not 0 once a number that is not finite was appended on a GPU
             self.broken = torch.zeros(1, dtype=torch.int32, device=device)
         shared.clock_on(k.device)
-        shared.layers.append(self)
-        shared.version += 1
+        shared.join(self)
         self._places = self.addresses()
 
     @property
@@ -138,6 +137,7 @@ class StoredKeyValues:
         # A copy lies elsewhere, and nothing was made for it yet.
         vars(self).update(state)
         self._places = self.addresses()
+        self.shared.join(self)
 
     def _note_moves(self) -> None:
         places = self.addresses()
@@ -273,8 +273,7 @@ class StoredKeyValues:
 
     def leave(self) -> None:
         """Take no more part in what the cache's layers share."""
-        self.shared.layers.remove(self)
-        self.shared.version += 1
+        self.shared.part(self)
 
 
 def _of_all_room(side: Side) -> Stored:
