@@ -197,7 +197,7 @@ def test_rows_that_see_little_of_the_room(codes, always):
         made = decoder.cuda_step(q, k, v, index, fewer)
         assert made is not None and made.plan.sub > 1
         # Keys are told apart by their own scores then: of all there are hardly more candidates than are kept.
-        assert codes or row[1] - row[0] > 1500 or int(step.rescored.sum(-1).max()) <= 1.1 * row[2]
+        assert codes or row[1] - row[0] > 1500 or int(step.rescored.sum(-1).max()) <= 1.2 * row[2]
 
 
 @pytest.mark.parametrize("always", [NONE, Always(3, 50), Always(0, 300)], ids=["plain", "always", "only those"])

@@ -345,10 +345,10 @@ def test_inside_autocast_nothing_but_the_dtype_changes(llama, dtype):
         assert torch.equal(call(module=free), dense)
     original = qaxis.models.attention.attend
 
-    def spy(q, k, v, allowed, *more):
-        out, kept = original(q, k, v, allowed, *more)
-        seen.append((q, k, allowed, kept()))
-        return out, kept
+    def spy(q, k, v, shown, allowed, *more):
+        done = original(q, k, v, shown, allowed, *more)
+        seen.append((q, k, allowed(), done.kept()))
+        return done
 
     qaxis.models.attention.attend = spy
     try:

@@ -35,7 +35,7 @@ def _memory(model: Any, ids: torch.Tensor, name: str, new: int) -> dict[str, Any
         token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
         trace.append(torch.cuda.memory_allocated() - before)
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    stored = cache.stored_bytes() if name != FULL else None
+    stored = cache.stored_bytes() + cache.shared.clock.tensor.nbytes if name != FULL else None
     asked, held = _asked(), torch.cuda.memory_allocated()
     del cache
     kept, blocks = asked - _asked(), held - torch.cuda.memory_allocated()

@@ -15,12 +15,9 @@ import torch
 
 from ..attention.logits import Logits
 from ..budget import Budget
-from ..decode import Decoder, index_keys
-from ..decode.index import KeyIndex
-from ..decode.rows import write_rows
-from ..decode.triton_step import TritonStep
 from ..storage.clock import Clock
 from ..storage.in_place import Shared
+from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
 from .in_place import KEPT
 from .masks import Shown
@@ -108,16 +105,22 @@ def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
     if shared.workspace.setdefault("room", room) != room:
         shared.workspace.clear()
         shared.workspace["room"] = room
+    # Triton exists for Linux only: without a GPU nothing here needs it.
+    from ..decode import index_keys
+
     why = "keys do not lie in a qaxis.Cache: their index is made anew for every token"
     return _Kept(k, v, index_keys(k), shared, shared.clock, room, 0, why)
 
 
-def _decoder(q: torch.Tensor, kept: _Kept, budget: Budget, kind: type[Decoder] | type[TritonStep]) -> Any:
-    """The decoder, or its Triton step alone, of such queries."""
+def _decoder(q: torch.Tensor, kept: _Kept, budget: Budget, triton: bool) -> Any:
+    """The decoder, or with ``triton`` its Triton step alone, of such queries."""
     shape = (q.shape[0], q.shape[1], kept.room, q.shape[3], budget.k_eff(kept.room))
-    key = (kind, q.dtype, *shape)
+    key = ("triton" if triton else "decoder", q.dtype, *shape)
     if key not in kept.shared.workspace:
-        kept.shared.workspace[key] = kind(*shape, q.device)
+        from ..decode import Decoder
+        from ..decode.triton_step import TritonStep
+
+        kept.shared.workspace[key] = (TritonStep if triton else Decoder)(*shape, q.device)
     return kept.shared.workspace[key]
 
 
@@ -137,6 +140,8 @@ def _rows(batch: int, kept: _Kept, shown: Shown, budget: Budget, before: int) ->
     if rows.written is None or rows.written[:3] != state:
         clock = kept.clock.tensor if before == 0 else kept.clock.tensor - before
         places = kept.room if kept.window else 0
+        from ..decode.rows import write_rows
+
         write_rows(rows.tensor, clock, rows.table, pads=pads, window=window, places=places)
         # The pads are kept, so that no other tensor has their id.
         rows.written = (*state, pads)
@@ -169,9 +174,9 @@ def attend(
     assert budget is not None
     kept, m, one = _kept(q, k, v), q.shape[2], q[:, :, :1]
     if settings.backend == "triton":
-        step, engine, reason = _decoder(q, kept, budget, TritonStep), "triton", "backend='triton'"
+        step, engine, reason = _decoder(q, kept, budget, True), "triton", "backend='triton'"
     else:
-        step = _decoder(q, kept, budget, Decoder)
+        step = _decoder(q, kept, budget, False)
         engine, reason = step.engine(one, kept.keys, kept.values, kept.index, settings.always, logits)
     done = []
     for i in range(m):

@@ -25,6 +25,8 @@ LONG_PROMPT, CHUNK = 16384, 8192
 #: tokens beyond the prompt that a cache has room for at once, at most: most answers end long before they may
 MOST_ROOM = 4096
 _GENERATE = "generate"
+#: models whose ``generate`` is ours
+_ours: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def _own(model: PreTrainedModel) -> Any:
@@ -39,6 +41,7 @@ class _Generate:
         functools.update_wrapper(self, _own(model))
         self.model, self.compiled = weakref.ref(model), compiled
         self.forward: CompiledForward | None = None
+        _ours.add(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
         model: Any = self.model()
@@ -127,9 +130,12 @@ def take_over(model: PreTrainedModel, compiled: bool = False) -> None:
 
 
 def hand_back(model: PreTrainedModel) -> None:
-    """``model.generate`` is the class's own again."""
-    if isinstance(model.__dict__.get(_GENERATE), _Generate):
-        del model.__dict__[_GENERATE]
+    """``generate`` of the model, and of models whose parts it has, is the class's own again, once no part is on."""
+    for other in [model, *_ours]:
+        ours = isinstance(other.__dict__.get(_GENERATE), _Generate)
+        if ours and all(settings_of(module) is None for module in other.modules()):
+            del other.__dict__[_GENERATE]
+            _ours.discard(other)
 
 
 def taken_over(model: PreTrainedModel) -> bool | None:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from ..attention.logits import Logits
-from ..prefill import prefill_attention, tuning_for
 from .masks import Shown
 from .settings import Settings
 
@@ -37,6 +36,9 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown, logits: Logits, settings: Settings, watched: bool
 ) -> Attended:
     """Attention of queries ``[B, H, M, D]``, the last of the N keys, that :func:`refusal` does not refuse."""
+    # Triton exists for Linux only: without a GPU nothing here needs it.
+    from ..prefill import prefill_attention, tuning_for
+
     assert settings.budget is not None
     n = k.shape[2]
     done = prefill_attention(

@@ -267,9 +267,11 @@ class StoredKeyValues:
         self._note_moves()
 
     def nbytes(self) -> int:
-        """Bytes of the buffers, room for growth included, and of the index once there is one."""
-        index = (self.norms.buffer, self.norm, self.residual, self.largest_scales) if self.indexed else ()
-        return sum(side.nbytes() for side in self.sides) + sum(x.untyped_storage().nbytes() for x in index)
+        """Bytes of the buffers, room for growth included, and of what the index needs."""
+        own = (self.norms.buffer, self.norm, self.residual, self.largest_scales, self.broken)
+        # Two of them may lie in one storage.
+        index = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in own}
+        return sum(side.nbytes() for side in self.sides) + sum(index.values())
 
     def leave(self) -> None:
         """Take no more part in what the cache's layers share."""
