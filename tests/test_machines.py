@@ -169,7 +169,8 @@ def test_output_elsewhere_leaves_the_tree_and_is_found_by_what_reads_evidence(tr
     assert was.keys() == now.keys() and was["thm1-stops"] != now["thm1-stops"] and was["proofs"] == now["proofs"]
     written = evidence.read(output / evidence.DEFAULT)
     evidence.write(output / evidence.DEFAULT, [{**r, "passed": False, "verdict": "no"} for r in written])
-    assert {s.word for s in evidence.states(tree, output) if not s.on_gpu} == {"failed"}
+    there = [s for s in evidence.states(tree, output) if not s.on_gpu and not s.claim.get("optional", False)]
+    assert {s.word for s in there} == {"failed"}
     assert "failed" not in {s.word for s in evidence.states(tree)}
 
 
