@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 import qaxis
 from qaxis.models.attention import attend
@@ -124,3 +124,24 @@ def test_compiled_steps_give_what_the_model_gives(llama):
         torch.ops.qaxis.step(
             torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), 0, 1.0, None, None
         )
+
+
+def test_padding_that_a_window_still_sees_is_not_attended_to():
+    """A layer in place counts tokens from the first; the mask of a window counts from the first that is left."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+    config = MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=12)
+    model = MistralForCausalLM(config).eval()
+    ids, mask = prompt(20, 2), torch.ones(2, 22, dtype=torch.long)
+    mask[1, :11] = 0
+    found = {}
+    for way in ("reference", "triton"):
+        cache = qaxis.Cache(config)
+        with torch.inference_mode():
+            with qaxis.sparse(model, qaxis.Budget(0.5, 3), backend="reference"):
+                model(ids, attention_mask=mask[:, :20], past_key_values=cache)
+            with qaxis.sparse(model, qaxis.Budget(0.5, 3), backend=way):
+                for i in (20, 21):
+                    logits = model(ids[:, :1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits
+                    found.setdefault(way, []).append(logits)
+    assert all(map(torch.equal, *found.values()))

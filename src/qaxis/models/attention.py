@@ -218,7 +218,8 @@ def attend(
     """
     no_step = decoding.refusal(q, k, shown, settings)
     if _thread.capturing and (no_step or not hasattr(k, KEPT)):
-        raise RuntimeError(f"attention of a layer is no step over a qaxis.Cache: {no_step}")
+        why = no_step or "its keys do not lie in a qaxis.Cache"
+        raise RuntimeError(f"attention of a layer is no step that can be repeated: {why}")
     if not no_step:
         assert shown is not None
         step = decoding.attend(q, k, v, shown, logits, settings)

@@ -142,7 +142,9 @@ def _rows(batch: int, kept: _Kept, shown: Shown, budget: Budget, before: int) ->
         places = kept.room if kept.window else 0
         from ..decode.rows import write_rows
 
-        write_rows(rows.tensor, clock, rows.table, pads=pads, window=window, places=places)
+        # A layer with a window counts all tokens that it ever saw, padding too.
+        first = pads + shown.offset if pads is not None and places and pads is shown.pads else pads
+        write_rows(rows.tensor, clock, rows.table, pads=first, window=window, places=places)
         # The pads are kept, so that no other tensor has their id.
         rows.written = (*state, pads)
     return rows.tensor

@@ -21,7 +21,7 @@ from .settings import settings_of
 
 log = logging.getLogger(__name__)
 #: prompts of more tokens go through the model in chunks, of so many: what a layer makes of them is bounded then
-LONG_PROMPT, CHUNK = 16384, 8192
+LONG_PROMPT, CHUNK = 16384, 4096
 #: tokens beyond the prompt that a cache has room for at once, at most: most answers end long before they may
 MOST_ROOM = 4096
 _GENERATE = "generate"
@@ -94,6 +94,8 @@ def _no_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     """Why ``generate`` is given no cache of ours; empty if it is."""
     if any(kwargs.get(name) is not None for name in ("past_key_values", "cache_params")):
         return "the caller passes one"
+    if kwargs.get("custom_generate") is not None:
+        return "the caller generates in a way of its own"
     config = _config(model, args, kwargs)
     if kwargs.get("use_cache") is False or config.use_cache is False:
         return "use_cache=False"

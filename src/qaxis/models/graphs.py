@@ -28,7 +28,7 @@ from . import attention, decoding
 from .cache import Cache, Int8Cache
 from .compiled import CompiledForward
 from .masks import Shown, left_pads
-from .settings import is_ours, settings_of
+from .settings import Settings, is_ours, settings_of
 
 log = logging.getLogger(__name__)
 #: steps before one is captured: kernels are compiled in them, and short answers are over
@@ -37,6 +37,8 @@ WARM = 2
 PROOFS = 2
 #: how far, of the largest logit, those of a compiled step may be from those of the model's own kernels
 ROUNDING = 0.05
+#: of a layer that attends by itself
+DENSE = Settings(budget=None)
 #: what no clock shows
 UNKNOWN = -1
 #: tokens before a step is captured: by then a cache has all that it keeps in full of the first ones
@@ -230,7 +232,7 @@ class _Replay:
                 self._rewound(kwargs, partial(self._compiled, pads))
             forward = self.forward if self.compiled is None else partial(self._compiled, pads)
             self.graph, self.pads = _Graph(forward, kwargs, pads), pads
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever a model's code, a compiler or a driver may raise
             if self.compiled is not None:
                 self.compiled = None
                 log.warning("qaxis: the step cannot be compiled (%s)", str(error).splitlines()[0])
@@ -247,7 +249,11 @@ class _Replay:
 
         def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, logits: Logits) -> torch.Tensor:
             keys, values = cache.update(k, v, layer)
-            done = decoding.attend(q, keys, values, shown, logits, self.settings[layer])
+            settings = self.settings.get(layer, DENSE)
+            why = decoding.refusal(q, keys, shown, settings)
+            if why:
+                raise RuntimeError(f"layer {layer}: {why}")
+            done = decoding.attend(q, keys, values, shown, logits, settings)
             return done.output.transpose(1, 2).contiguous()
 
         return self.compiled({**kwargs, _MASK: None}, cache, step)

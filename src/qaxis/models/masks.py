@@ -27,10 +27,12 @@ class Shown:
     Attributes:
         pads: int32 ``[B]``, so many first keys are padding; None: none is.
         window: a query sees the last so many keys at most, itself included; None: all before it.
+        offset: so many tokens came before the first of these keys, which a window dropped.
     """
 
     pads: torch.Tensor | None = None
     window: int | None = None
+    offset: int = 0
 
 
 class ShownMask(torch.Tensor):
@@ -115,7 +117,7 @@ def _shown(q_length: int, kv_length: int, kwargs: dict[str, Any]) -> Shown | Non
     if not places or q_offset + q_length != kv_offset + kv_length or not _is_function(function, expected):
         return None
     pads = left_pads(kwargs.get("attention_mask"), kv_offset, kv_length)
-    return None if isinstance(pads, bool) else Shown(pads, window)
+    return None if isinstance(pads, bool) else Shown(pads, window, kv_offset)
 
 
 def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:
