@@ -132,6 +132,11 @@ def _close(x: Any, y: Any) -> bool:
     return bool((a - b).abs().amax() <= ROUNDING * b.abs().amax())
 
 
+def _said(error: Exception) -> str:
+    """What an error says, in a line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def _foreign_hooks(model: nn.Module) -> bool:
     """Whether somebody else looks at, or changes, what modules compute: replays would pass them by."""
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
@@ -235,9 +240,9 @@ class _Replay:
         except Exception as error:  # whatever a model's code, a compiler or a driver may raise
             if self.compiled is not None:
                 self.compiled = None
-                log.warning("qaxis: the step cannot be compiled (%s)", str(error).splitlines()[0])
+                log.warning("qaxis: the step cannot be compiled (%s)", _said(error))
                 return False
-            self.failed = f"the step cannot be captured ({str(error).splitlines()[0]})"
+            self.failed = f"the step cannot be captured ({_said(error)})"
             log.warning("qaxis: %s; tokens take longer", self.failed)
             return False
         return True
