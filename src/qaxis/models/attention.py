@@ -224,7 +224,11 @@ def attend(
         assert shown is not None
         step = decoding.attend(q, k, v, shown, logits, settings)
         n = k.shape[2]
-        return Attended(step.output, lambda: indices_to_mask(step.indices, n), step.engine, step.reason)
+
+        def kept_keys() -> torch.Tensor:
+            return indices_to_mask(torch.where(step.indices < 0, -1, step.indices - step.first), n)
+
+        return Attended(step.output, kept_keys, step.engine, step.reason)
     keys, values = stored_or_tensor(k), stored_or_tensor(v)
     no_prompt = prompts.refusal(q, shown, settings)
     if not no_prompt:

@@ -38,6 +38,8 @@ class Attended(NamedTuple):
     indices: torch.Tensor
     engine: str
     reason: str
+    #: what index the first of the keys has: of a window's buffer some places may lie before it
+    first: int = 0
 
 
 @dataclass
@@ -115,7 +117,7 @@ def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
 def _decoder(q: torch.Tensor, kept: _Kept, budget: Budget, triton: bool) -> Any:
     """The decoder, or with ``triton`` its Triton step alone, of such queries."""
     shape = (q.shape[0], q.shape[1], kept.room, q.shape[3], budget.k_eff(kept.room))
-    key = ("triton" if triton else "decoder", q.dtype, *shape)
+    key = ("triton" if triton else "decoder", q.dtype, q.device, *shape)
     if key not in kept.shared.workspace:
         from ..decode import Decoder
         from ..decode.triton_step import TritonStep
@@ -130,7 +132,7 @@ def _rows(batch: int, kept: _Kept, shown: Shown, budget: Budget, before: int) ->
     window = kept.window or shown.window or 0
     if pads is None and space.get(_CAPTURE) is not None:
         pads = kept.shared.pads
-    key = (_Rows, batch, budget, kept.room, window, kept.window > 0, before)
+    key = (_Rows, kept.clock.tensor.device, batch, budget, kept.room, window, kept.window > 0, before)
     if key not in space:
         device = kept.clock.tensor.device
         table = budget.table(kept.room, device).int()
@@ -186,7 +188,8 @@ def attend(
         query = q[:, :, i : i + 1]
         done.append(step.run(query, kept.keys, kept.values, kept.index, rows, logits, settings.always))
     why = "; ".join(x for x in (reason, kept.reason) if x)
+    first = kept.keys.shape[2] - k.shape[2] if kept.window else 0
     if m == 1:
-        return Attended(done[0].output, done[0].indices, engine, why)
+        return Attended(done[0].output, done[0].indices, engine, why, first)
     output, indices = (torch.cat([getattr(x, name) for x in done], 2) for name in ("output", "indices"))
     return Attended(output, indices, engine, why)

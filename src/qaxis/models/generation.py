@@ -38,17 +38,17 @@ class _Generate:
     """Stands for ``model.generate`` on one model."""
 
     def __init__(self, model: PreTrainedModel, compiled: bool) -> None:
-        functools.update_wrapper(self, _own(model))
-        self.model, self.compiled = weakref.ref(model), compiled
+        functools.update_wrapper(self, _own(model).__get__(model))
+        # Held: who calls enable(model).generate() holds nothing else.
+        self.model, self.compiled = model, compiled
         self.forward: CompiledForward | None = None
         _ours.add(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
-        model: Any = self.model()
-        return _Generate(memo.get(id(model), model), self.compiled)
+        return _Generate(memo.get(id(self.model), self.model), self.compiled)
 
     def __reduce__(self) -> Any:
-        return _Generate, (self.model(), self.compiled)
+        return _Generate, (self.model, self.compiled)
 
     def _compiled_forward(self, model: PreTrainedModel) -> CompiledForward | None:
         """What is compiled once for all calls, if it is wanted."""
@@ -57,8 +57,7 @@ class _Generate:
         return self.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self.model()
-        assert model is not None, "the model is gone"
+        model = self.model
         whole = functools.partial(_own(model), model)
         if all(settings_of(module) is None for module in model.modules()):
             # A part of the model was disabled, and that was all.

@@ -46,6 +46,10 @@ LEAST = 128
 _CACHE, _MASK, _FORWARD = "past_key_values", "attention_mask", "forward"
 
 
+#: one capture at a time: what the allocator gives a capture must not be asked for by another
+_capture = threading.RLock()
+
+
 class _Graph:
     """One captured step, its inputs and its output.
 
@@ -63,8 +67,15 @@ class _Graph:
         shared.clock.move_to(shared.layers[0].length)
         state, self.graph = shared.mark(), torch.cuda.CUDAGraph()
         try:
-            with attention.capturing(), decoding.capturing(shared, self), _no_collection():
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            # Streams of torch's own for captures are one a process: two threads would share it.
+            stream = torch.cuda.Stream(shared.clock.tensor.device)
+            with (
+                attention.capturing(),
+                decoding.capturing(shared, self),
+                _no_collection(),
+                torch.cuda.device(stream.device),
+            ):
+                with _capture, torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                     self.output = forward(**self.inputs, **self.fixed, **{_MASK: None})
         finally:
             # Nothing was computed: the host alone went a token ahead.
@@ -113,7 +124,9 @@ def _fresh(x: Any) -> Any:
         return x.clone()
     if isinstance(x, ModelOutput):
         return type(x)(**{name: _fresh(part) for name, part in x.items()})
-    return tuple(map(_fresh, x)) if isinstance(x, tuple) else x
+    if isinstance(x, dict):
+        return {name: _fresh(part) for name, part in x.items()}
+    return type(x)(map(_fresh, x)) if type(x) in (tuple, list) else x
 
 
 def _same(x: Any, y: Any) -> bool:
@@ -123,7 +136,10 @@ def _same(x: Any, y: Any) -> bool:
         return alike and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
     if isinstance(x, ModelOutput):
         return isinstance(y, ModelOutput) and x.keys() == y.keys() and all(_same(x[name], y[name]) for name in x)
-    return all(map(_same, x, y)) and len(x) == len(y) if isinstance(x, tuple) else True
+    if isinstance(x, (dict, tuple, list)):
+        parts = (x.values(), y.values()) if isinstance(x, dict) and isinstance(y, dict) else (x, y)
+        return type(x) is type(y) and len(x) == len(y) and all(map(_same, *parts))
+    return x is y or x == y or isinstance(x, (Cache, Int8Cache))
 
 
 def _close(x: Any, y: Any) -> bool:
@@ -216,6 +232,8 @@ class _Replay:
         if key != self.key:
             # What a first step makes, kernels and work space, is made outside of a graph.
             self.graph, self.proofs, self.key, self.warm = None, 0, key, min(self.warm, WARM - 1)
+            # Work space for less room would not be used again.
+            cache.shared.workspace.clear()
         if self.graph is not None:
             return True
         if self.warm < WARM or cache.get_seq_length() < LEAST:
