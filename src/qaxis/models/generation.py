@@ -1,30 +1,38 @@
 """``generate`` of a model while qaxis is on: its cache is kept in place, and on a GPU its steps are captured graphs.
 
-It is transformers' own ``generate`` that runs. It is given a cache where the caller passes none, long prompts in
-chunks, and a forward pass that replays (``graphs.py``); all of that is taken back when it returns.
+It is transformers' own ``generate`` that runs. Where it would make a ``DynamicCache`` it is given a :class:`Cache`;
+long prompts go through the model in chunks where that cannot matter, and steps are replayed (``replaying.py``). All of
+that is taken back when it returns.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .cache import Cache
 from .compiled import CompiledForward
-from .graphs import replaying
+from .replaying import replaying
 from .settings import settings_of
+from .stand_in import standing_in
 
 log = logging.getLogger(__name__)
 #: prompts of more tokens go through the model in chunks, of so many: what a layer makes of them is bounded then
 LONG_PROMPT, CHUNK = 16384, 4096
-#: tokens beyond the prompt that a cache has room for at once, at most: most answers end long before they may
-MOST_ROOM = 4096
-_GENERATE = "generate"
+#: tokens beyond the prompt that a cache has room for at once, of all rows and of one at least: answers may end long
+#: before they must
+MOST_ROOM, LEAST_ROOM = 4096, 256
+_GENERATE, _PREPARE, _CACHE = "generate", "_prepare_cache_for_generation", "past_key_values"
+#: arguments of a model that can be cut into chunks, or do not tell one token from another
+_IN_CHUNKS = {_CACHE, "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
 #: models whose ``generate`` is ours
 _ours: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
@@ -38,7 +46,10 @@ class _Generate:
     """Stands for ``model.generate`` on one model."""
 
     def __init__(self, model: PreTrainedModel, compiled: bool) -> None:
-        functools.update_wrapper(self, _own(model).__get__(model))
+        whole = _own(model).__get__(model)
+        functools.update_wrapper(self, whole)
+        # Of the wrapped function it would have a `self` before its arguments.
+        self.__signature__ = inspect.signature(whole)
         # Held: who calls enable(model).generate() holds nothing else.
         self.model, self.compiled = model, compiled
         self.forward: CompiledForward | None = None
@@ -52,8 +63,11 @@ class _Generate:
 
     def _compiled_forward(self, model: PreTrainedModel) -> CompiledForward | None:
         """What is compiled once for all calls, if it is wanted."""
-        if self.compiled and self.forward is None and "forward" not in model.__dict__:
-            self.forward = CompiledForward(model.forward)
+        if self.compiled and self.forward is None:
+            if "forward" in model.__dict__:
+                log.info("qaxis: steps are not compiled, as something else stands for the model's forward pass")
+            else:
+                self.forward = CompiledForward(model.forward)
         return self.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,61 +76,98 @@ class _Generate:
         if all(settings_of(module) is None for module in model.modules()):
             # A part of the model was disabled, and that was all.
             return whole(*args, **kwargs)
-        inputs = _inputs(args, kwargs)
-        why = _no_cache(model, args, kwargs) if inputs is not None else "the prompt is not a tensor of tokens"
-        if not why:
-            assert inputs is not None
-            why = _give_cache(model, inputs, args, kwargs)
-        if why:
-            log.info("qaxis: generate keeps the cache that transformers chooses, as %s", why)
-        with replaying(model, self._compiled_forward(model)):
+        with _given_caches(model), replaying(model, self._compiled_forward(model)):
             return whole(*args, **kwargs)
 
 
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The prompt ``[B, N]`` or ``[B, N, hidden]``."""
-    found = (args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
-    x = next((x for x in found if x is not None), None)
-    return x if isinstance(x, torch.Tensor) and x.ndim >= 2 else None
+@contextmanager
+def _given_caches(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, ``generate`` of this thread gets caches in place where it makes one that grows by concatenation."""
+
+    def make(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(prepare)
+
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            told = signature.bind(*args, **kwargs).arguments
+            inputs, config = told["model_kwargs"], told["generation_config"]
+            passed = inputs.get(_CACHE)
+            result = prepare(*args, **kwargs)
+            why = _no_cache(passed, inputs, config)
+            if not why:
+                why = _give_cache(model, told)
+            if why:
+                log.info("qaxis: generate keeps the cache that transformers chooses, as %s", why)
+            return result
+
+        return prepared
+
+    with standing_in(model, _PREPARE, make):
+        yield
 
 
-def _config(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerationConfig:
-    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    return given if isinstance(given, GenerationConfig) else model.generation_config  # type: ignore[return-value]
-
-
-def _setting(name: str, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
-    return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
-
-
-def _no_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Why ``generate`` is given no cache of ours; empty if it is."""
-    if any(kwargs.get(name) is not None for name in ("past_key_values", "cache_params")):
+def _no_cache(passed: Any, inputs: dict[str, Any], config: Any) -> str:
+    """Why what transformers prepared is left as it is; empty if it is not."""
+    made = inputs.get(_CACHE)
+    if made is None:
+        return "it makes none"
+    if made is passed:
         return "the caller passes one"
-    if kwargs.get("custom_generate") is not None:
-        return "the caller generates in a way of its own"
-    config = _config(model, args, kwargs)
-    if kwargs.get("use_cache") is False or config.use_cache is False:
-        return "use_cache=False"
-    if _setting("cache_implementation", config, kwargs) is not None:
-        return f"cache_implementation={_setting('cache_implementation', config, kwargs)!r}"
-    if model.config.is_encoder_decoder:
-        return "an encoder-decoder keeps two caches"
+    if config.cache_implementation is not None:
+        return f"cache_implementation={config.cache_implementation!r}"
+    return "" if type(made) is DynamicCache else f"it is a {type(made).__name__}"
+
+
+def _length(inputs: dict[str, Any], config: Any) -> int:
+    """Tokens of the prompt, by what transformers made of it: a mask of ones is left out; 0 if nothing tells."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return mask.shape[1]
+    return positions.shape[-1] if isinstance(positions, torch.Tensor) else getattr(config, "_mask_length", None) or 0
+
+
+def _give_cache(model: PreTrainedModel, told: dict[str, Any]) -> str:
+    """Put a cache of ours in the place of one that is empty; why not, if that cannot be."""
+    inputs, config, batch = told["model_kwargs"], told["generation_config"], told["batch_size"]
+    longest, prompt = told["max_cache_length"] + 1, _length(inputs, config)
+    rows = batch * max(config.num_beams or 1, config.num_return_sequences or 1)
+    room = min(longest, prompt + max(LEAST_ROOM, MOST_ROOM // rows))
+    try:
+        cache = Cache(model.config.get_text_config(decoder=True), room=room)
+    except ValueError as error:
+        return str(error)
+    if config.is_assistant:
+        # What an assistant drafts is taken back.
+        cache.activate_past_recording()
+    inputs[_CACHE] = cache
+    if prompt > LONG_PROMPT and config.prefill_chunk_size is None:
+        whole = _not_in_chunks(model, inputs, config)
+        if whole:
+            log.info("qaxis: a prompt of %d tokens is not cut into chunks, as %s", prompt, whole)
+        else:
+            # Of this call: transformers made it.
+            config.prefill_chunk_size = CHUNK
     return ""
 
 
-def _give_cache(model: PreTrainedModel, inputs: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Put a cache of ours among the arguments; why not, if that cannot be."""
-    config, prompt = _config(model, args, kwargs), inputs.shape[1]
-    new = _setting("max_new_tokens", config, kwargs)
-    longest = _setting("max_length", config, kwargs) or 0
-    room = prompt + min(MOST_ROOM, new if new is not None else max(0, longest - prompt))
-    try:
-        kwargs["past_key_values"] = Cache(model.config.get_text_config(decoder=True), room=room)
-    except ValueError as error:
-        return str(error)
-    if prompt > LONG_PROMPT and _setting("prefill_chunk_size", config, kwargs) is None:
-        kwargs["prefill_chunk_size"] = CHUNK
+def _not_in_chunks(model: PreTrainedModel, inputs: dict[str, Any], config: Any) -> str:
+    """Why a prompt in chunks might not give what it gives whole; empty if it does."""
+    strange = sorted(name for name, x in inputs.items() if x is not None and name not in _IN_CHUNKS)
+    if strange:
+        return f"{strange[0]} is passed"
+    if model.main_input_name != "input_ids":
+        return f"its input is {model.main_input_name}"
+    asked = (
+        getattr(of, name, None)
+        for of in (config, model.config)
+        for name in ("output_hidden_states", "output_attentions")
+    )
+    if any(asked):
+        return "hidden states or attentions of every token are asked for"
+    for module in model.modules():
+        kind = getattr(module, "rope_type", "default")
+        for each in kind.values() if isinstance(kind, dict) else (kind,):
+            if each == "longrope" or "dynamic" in str(each):
+                return f"its positions depend on the length of the prompt (rope_type={each!r})"
     return ""
 
 

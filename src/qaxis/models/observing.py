@@ -53,6 +53,11 @@ def _observe(entry: tuple[frozenset[int], Observer], begin: bool) -> None:
         AttentionInterface.get_interface = _look_up_watched if _observing else _look_up  # type: ignore[method-assign]
 
 
+def anybody() -> bool:
+    """Whether somebody observes any model."""
+    return bool(_observing)
+
+
 def _check_not_compiled(model: nn.Module) -> None:
     """Refuse a model whose forward pass, or a submodule's, was compiled: which attention it runs is settled."""
     compiled = next((m for m in model.modules() if _is_compiled(m)), None)

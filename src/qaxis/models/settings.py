@@ -22,7 +22,8 @@ NAME = "qaxis"
 ENGINES = (*BACKENDS, "cuda")
 EXACTNESS = ("auto", "bitwise", "selection")
 _SETTINGS = "_qaxis_settings"
-_CALLS = "_qaxis_calls"
+#: attribute of a module that counts its calls by thread
+CALLS = "_qaxis_calls"
 
 #: what ``budget`` may be: one for all layers, or one a layer with "default" for the others; "dense" keeps every key
 LayerBudget = Budget | int | str
@@ -55,18 +56,18 @@ def set_settings(module: nn.Module, settings: Settings | None) -> None:
 
 def calls_of(module: nn.Module) -> int:
     """How often attention of this module came through qaxis in this thread; counted in strict mode and recordings."""
-    return module.__dict__.get(_CALLS, {}).get(get_ident(), 0)
+    return module.__dict__.get(CALLS, {}).get(get_ident(), 0)
 
 
 def count_call(module: nn.Module) -> None:
     """One call more in this thread. Threads have counts of their own: what one does says nothing about another."""
-    counts, thread = module.__dict__.setdefault(_CALLS, {}), get_ident()
+    counts, thread = module.__dict__.setdefault(CALLS, {}), get_ident()
     counts[thread] = counts.get(thread, 0) + 1
 
 
 def forget_calls(module: nn.Module) -> None:
     """Leave no trace of the counts."""
-    module.__dict__.pop(_CALLS, None)
+    module.__dict__.pop(CALLS, None)
 
 
 class _Watch:
@@ -98,7 +99,7 @@ def watch_calls(module: nn.Module, missed: Callable[[nn.Module], None]) -> list[
     Each run is judged in its own thread, and only if it began after this call. The hooks that do it are returned.
     """
     # Replicas of a module share what is in its attributes by now.
-    module.__dict__.setdefault(_CALLS, {})
+    module.__dict__.setdefault(CALLS, {})
     watch = _Watch(missed)
     return [module.register_forward_pre_hook(watch.before), module.register_forward_hook(watch.after)]
 

@@ -246,11 +246,13 @@ def make_plan(
     if stretch * kv_heads_at_once * group > most:
         most = max(1, min(t.memory // (2 * scores), most))
         chunk = min(chunk, max(t.queries, most // (batch * heads) // t.queries * t.queries), max(1, most // group))
-        kv_heads_at_once = min(kv_heads_at_once, max(1, most // (chunk * group)))
+        kv_heads_at_once = _evenly(batch, kv_heads, min(kv_heads_at_once, max(1, most // (chunk * group))))
+        chunk = max(chunk, min(m, t.chunk, most // (kv_heads_at_once * group)) // t.queries * t.queries)
         left = t.memory // (kv_heads_at_once * group) - chunk * scores
         # Fewer heads leave room for more of their queries.
         longest = min(m, t.chunk if window < n else 2 * t.chunk)
         stretch = max(chunk, min(longest, left // bits) // chunk * chunk)
+        stretch = round_up(_part_of(m, stretch), chunk)
     kv_heads_at_once = min(kv_heads_at_once, max(1, MOST_HEADS // group))
     # An eighth of the memory for lines; and no program without rows.
     rows = kv_heads_at_once * group * stretch
@@ -265,10 +267,23 @@ def make_plan(
 def tuning_for(batch: int, heads: int, m: int, n: int) -> PrefillTuning:
     """What suits ``m`` queries of ``batch * heads`` heads that meet ``n`` keys, with little memory beside the cache.
 
-    At most 1.125 GiB are taken, and at most 512 MiB where there are more than 32768 keys.
+    Up to 16384 keys, where a prompt is most of what waits for its first token, 2.25 GiB are taken at most; up to 32768
+    half of it, and beyond a quarter.
     """
-    memory = (1 << 30) if n <= 32768 else (448 << 20)
+    memory = (2 << 30) if n <= 16384 else (1 << 30) if n <= 32768 else (512 << 20)
     return replace(DEFAULT_TUNING, memory=min(memory, max(1 << 20, batch * heads * m * 3 * round_up(n, SPAN))))
+
+
+def _evenly(batch: int, kv_heads: int, at_once: int) -> int:
+    """KV heads in flight, ``at_once`` at most: whole batches, or of one, in parts that are as large as each other."""
+    if at_once >= kv_heads:
+        return kv_heads * _part_of(batch, at_once // kv_heads)
+    return _part_of(kv_heads, at_once)
+
+
+def _part_of(many: int, at_once: int) -> int:
+    """The least number that goes as often into ``many``, rounded up, as ``at_once`` does."""
+    return -(-many // -(-many // at_once))
 
 
 def round_up(n: int, multiple: int) -> int:
