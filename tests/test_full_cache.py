@@ -201,7 +201,7 @@ def test_buffers_stay_where_they_are_unless_the_version_says_so():
         change()
         assert cache.shared.version > version
         version = cache.shared.version
-    assert cache.shared.layers == []
+    assert cache.shared.holders == []
 
 
 def test_tokens_that_a_replay_appended_are_counted():
@@ -277,9 +277,11 @@ def test_a_cache_that_is_dropped_is_gone_without_the_collector(make):
         cache = make(tf.LlamaConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64))
         for layer in range(2):
             cache.update(*torch.randn(2, 1, 1, 130, 64), layer)
-        held = [weakref.ref(layer) for layer in cache.shared.layers]
+        held = [weakref.ref(layer) for layer in cache.shared.holders]
         twin = copy.deepcopy(cache)
-        assert len(held) == 2 and len(twin.shared.layers) == 2 and twin.shared.layers[0] is not cache.shared.layers[0]
+        assert (
+            len(held) == 2 and len(twin.shared.holders) == 2 and twin.shared.holders[0] is not cache.shared.holders[0]
+        )
         del cache
         assert all(reference() is None for reference in held)
     finally:

@@ -8,7 +8,8 @@ import torch
 from qaxis.decode import index_keys
 from qaxis.decode.index import KeyIndex
 from qaxis.storage import append
-from qaxis.storage.in_place import KeyValues, Shared
+from qaxis.storage.in_place import KeyValues
+from qaxis.storage.shared import Shared
 from qaxis.storage.window import first_held, places_for
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

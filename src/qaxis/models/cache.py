@@ -28,9 +28,9 @@ from transformers.cache_utils import (
 )
 
 from ..storage.formats import FORMATS, Format
-from ..storage.in_place import Shared
 from ..storage.in_place_quantised import StoredKeyValues
 from ..storage.lazy import LazyTensor, dequantized
+from ..storage.shared import Shared
 from ..storage.side import Side
 from ..validation import check_form, is_integer, require
 from . import cache_file
@@ -264,7 +264,7 @@ class InPlaceCache(DynamicCache):
     """What :class:`Cache` and :class:`Int8Cache` have in common: layers that transformers would make, some replaced.
 
     Attributes:
-        shared: the clock, and what else layers share (:class:`qaxis.storage.in_place.Shared`).
+        shared: the clock, and what else layers share (:class:`qaxis.storage.shared.Shared`).
     """
 
     #: also where every layer of a model could be: a step is captured by CUDA graphs, not compiled
@@ -300,7 +300,7 @@ class InPlaceCache(DynamicCache):
 
     def reserve(self, m: int) -> None:
         """Make room for ``m`` more tokens in every layer, one after the other."""
-        for layer in self.shared.layers:
+        for layer in self.shared.holders:
             layer.reserve(m)
 
     def advance(self, m: int) -> None:

@@ -16,9 +16,9 @@ import torch
 from ..attention.logits import Logits
 from ..budget import Budget
 from ..storage.clock import Clock
-from ..storage.in_place import Shared
 from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
+from ..storage.shared import Shared
 from .in_place import KEPT
 from .masks import Shown
 from .settings import Settings

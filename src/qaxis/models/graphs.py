@@ -64,7 +64,7 @@ class _Graph:
         self.fixed = {n: x for n, x in kwargs.items() if n not in self.inputs and n != _MASK}
         shared = self.cache.shared
         shared.pads = pads
-        shared.clock.move_to(shared.layers[0].length)
+        shared.clock.move_to(shared.holders[0].length)
         state, self.graph = shared.mark(), torch.cuda.CUDAGraph()
         try:
             # Streams of torch's own for captures are one a process: two threads would share it.
@@ -84,14 +84,14 @@ class _Graph:
     def goes_on(self, kwargs: dict[str, Any]) -> bool:
         """Whether this is the next token of what was captured. Asked before every token, so it looks at little."""
         shared, mask = self.cache.shared, kwargs.get(_MASK)
-        length, version = shared.layers[0].length + 1, self.version
+        length, version = shared.holders[0].length + 1, self.version
         return (
             kwargs.keys() == self.names
             and all(kwargs[name] is x for name, x in self.fixed.items())
             and all(kwargs[name].shape == x.shape and kwargs[name].dtype == x.dtype for name, x in self.inputs.items())
             and (mask is None or (mask.ndim == 2 and mask.shape[1] == length))
             and version == shared.version
-            and all(layer.has_room(length) for layer in shared.layers)
+            and all(layer.has_room(length) for layer in shared.holders)
         )
 
     def replay(self, kwargs: dict[str, Any]) -> Any:
@@ -99,7 +99,7 @@ class _Graph:
         for name, to in self.inputs.items():
             to.copy_(kwargs[name])
         shared = self.cache.shared
-        shared.clock.move_to(shared.layers[0].length)
+        shared.clock.move_to(shared.holders[0].length)
         self.graph.replay()
         shared.advance(1)
         decoding.forget_rows(shared)
@@ -163,7 +163,7 @@ def _foreign_hooks(model: nn.Module) -> bool:
 
 def _not_capturable(cache: Cache | Int8Cache) -> str:
     """Why a step over this cache cannot be captured; empty if it can."""
-    layers = cache.shared.layers
+    layers = cache.shared.holders
     if cache.offloading or not all(layer.capturable for layer in layers):
         return "a layer of the cache waits for the host"
     if len(layers) != len(cache.layers) or len({layer.device for layer in layers}) != 1:
@@ -192,7 +192,7 @@ class _Replay:
         if why:
             self._tell(why)
             return self.forward(*args, **kwargs)
-        for layer in kwargs[_CACHE].shared.layers:
+        for layer in kwargs[_CACHE].shared.holders:
             layer.reserve(1)
         if self._ready(kwargs):
             assert self.graph is not None

@@ -9,7 +9,8 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..storage.buffer import joined
-from ..storage.in_place import KeyValues, Shared
+from ..storage.in_place import KeyValues
+from ..storage.shared import Shared
 from ..validation import check_form, require
 
 #: of the tensors that a layer returns: what holds them
@@ -18,11 +19,11 @@ KEPT = "qaxis_key_values"
 CODED_DIMS = (64, 128)
 
 
-def index_for(k: torch.Tensor, wanted: str) -> tuple[str, str]:
-    """The index that keys ``[B, Hkv, n, D]`` get where ``wanted`` is asked for, and why it is another."""
-    if wanted == "codes" and k.shape[3] not in CODED_DIMS:
+def index_for(k: torch.Tensor, index: str) -> tuple[str, str]:
+    """The index that keys ``[B, Hkv, n, D]`` get where ``index`` is asked for, and why it is another."""
+    if index == "codes" and k.shape[3] not in CODED_DIMS:
         return "bounds", f"keys of {k.shape[3]} numbers have no codes: no kernel scores by them"
-    return wanted, ""
+    return index, ""
 
 
 def tokens_left(length: int, tokens_to_remove: int | torch.Tensor) -> int:
@@ -81,9 +82,7 @@ class InPlaceLayer(DynamicLayer):
 
     def _new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:
         index, reason = index_for(key_states, self.index)
-        kv = KeyValues(self.shared, key_states, value_states, index=index, room=self.room)
-        kv.reason = reason
-        return kv
+        return KeyValues(self.shared, key_states, value_states, index=index, room=self.room, reason=reason)
 
     def _hold(self, kv: KeyValues) -> None:
         if self.kv is not kv and self.kv is not None:

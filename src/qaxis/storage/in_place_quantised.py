@@ -14,10 +14,10 @@ from ..arithmetic.fast_scores import largest_norm, norms
 from ..validation import check_finite, require
 from . import lazy
 from .buffer import Growing
-from .clock import Clock
+from .clock import Clock, is_captured
 from .formats import EIGHT, Format
-from .in_place import Shared, is_captured
 from .key_index import KeyIndex, largest_scales, whole_groups
+from .shared import Shared
 from .side import Side, Stored
 
 #: groups whose numbers are made at once
@@ -62,7 +62,7 @@ class StoredKeyValues:
             self.broken = torch.zeros(1, dtype=torch.int32, device=device)
         shared.clock_on(k.device)
         shared.join(self)
-        self._places = self.addresses()
+        self._addresses = self.addresses()
 
     @property
     def clock(self) -> Clock:
@@ -75,6 +75,11 @@ class StoredKeyValues:
     @property
     def batch(self) -> int:
         return self.sides[0].parts["codes"].buffer.shape[0]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of keys and values."""
+        return self.sides[0].dtype, self.sides[1].dtype
 
     @property
     def length(self) -> int:
@@ -136,14 +141,14 @@ class StoredKeyValues:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy lies elsewhere, and nothing was made for it yet.
         vars(self).update(state)
-        self._places = self.addresses()
+        self._addresses = self.addresses()
         self.shared.join(self)
 
     def _note_moves(self) -> None:
-        places = self.addresses()
-        if places != self._places:
-            self._places = places
-            self.shared.version += 1
+        addresses = self.addresses()
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self.shared.moved()
 
     @torch.no_grad()
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:

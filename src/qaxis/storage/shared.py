@@ -1,0 +1,181 @@
+"""What the layers of one cache share, and what each of them can do, whichever way it holds keys and values."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+
+from ..validation import require
+from .clock import Clock
+from .key_index import KeyIndex
+
+
+class Holder(Protocol):
+    """Keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` of one layer, and the index of the keys.
+
+    :class:`~qaxis.storage.in_place.KeyValues` holds numbers, :class:`~qaxis.storage.in_place_quantised.StoredKeyValues`
+    codes.
+
+    Attributes:
+        shared: what the layers of the cache share.
+        length: tokens appended, also those that a window dropped.
+        indexed: places, from the first on, whose keys the index is of.
+        reason: why the keys have no index of codes where one would be faster; empty if they have.
+    """
+
+    shared: Shared
+    length: int
+    indexed: int
+    reason: str
+
+    @property
+    def clock(self) -> Clock:
+        """That of the layers on the same device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers lie."""
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of keys and values."""
+
+    @property
+    def batch(self) -> int:
+        """B."""
+
+    @property
+    def room(self) -> int:
+        """Places that the buffers have."""
+
+    @property
+    def held(self) -> int:
+        """Places that hold a token."""
+
+    @property
+    def window(self) -> int:
+        """Newest tokens that a query sees, 0 for all."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether :meth:`operands` are codes."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a GPU appends a token in one launch, whatever the clock says."""
+
+    def check(self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")) -> None:
+        """Check that states can be appended, by form; ValueError names what cannot."""
+
+    def takes(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether states of this kind can be appended."""
+
+    def has_room(self, end: int) -> bool:
+        """Whether ``end`` tokens in all find room where the buffers lie."""
+
+    def reserve(self, m: int) -> None:
+        """Make room for ``m`` more tokens."""
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append ``k [B, Hkv, m, D]`` and ``v [B, Hkv, m, Dv]`` that :meth:`check` allows; moves the clock."""
+
+    def advance(self, m: int) -> None:
+        """Count ``m`` tokens that a kernel, or a replayed graph, appended."""
+
+    def operands(self) -> tuple[Any, Any, KeyIndex]:
+        """Keys and values, tensors or :class:`~qaxis.storage.side.Stored`, and the index of the keys."""
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Batch rows that ``indices`` name, int64 or bool; buffers stay where they are if the batch stays as large."""
+
+    def move(self, device: torch.device | str) -> None:
+        """Move all buffers to ``device``, without waiting."""
+
+    def nbytes(self) -> int:
+        """Bytes of the buffers, room for growth included."""
+
+    def leave(self) -> None:
+        """Take no more part in what the cache's layers share."""
+
+
+class Shared:
+    """What the layers of one cache share.
+
+    Attributes:
+        pads: int32 ``[B]``, tokens at the start that a batch row does not see, or None.
+        workspace: for decoders and what else works on this cache; a copy of a cache starts without.
+        version: changes whenever any buffer of the cache moves in memory.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        """With the clock of a ``device``, or of those of the layers to come."""
+        self.clocks: dict[str, Clock] = {}
+        if device is not None:
+            self.clock_on(torch.empty(0, device=device).device)
+        self.pads: torch.Tensor | None = None
+        self.workspace: dict[Any, Any] = {}
+        self.version = 0
+        # Not held: a cache that is dropped gives its memory back at once.
+        self.references: list[weakref.ref[Holder]] = []
+
+    def clock_on(self, device: torch.device) -> Clock:
+        """The clock of the layers on ``device``; a model of several devices has one on each."""
+        if str(device) not in self.clocks:
+            self.clocks[str(device)] = Clock(device)
+        return self.clocks[str(device)]
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of the first layer.
+
+        Raises:
+            ValueError: before anything was written.
+        """
+        require(bool(self.clocks), "cache", "empty", "a cache that was written to")
+        return next(iter(self.clocks.values()))
+
+    def advance(self, m: int) -> None:
+        """Count ``m`` tokens that a replayed graph appended to every layer: the host catches up with the device."""
+        for clock in self.clocks.values():
+            clock.at += m
+        for holder in self.holders:
+            holder.advance(m)
+
+    def mark(self) -> Any:
+        """How far the host counted, for :meth:`rewind`."""
+        return [clock.at for clock in self.clocks.values()], [(x.length, x.indexed) for x in self.holders]
+
+    def rewind(self, mark: Any) -> None:
+        """Count on the host as at ``mark``, where the device did nothing since, or does it again."""
+        for clock, at in zip(self.clocks.values(), mark[0], strict=True):
+            clock.at = at
+        for holder, (length, indexed) in zip(self.holders, mark[1], strict=True):
+            holder.length, holder.indexed = length, indexed
+
+    @property
+    def holders(self) -> list[Holder]:
+        """What holds the keys and values of each layer that has any, in the order in which they came."""
+        return [holder for reference in self.references if (holder := reference()) is not None]
+
+    def join(self, holder: Holder) -> None:
+        """``holder`` takes part from now on."""
+        self.references.append(weakref.ref(holder))
+        self.moved()
+
+    def part(self, holder: Holder) -> None:
+        """``holder`` takes no more part."""
+        self.references = [reference for reference in self.references if reference() is not holder]
+        self.moved()
+
+    def moved(self) -> None:
+        """Note that a buffer of the cache moved in memory."""
+        self.version += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Layers that are copied join the copy themselves.
+        return {**vars(self), "workspace": {}, "references": []}
