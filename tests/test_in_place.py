@@ -28,6 +28,12 @@ def loud(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
     return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
 
 
+def reserve(cache, m):
+    """Make room for ``m`` more tokens in every layer."""
+    for holder in cache.shared.holders:
+        holder.reserve(m)
+
+
 def same_index(a: KeyIndex, b: KeyIndex) -> bool:
     names = ("norm", "residual", "largest_scales")
     equal = all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)

@@ -23,7 +23,7 @@ from ..storage.lazy import dequantized, stored_or_tensor
 from ..storage.side import Stored
 from ..validation import DTYPES, check_scale, require
 from . import compiled, decoding, prompts
-from .in_place import KEPT
+from .holding import KEPT
 from .layers import HARMLESS
 from .masks import Shown, shown_by, visible_keys
 from .settings import NAME, Settings, count_call, settings_of

@@ -19,7 +19,7 @@ from ..storage.clock import Clock
 from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
 from ..storage.shared import Shared
-from .in_place import KEPT
+from .holding import KEPT
 from .masks import Shown
 from .settings import Settings
 

@@ -161,16 +161,6 @@ def _foreign_hooks(model: nn.Module) -> bool:
     return not all(map(is_ours, hooks))
 
 
-def _not_capturable(cache: Cache | Int8Cache) -> str:
-    """Why a step over this cache cannot be captured; empty if it can."""
-    layers = cache.shared.holders
-    if cache.offloading or not all(layer.capturable for layer in layers):
-        return "a layer of the cache waits for the host"
-    if len(layers) != len(cache.layers) or len({layer.device for layer in layers}) != 1:
-        return "layers of the cache are not all kept in place on one GPU"
-    return "" if len({layer.length for layer in layers}) == 1 else "layers of the cache have different lengths"
-
-
 class _Replay:
     """The forward passes of one call of ``generate``."""
 
@@ -220,7 +210,7 @@ class _Replay:
             return "a recording sees every call"
         known = (torch.Tensor, bool, int, float, str, type(None), Cache, Int8Cache)
         strange = [name for name, x in kwargs.items() if not isinstance(x, known)]
-        return f"{strange[0]} is neither a tensor nor a constant" if strange else _not_capturable(cache)
+        return f"{strange[0]} is neither a tensor nor a constant" if strange else cache.not_capturable()
 
     def _ready(self, kwargs: dict[str, Any]) -> bool:
         """Whether there is a graph of such a step; one is captured once enough steps were seen."""

@@ -63,11 +63,6 @@ def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
-def rounded_up(n: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is at least ``n``."""
-    return -(-n // multiple) * multiple
-
-
 def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     """As ``torch.cat``, of parts of one dtype; autocast, which has rules of its own for ``cat``, changes nothing."""
     shape = list(parts[0].shape)

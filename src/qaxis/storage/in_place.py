@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from ..validation import check_form, require
+from ..arithmetic.reference import rounded_up
+from ..validation import require
 from . import bounds
-from .buffer import rounded_up, zeros
+from .buffer import zeros
 from .clock import Clock, is_captured
 from .formats import EIGHT
 from .key_index import KeyIndex
-from .shared import Shared
+from .shared import Shared, check_states, takes
 from .side import Stored
 from .window import first_held, places_for
 
@@ -101,21 +102,8 @@ class KeyValues:
         return self.length - (first_held(self.length, self.window, self.room) if self.window else 0)
 
     def check(self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")) -> None:
-        """Check that states can be appended, by form: whether they are finite is left to who reads them.
-
-        Raises:
-            ValueError: naming the argument, its value and what is allowed.
-        """
-        for name, x, dtype, dim in zip(names, (k, v), self.dtypes, self.dims, strict=True):
-            # Latent attention may keep all it needs in the keys, and values of no width beside them (GLM 5 Next).
-            bare = dim == 0 and isinstance(x, torch.Tensor) and x.ndim == 4
-            check_form(name, k if bare else x, 4)
-            require(x.device == self.device, f"{name}.device", str(x.device), f"the cache's {self.device}")
-            require(x.dtype == dtype, f"{name}.dtype", x.dtype, f"the cache's {dtype}")
-            fits = (*x.shape[:2], x.shape[3]) == (self.batch, self.heads, dim)
-            require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{self.batch}, {self.heads}, n, {dim}]")
-        same = k.shape[2] == v.shape[2]
-        require(same, f"{names[1]}.shape", tuple(v.shape), f"as many tokens as {names[0]} {tuple(k.shape)}")
+        """As :func:`~qaxis.storage.shared.check_states`."""
+        check_states(self, k, v, names)
 
     def slides(self, m: int) -> bool:
         """Whether appending ``m`` tokens overwrites one that the first of them sees."""
@@ -125,8 +113,7 @@ class KeyValues:
 
     def takes(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether states of this kind can be appended."""
-        alike = (k.dtype, v.dtype) == self.dtypes and (k.shape[3], v.shape[3]) == self.dims and k.device == self.device
-        return alike and tuple(k.shape[:2]) == (self.batch, self.heads)
+        return takes(self, k, v)
 
     def has_room(self, end: int) -> bool:
         """Whether ``end`` tokens in all find room where the buffers lie."""

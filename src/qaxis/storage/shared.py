@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..validation import require
+from ..validation import check_form, require
 from .clock import Clock
 from .key_index import KeyIndex
 
@@ -43,8 +43,16 @@ class Holder(Protocol):
         """Of keys and values."""
 
     @property
+    def dims(self) -> tuple[int, int]:
+        """D and Dv."""
+
+    @property
     def batch(self) -> int:
         """B."""
+
+    @property
+    def heads(self) -> int:
+        """Hkv."""
 
     @property
     def room(self) -> int:
@@ -179,3 +187,28 @@ class Shared:
     def __getstate__(self) -> dict[str, Any]:
         # Layers that are copied join the copy themselves.
         return {**vars(self), "workspace": {}, "references": []}
+
+
+def check_states(holder: Holder, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str]) -> None:
+    """Check that ``holder`` can append states, by form: whether they are finite is left to who reads them.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    batch, heads = holder.batch, holder.heads
+    for name, x, dtype, dim in zip(names, (k, v), holder.dtypes, holder.dims, strict=True):
+        # Latent attention may keep all it needs in the keys, and values of no width beside them (GLM 5 Next).
+        bare = dim == 0 and isinstance(x, torch.Tensor) and x.ndim == 4
+        check_form(name, k if bare else x, 4)
+        require(x.device == holder.device, f"{name}.device", str(x.device), f"the cache's {holder.device}")
+        require(x.dtype == dtype, f"{name}.dtype", x.dtype, f"the cache's {dtype}")
+        fits = (*x.shape[:2], x.shape[3]) == (batch, heads, dim)
+        require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{batch}, {heads}, n, {dim}]")
+    same = k.shape[2] == v.shape[2]
+    require(same, f"{names[1]}.shape", tuple(v.shape), f"as many tokens as {names[0]} {tuple(k.shape)}")
+
+
+def takes(holder: Holder, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether ``holder`` can append states of this kind."""
+    alike = (k.dtype, v.dtype) == holder.dtypes and (k.shape[3], v.shape[3]) == holder.dims
+    return alike and k.device == holder.device and tuple(k.shape[:2]) == (holder.batch, holder.heads)
