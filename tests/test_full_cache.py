@@ -204,6 +204,32 @@ def test_buffers_stay_where_they_are_unless_the_version_says_so():
     assert cache.shared.holders == []
 
 
+def test_work_space_of_rooms_that_no_layer_has_is_dropped(llama):
+    """Of a cache that grows turn by turn; what is outside of any room, and what is still in use, stays."""
+    cache = qaxis.Cache(llama.config)
+    space = cache.shared.workspace
+    space["capture"] = None
+    rooms = []
+    with torch.inference_mode():
+        for n in (500, 1, 40, 1):
+            if n == 1:
+                with qaxis.sparse(llama, qaxis.Budget(0.2, 5), backend="triton"):
+                    llama(prompt(1), past_key_values=cache)
+            else:
+                llama(prompt(n), past_key_values=cache)
+            now = {holder.room for holder in cache.shared.holders}
+            found = {key[0] for key in space if isinstance(key, tuple)}
+            assert "capture" in space and found <= now and (n > 1 or found == now)
+            rooms += [now]
+    assert rooms[1] != rooms[2] == rooms[3]
+    made = list(space.values())
+    cache.shared.holders[0].reserve(4000)
+    # The other layers have the room yet.
+    assert list(space.values()) == made
+    cache.reset()
+    assert list(space) == ["capture"] and cache.shared.holders == []
+
+
 def test_tokens_that_a_replay_appended_are_counted():
     cache = fill(qaxis.Cache(tf.LlamaConfig(**SMALL)))
     mark = cache.shared.mark()

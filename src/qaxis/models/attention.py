@@ -23,7 +23,7 @@ from ..storage.lazy import dequantized, stored_or_tensor
 from ..storage.side import Stored
 from ..validation import DTYPES, check_scale, require
 from . import compiled, decoding, prompts
-from .holding import KEPT
+from .holding import HOLDER
 from .layers import HARMLESS
 from .masks import Shown, shown_by, visible_keys
 from .settings import NAME, Settings, count_call, settings_of
@@ -217,7 +217,7 @@ def attend(
         watched: whether the mask of kept keys will be asked for.
     """
     no_step = decoding.refusal(q, k, shown, settings)
-    if _thread.capturing and (no_step or not hasattr(k, KEPT)):
+    if _thread.capturing and (no_step or not hasattr(k, HOLDER)):
         why = no_step or "its keys do not lie in a qaxis.Cache"
         raise RuntimeError(f"attention of a layer is no step that can be repeated: {why}")
     if not no_step:

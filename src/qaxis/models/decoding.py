@@ -19,7 +19,7 @@ from ..storage.clock import Clock
 from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
 from ..storage.shared import Shared
-from .holding import KEPT
+from .holding import HOLDER
 from .masks import Shown
 from .settings import Settings
 
@@ -94,8 +94,8 @@ def capturing(shared: Shared, graph: object) -> Iterator[None]:
 
 
 def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
-    kept: Any = getattr(k, KEPT, None)
-    same = kept is not None and getattr(v, KEPT, None) is kept
+    kept: Any = getattr(k, HOLDER, None)
+    same = kept is not None and getattr(v, HOLDER, None) is kept
     if same:
         keys, values, index = kept.operands()
         return _Kept(keys, values, index, kept.shared, kept.clock, kept.room, kept.window, kept.reason)
@@ -117,7 +117,7 @@ def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
 def _decoder(q: torch.Tensor, kept: _Kept, budget: Budget, triton: bool) -> Any:
     """The decoder, or with ``triton`` its Triton step alone, of such queries."""
     shape = (q.shape[0], q.shape[1], kept.room, q.shape[3], budget.k_eff(kept.room))
-    key = ("triton" if triton else "decoder", q.dtype, q.device, *shape)
+    key = (kept.room, "triton" if triton else "decoder", q.dtype, q.device, *shape)
     if key not in kept.shared.workspace:
         from ..decode import Decoder
         from ..decode.triton_step import TritonStep
@@ -132,7 +132,7 @@ def _rows(batch: int, kept: _Kept, shown: Shown, budget: Budget, before: int) ->
     window = kept.window or shown.window or 0
     if pads is None and space.get(_CAPTURE) is not None:
         pads = kept.shared.pads
-    key = (_Rows, kept.clock.tensor.device, batch, budget, kept.room, window, kept.window > 0, before)
+    key = (kept.room, _Rows, kept.clock.tensor.device, batch, budget, window, kept.window > 0, before)
     if key not in space:
         device = kept.clock.tensor.device
         table = budget.table(kept.room, device).int()
@@ -164,7 +164,7 @@ def refusal(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, settings: Set
         return f"{q.shape[2]} queries"
     if shown is None:
         return "the mask is no range of keys"
-    kept = getattr(k, KEPT, None)
+    kept = getattr(k, HOLDER, None)
     if q.shape[2] > 1 and kept is not None and (kept.window or kept.quantised):
         return "several queries over a window or an 8-bit cache"
     return ""

@@ -12,7 +12,7 @@ from ..storage.shared import Holder, Shared
 from ..validation import check_form, require
 
 #: of the tensors that a layer returns: what holds them
-KEPT = "qaxis_key_values"
+HOLDER = "qaxis_key_values"
 #: arguments of ``update``
 STATES = ("key_states", "value_states")
 #: of an empty layer of transformers: what ours say for themselves
@@ -104,7 +104,7 @@ class HoldingLayer(DynamicLayer):
         """The same tensors, which tell attention what holds them."""
         if self.told:
             for x in (keys, values):
-                setattr(x, KEPT, self.kv)
+                setattr(x, HOLDER, self.kv)
         return keys, values
 
     def get_seq_length(self) -> int:

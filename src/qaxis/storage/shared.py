@@ -116,7 +116,8 @@ class Shared:
 
     Attributes:
         pads: int32 ``[B]``, tokens at the start that a batch row does not see, or None.
-        workspace: for decoders and what else works on this cache; a copy of a cache starts without.
+        workspace: decoders and what else works on this cache; a copy of a cache starts without. A key is a tuple that
+            begins with the room, in places, that its value was made for: it is dropped once no layer has that room.
         version: changes whenever any buffer of the cache moves in memory.
     """
 
@@ -181,8 +182,14 @@ class Shared:
         self.moved()
 
     def moved(self) -> None:
-        """Note that a buffer of the cache moved in memory."""
+        """Note that a buffer of the cache moved in memory, and drop what was made for rooms that are no more.
+
+        A graph that was captured over such work space is of an earlier version, and not replayed any more.
+        """
         self.version += 1
+        rooms = {holder.room for holder in self.holders}
+        for key in [key for key in self.workspace if isinstance(key, tuple) and key[0] not in rooms]:
+            del self.workspace[key]
 
     def __getstate__(self) -> dict[str, Any]:
         # Layers that are copied join the copy themselves.
