@@ -100,6 +100,7 @@ GEMMA = "selfcheck/checks/gemma.py"
 OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switching.py", "src/qaxis/models/masks.py"
+MASKED = "src/qaxis/models/masked.py"
 BUILDS = "test_enable.py::"
 
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
@@ -386,12 +387,12 @@ MUTANTS = (
     Mutant(MODEL + "test_left_padding_is_never_selected", "padding selected", MASKS, "    return mask if mask.dtype == torch.bool else", "    return mask | _everything(m, n, causal, query.device) if mask.dtype == torch.bool else"),
     Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", ENABLE, "    set_settings(module, settings)\n", "    set_settings(module, settings or settings_of(module))\n"),
     Mutant(MODEL + "test_refusals", "gradients let through", MODELS, "if torch.is_grad_enabled() and", "if False and"),
-    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MODELS, "k, mask, budget.of(mask))\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n))\n        if"),
+    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MASKED, "k, mask, budget.of(mask))\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n))\n        if"),
     # In transformers
     Mutant("flag-off", "importing changes a global default", "src/qaxis/__init__.py", '__version__ = "0.1.0"', '__version__ = "0.1.0"\n__import__("torch").set_default_dtype(__import__("torch").float64)'),
     Mutant("families", "soft cap ignored", REFERENCE, "logit = canonical.soft_cap(logit, logits.soft_cap)", "logit = logit * 1.0"),
     Mutant("families", "sink left out of the denominator", REFERENCE, "denominator = denominator + canonical.exp2(", "denominator = denominator + 0 * canonical.exp2("),
-    Mutant("families", "the worst keys in fast mode", MODELS, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
+    Mutant("families", "the worst keys in fast mode", MASKED, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
     Mutant("architectures", "the future is visible where there is no mask", MASKS, "    return causal_mask(m, n, device) if causal else", "    return causal_mask(m, n, device) if False else"),
     Mutant(WINDOW, "sliding window ignored", MASKS, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
     Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", MASKS, "(q_length == 1 or (causal and q_length == kv_length))", "True"),

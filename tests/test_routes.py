@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 import qaxis
-from qaxis.models.attention import attend
 from qaxis.models.compiled import CompiledForward
+from qaxis.models.routing import attend
 from qaxis.models.settings import settings_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

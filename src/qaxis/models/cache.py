@@ -34,7 +34,7 @@ from ..storage.lazy import LazyTensor, dequantized
 from ..storage.side import Side
 from ..validation import check_form, is_integer, require
 from . import cache_file
-from .in_place import KEPT, InPlaceLayer, InPlaceWindowLayer, tokens_left
+from .in_place import HOLDER, InPlaceLayer, InPlaceWindowLayer, tokens_left
 from .settings import NAME
 
 #: attention implementations that may be handed lazy tensors: ours reads the codes, the others ask for the numbers by
@@ -128,7 +128,7 @@ class QuantizedLayer(DynamicLayer):
         stored = (LazyTensor(side.stored()) for side in self.sides)
         keys, values = stored if lazy else (x.dequantized() for x in stored)
         for x in (keys, values) if self.told else ():
-            setattr(x, KEPT, self.kv)
+            setattr(x, HOLDER, self.kv)
         return keys, values
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention.logits import Logits
-from . import attention, decoding
+from . import decoding, recorders, routing
 from .cache import Cache, Int8Cache
 from .compiled import CompiledForward
 from .masks import Shown, left_pads
@@ -70,8 +70,8 @@ class _Graph:
             # Streams of torch's own for captures are one a process: two threads would share it.
             stream = torch.cuda.Stream(shared.clock.tensor.device)
             with (
-                attention.capturing(),
-                decoding.capturing(shared, self),
+                routing.only_steps(),
+                decoding.rows_into(shared, self),
                 _no_collection(),
                 torch.cuda.device(stream.device),
             ):
@@ -185,7 +185,7 @@ class _Replay:
         self.told: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        graph = self.graph if self.proofs == PROOFS and not args and not attention.recorders else None
+        graph = self.graph if self.proofs == PROOFS and not args and not recorders.current() else None
         if graph is not None and graph.goes_on(kwargs):
             return graph.replay(kwargs)
         why = self.failed or self._refusal(args, kwargs)
@@ -216,7 +216,7 @@ class _Replay:
         mask = kwargs.get(_MASK)
         if mask is not None and not (mask.ndim == 2 and mask.shape[1] == cache.get_seq_length() + 1):
             return "attention_mask is not one number a token"
-        if attention.recorders:
+        if recorders.current():
             return "a recording sees every call"
         known = (torch.Tensor, bool, int, float, str, type(None), Cache, Int8Cache)
         strange = [name for name, x in kwargs.items() if not isinstance(x, known)]

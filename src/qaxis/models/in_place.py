@@ -13,7 +13,7 @@ from ..storage.in_place import KeyValues, Shared
 from ..validation import check_form, require
 
 #: of the tensors that a layer returns: what holds them
-KEPT = "qaxis_key_values"
+HOLDER = "qaxis_key_values"
 #: widths of keys that codes are scored in
 CODED_DIMS = (64, 128)
 
@@ -112,7 +112,7 @@ class InPlaceLayer(DynamicLayer):
         """The same tensors, which tell attention what holds them."""
         if self.told:
             for x in (keys, values):
-                setattr(x, KEPT, self.kv)
+                setattr(x, HOLDER, self.kv)
         return keys, values
 
     def _checked(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:

@@ -130,7 +130,7 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
 
     A bidirectional mask is for modules that stay what they are (cross attention): it is made as they expect it.
     """
-    if compiled.tracing and torch.compiler.is_compiling():
+    if compiled.is_tracing():
         return None
     before, causal = original_of(kwargs.get("config")) or (None, False)
     if "allow_is_bidirectional_skip" in kwargs and before not in (None, NAME):

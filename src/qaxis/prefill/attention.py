@@ -189,9 +189,15 @@ def selected_positions(bits: torch.Tensor) -> torch.Tensor:
     return torch.cat(padded).view(*bits.shape[:3], k_eff)
 
 
+def selected_mask(bits: torch.Tensor, n: int) -> torch.Tensor:
+    """The set bits of words int32 ``[..., W]`` as bool ``[..., n]``."""
+    each = (bits[..., None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1
+    return each.flatten(-2)[..., :n].bool()
+
+
 def _positions(rows: torch.Tensor) -> torch.Tensor:
     """As :func:`selected_positions`, of words ``[rows, W]``."""
-    each = ((rows[..., None] >> torch.arange(32, device=rows.device, dtype=torch.int32)) & 1).flatten(-2).bool()
+    each = selected_mask(rows, 32 * rows.shape[1])
     n, k_eff = each.shape[-1], int(each.sum(-1).max())
     position = torch.where(each, torch.arange(n, device=rows.device), n).sort(dim=-1).values[..., :k_eff]
     return torch.where(position == n, -1, position)
