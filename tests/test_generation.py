@@ -163,9 +163,7 @@ def test_a_compiled_decode_step_gives_the_same_bits_and_leaves_attention_alone(l
 
     traced = []
     plain_attend = routing.attend
-    monkeypatch.setattr(
-        routing, "attend", lambda *a: traced.append(torch.compiler.is_compiling()) or plain_attend(*a)
-    )
+    monkeypatch.setattr(routing, "attend", lambda *a: traced.append(torch.compiler.is_compiling()) or plain_attend(*a))
     ids = prompt(40)
     with qaxis.sparse(llama, 8), torch.inference_mode():
         first = llama(ids, use_cache=True)

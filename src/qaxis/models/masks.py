@@ -126,7 +126,8 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
     SDPA reads no mask as causal from the *first* key on, which is how transformers uses it with a static cache;
     here no mask means that the queries are the last positions. Both agree for one query, or as many as keys, in
     modules that are causal. A mask of causal queries at the end, left-padded or in a sliding window or neither, is a
-    :class:`ShownMask`.
+    :class:`ShownMask`. It tells of a window that hides nothing yet as well: a step that is captured then is repeated
+    for tokens from which the window hides some.
 
     A bidirectional mask is for modules that stay what they are (cross attention): it is made as they expect it.
     """
@@ -141,7 +142,8 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
     shown = _shown(q_length, kv_length, kwargs)
     if shown is None:
         return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs)
-    if skip and shown.pads is None and (shown.window is None or kv_length <= shown.window):
+    hides = shown.window is not None and (kv_length > shown.window or not torch.compiler.is_compiling())
+    if skip and shown.pads is None and not hides:
         return None
 
     def make() -> torch.Tensor:

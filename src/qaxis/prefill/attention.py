@@ -16,13 +16,13 @@ import torch
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import LOG2_E, next_power_of_two
 from ..arithmetic.triton import INTERPRETED, check_device, log2, triton
-from ..attention.always import NONE, Always
-from ..attention.logits import Logits
+from ..attention.always import NONE, Always, check_always
+from ..attention.logits import Logits, checked_logits
 from ..budget import Budget, as_budget
 from ..storage.lazy import tensor_of
 from ..validation import check_flag, check_qkv_form, require
 from . import cuda
-from .form import as_pads, check_always, check_logits, window_of
+from .form import as_pads, window_of
 from .plan import (
     DEFAULT_TUNING,
     MOST_KEYS,
@@ -119,8 +119,8 @@ def prefill_attention(
     require(backend in ("auto", "cuda", "triton"), "backend", backend, "'auto', 'cuda' or 'triton'")
     require(isinstance(tuning, PrefillTuning), "tuning", tuning, "a qaxis.prefill.PrefillTuning")
     budget = as_budget(budget, k.shape[2])
-    check_always(always, budget)
-    logits = check_logits(logits, scale, q)
+    check_always(always, budget.minimum, "the budget's minimum")
+    logits = checked_logits(logits, scale, q.shape[1], q.shape[3], q.device)
     window = window_of(window)
     pads = as_pads(pads, q, k.shape[2])
     if backend == "auto":
@@ -163,7 +163,7 @@ def parts_of(
     buffers, of_seen = Buffers(plan, q.device), tables(budget, plan.n, str(q.device), plan.always)
     for b, h, kv in plan.parts(q.shape[0]):
         bits, band = (None if x is None else x[b, h] for x in result[1:])
-        sink = None if logits.sink is None else logits.sink[h]
+        sink = None if logits.sink is None else logits.sink[h].contiguous()
         yield Part(
             plan, buffers, of_seen, q[b, h], k[b, kv], v[b, kv], ranges_of(plan, k[b, kv]),
             None if pads is None else pads[b], replace(logits, sink=sink), result.output[b, h], bits, band,
