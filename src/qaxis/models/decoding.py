@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -31,6 +32,8 @@ MOST_QUERIES = 16
 PLACES = 4096
 #: in a cache's work space, while a step is captured: what was written before is not in the graph
 _CAPTURE = "capture"
+#: in a cache's work space, by what holds a layer's keys: what the last step over them saw
+_SHOWN = "shown"
 SEVERAL = Refusal("several queries over a window or an 8-bit cache")
 
 
@@ -164,6 +167,29 @@ def refusal(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, settings: Set
     return None
 
 
+def not_repeatable(k: torch.Tensor, shown: Shown | None) -> str:
+    """Why a captured step over these keys would not be that of the next token; empty if it would."""
+    if not hasattr(k, HOLDER):
+        return "its keys do not lie in a qaxis.Cache"
+    return "" if shown is not None and shown.lasts else "what it sees changes with later tokens"
+
+
+def shown_again(k: torch.Tensor, pads: torch.Tensor | None) -> Shown:
+    """What a token sees of keys that a cache of ours returned, where no mask tells it.
+
+    The window is that of the last step over them that had a mask; ``pads`` are int32 ``[B]`` or None.
+
+    Raises:
+        RuntimeError: if there was no such step, or it says nothing of later tokens.
+    """
+    holder: Any = getattr(k, HOLDER, None)
+    seen: Shown | None = None if holder is None else holder.shared.workspace.get(_SHOWN, {}).get(holder)
+    why = not_repeatable(k, seen)
+    if why or seen is None:
+        raise RuntimeError(f"attention of a layer is no step that can be repeated: {why}")
+    return Shown(pads, seen.window)
+
+
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown, logits: Logits, settings: Settings
 ) -> Attended:
@@ -185,6 +211,8 @@ def attend(
         rows = _rows(q.shape[0], held, shown, budget, m - 1 - i)
         query = q[:, :, i : i + 1]
         done.append(step.run(query, held.keys, held.values, held.index, rows, logits, settings.always))
+    if m == 1 and hasattr(k, HOLDER):
+        held.shared.workspace.setdefault(_SHOWN, WeakKeyDictionary())[getattr(k, HOLDER)] = shown
     output, indices = done[0].output, done[0].indices
     if m > 1:
         output, indices = (torch.cat([getattr(x, name) for x in done], 2) for name in ("output", "indices"))

@@ -27,7 +27,7 @@ from ..attention.logits import Logits
 from . import decoding, recorders, routing
 from .cache import Cache, Int8Cache
 from .compiled import CompiledForward
-from .masks import Shown, left_pads
+from .masks import left_pads
 from .settings import Settings, is_ours, settings_of
 
 log = logging.getLogger(__name__)
@@ -268,10 +268,11 @@ class _Replay:
     def _compiled(self, pads: torch.Tensor | None, **kwargs: Any) -> Any:
         """The compiled forward pass of a token."""
         assert self.compiled is not None
-        cache, shown = kwargs[_CACHE], Shown(pads)
+        cache = kwargs[_CACHE]
 
         def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, logits: Logits) -> torch.Tensor:
             keys, values = cache.update(k, v, layer)
+            shown = decoding.shown_again(keys, pads)
             settings = self.settings.get(layer, DENSE)
             why = decoding.refusal(q, keys, shown, settings)
             if why:

@@ -15,7 +15,6 @@ from ..storage.lazy import dequantized, stored_or_tensor
 from ..storage.side import Stored
 from . import decoding, masked, prompts
 from .attended import Attended, Refusal
-from .in_place import HOLDER
 from .masks import Shown
 from .settings import Settings
 
@@ -60,9 +59,10 @@ def attend(
         RuntimeError: inside :func:`only_steps`, for what is no step over a cache of ours.
     """
     no_step = decoding.refusal(q, k, shown, settings)
-    if _thread.only_steps and (no_step or not hasattr(k, HOLDER)):
-        why = no_step or "its keys do not lie in a qaxis.Cache"
-        raise RuntimeError(f"attention of a layer is no step that can be repeated: {why}")
+    if _thread.only_steps:
+        why = no_step or decoding.not_repeatable(k, shown)
+        if why:
+            raise RuntimeError(f"attention of a layer is no step that can be repeated: {why}")
     if no_step is None:
         assert shown is not None
         return decoding.attend(q, k, v, shown, logits, settings)
