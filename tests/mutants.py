@@ -115,6 +115,15 @@ SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
+    # Which way attention goes
+    Mutant("test_routes.py::test_every_refusal_is_told_once_and_whether_it_was_asked_for", "of two refusals one is told", "src/qaxis/models/routing.py", "    return tuple(dict.fromkeys((no_step, no_prompt)))", "    return (no_prompt,)"),
+    Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a window that hides nothing yet is not told", MASKS, "told = local is not None and q_length == 1", "told = False and q_length == 1"),
+    Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a compiled step sees no window", "src/qaxis/models/decoding.py", "    return Shown(pads, seen.window)", "    return Shown(pads)"),
+    Mutant("test_masks.py::test_a_window_that_hides_nothing_yet_is_told", "what a chunk shows lasts", MASKS, "shown = Shown(lasts=False)", "shown = Shown()"),
+    Mutant("test_routes.py::test_what_lasts_for_these_tokens_alone_is_no_step_to_be_repeated", "a step is repeated that sees what later ones do not", "src/qaxis/models/decoding.py", "shown is not None and shown.lasts else", "shown is not None else"),
+    Mutant(ROWS + "test_no_engine_is_named_where_no_step_runs", "an engine is named that does not run", "src/qaxis/decode/api.py", '            raise RuntimeError(f"no decode step runs here: {why}; {error}") from error', '            return "reference", f"{why}; {error}"'),
+    Mutant("test_triton_rows.py::test_what_is_not_allowed_is_named", "soft caps that prefill's kernels do not take", "src/qaxis/attention/logits.py", "LEAST_CAP, MOST_CAP = 1e-30, 1e30", "LEAST_CAP, MOST_CAP = 1e-30, 1e38"),
+    Mutant("test_prefill_seen.py::test_logits_change_outputs_not_the_selection", "a strided sink is read as contiguous", "src/qaxis/prefill/attention.py", "else logits.sink[h].contiguous()", "else logits.sink[h]"),
     # Caches in place: clock, rows, index, windows
     Mutant("test_rows.py::test_a_clock_moves_in_device_memory", "the clock moves on the host alone", "src/qaxis/storage/clock.py", "            self.tensor.fill_(end)\n", "            pass\n"),
     Mutant("test_rows.py::test_rows_are_those_of_a_plain_model", "rows see more than the window", "src/qaxis/decode/rows.py", "begin = torch.maximum(begin, end - window)", "pass"),
