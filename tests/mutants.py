@@ -101,6 +101,7 @@ GEMMA = "selfcheck/checks/gemma.py"
 OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switching.py", "src/qaxis/models/masks.py"
+MASKED = "src/qaxis/models/masked.py"
 BUILDS = "test_enable.py::"
 
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
@@ -115,6 +116,15 @@ SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
+    # Which way attention goes
+    Mutant("test_routes.py::test_every_refusal_is_told_once_and_whether_it_was_asked_for", "of two refusals one is told", "src/qaxis/models/routing.py", "    return tuple(dict.fromkeys((no_step, no_prompt)))", "    return (no_prompt,)"),
+    Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a window that hides nothing yet is not told", MASKS, "told = local is not None and q_length == 1", "told = False and q_length == 1"),
+    Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a compiled step sees no window", "src/qaxis/models/decoding.py", "    return Shown(pads, seen.window)", "    return Shown(pads)"),
+    Mutant("test_masks.py::test_a_window_that_hides_nothing_yet_is_told", "what a chunk shows lasts", MASKS, "shown = Shown(lasts=False)", "shown = Shown()"),
+    Mutant("test_routes.py::test_what_lasts_for_these_tokens_alone_is_no_step_to_be_repeated", "a step is repeated that sees what later ones do not", "src/qaxis/models/decoding.py", "shown is not None and shown.lasts else", "shown is not None else"),
+    Mutant(ROWS + "test_no_engine_is_named_where_no_step_runs", "an engine is named that does not run", "src/qaxis/decode/api.py", '            raise RuntimeError(f"no decode step runs here: {why}; {error}") from error', '            return "reference", f"{why}; {error}"'),
+    Mutant("test_triton_rows.py::test_what_is_not_allowed_is_named", "soft caps that prefill's kernels do not take", "src/qaxis/attention/logits.py", "LEAST_CAP, MOST_CAP = 1e-30, 1e30", "LEAST_CAP, MOST_CAP = 1e-30, 1e38"),
+    Mutant("test_prefill_seen.py::test_logits_change_outputs_not_the_selection", "a strided sink is read as contiguous", "src/qaxis/prefill/attention.py", "else logits.sink[h].contiguous()", "else logits.sink[h]"),
     # Caches in place: clock, rows, index, windows
     Mutant("test_rows.py::test_a_clock_moves_in_device_memory", "the clock moves on the host alone", "src/qaxis/storage/clock.py", "            self.tensor.fill_(end)\n", "            pass\n"),
     Mutant("test_rows.py::test_rows_are_those_of_a_plain_model", "rows see more than the window", "src/qaxis/decode/rows.py", "begin = torch.maximum(begin, end - window)", "pass"),
@@ -392,12 +402,12 @@ MUTANTS = (
     Mutant(MODEL + "test_left_padding_is_never_selected", "padding selected", MASKS, "    return mask if mask.dtype == torch.bool else", "    return mask | _everything(m, n, causal, query.device) if mask.dtype == torch.bool else"),
     Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", ENABLE, "    set_settings(module, settings)\n", "    set_settings(module, settings or settings_of(module))\n"),
     Mutant(MODEL + "test_refusals", "gradients let through", MODELS, "if torch.is_grad_enabled() and", "if False and"),
-    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MODELS, "k, mask, budget.of(mask))\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n))\n        if"),
+    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MASKED, "k, mask, budget.of(mask))\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n))\n        if"),
     # In transformers
     Mutant("flag-off", "importing changes a global default", "src/qaxis/__init__.py", '__version__ = "0.1.0"', '__version__ = "0.1.0"\n__import__("torch").set_default_dtype(__import__("torch").float64)'),
     Mutant("families", "soft cap ignored", REFERENCE, "logit = canonical.soft_cap(logit, logits.soft_cap)", "logit = logit * 1.0"),
     Mutant("families", "sink left out of the denominator", REFERENCE, "denominator = denominator + canonical.exp2(", "denominator = denominator + 0 * canonical.exp2("),
-    Mutant("families", "the worst keys in fast mode", MODELS, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
+    Mutant("families", "the worst keys in fast mode", MASKED, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
     Mutant("architectures", "the future is visible where there is no mask", MASKS, "    return causal_mask(m, n, device) if causal else", "    return causal_mask(m, n, device) if False else"),
     Mutant(WINDOW, "sliding window ignored", MASKS, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
     Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", MASKS, "(q_length == 1 or (causal and q_length == kv_length))", "True"),

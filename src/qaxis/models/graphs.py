@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention.logits import Logits
-from . import attention, decoding
+from . import decoding, recorders, routing
 from .cache import Cache, Int8Cache
 from .compiled import CompiledForward
-from .masks import Shown, left_pads
+from .masks import left_pads
 from .settings import Settings, is_ours, settings_of
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ class _Graph:
             # Streams of torch's own for captures are one a process: two threads would share it.
             stream = torch.cuda.Stream(shared.clock.tensor.device)
             with (
-                attention.capturing(),
-                decoding.capturing(shared, self),
+                routing.only_steps(),
+                decoding.rows_into(shared, self),
                 _no_collection(),
                 torch.cuda.device(stream.device),
             ):
@@ -175,7 +175,7 @@ class _Replay:
         self.told: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        graph = self.graph if self.proofs == PROOFS and not args and not attention.recorders else None
+        graph = self.graph if self.proofs == PROOFS and not args and not recorders.current() else None
         if graph is not None and graph.goes_on(kwargs):
             return graph.replay(kwargs)
         why = self.failed or self._refusal(args, kwargs)
@@ -206,7 +206,7 @@ class _Replay:
         mask = kwargs.get(_MASK)
         if mask is not None and not (mask.ndim == 2 and mask.shape[1] == cache.get_seq_length() + 1):
             return "attention_mask is not one number a token"
-        if attention.recorders:
+        if recorders.current():
             return "a recording sees every call"
         known = (torch.Tensor, bool, int, float, str, type(None), Cache, Int8Cache)
         strange = [name for name, x in kwargs.items() if not isinstance(x, known)]
@@ -258,10 +258,11 @@ class _Replay:
     def _compiled(self, pads: torch.Tensor | None, **kwargs: Any) -> Any:
         """The compiled forward pass of a token."""
         assert self.compiled is not None
-        cache, shown = kwargs[_CACHE], Shown(pads)
+        cache = kwargs[_CACHE]
 
         def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, logits: Logits) -> torch.Tensor:
             keys, values = cache.update(k, v, layer)
+            shown = decoding.shown_again(keys, pads)
             settings = self.settings.get(layer, DENSE)
             why = decoding.refusal(q, keys, shown, settings)
             if why:
