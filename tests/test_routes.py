@@ -196,7 +196,8 @@ def held(cache):
 
 
 @pytest.mark.parametrize("kind", ["ours", "sibling", "dynamic", "static"])
-def test_windows_hide_the_same_in_every_cache(kind):
+def test_windows_hide_the_same_in_every_cache(kind, monkeypatch):
+    monkeypatch.setattr(decoding, "PLACES", 128)
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**WINDOWED)).eval()
     ids, found = prompt(20), []
