@@ -81,7 +81,8 @@ CACHE, QUANTIZATION, KERNELS_QUANTIZED = (
 )
 DIRECT = CACHE + "test_kernels_read_the_codes_and_give_the_bits_of_the_dequantised_cache"
 SITUATIONS, CACHES = "test_cache_situations.py::", "src/qaxis/models/cache.py"
-CACHE_FILE = "src/qaxis/models/cache_file.py"
+CACHE_FILE, HOLDING = "src/qaxis/models/cache_file.py", "src/qaxis/models/holding.py"
+LAYERS_QUANTISED, SHARED = "src/qaxis/models/quantised.py", "src/qaxis/storage/shared.py"
 IN_PLACE, QUANTISED = "src/qaxis/storage/in_place.py", "src/qaxis/storage/in_place_quantised.py"
 APPEND, APPEND_QUANTISED = "src/qaxis/storage/append.py", "src/qaxis/storage/append_quantised.py"
 BOUNDS, PLACES, LAYERS_IN_PLACE = (
@@ -100,6 +101,7 @@ GEMMA = "selfcheck/checks/gemma.py"
 OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
 LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switching.py", "src/qaxis/models/masks.py"
+MASKED = "src/qaxis/models/masked.py"
 BUILDS = "test_enable.py::"
 
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
@@ -114,6 +116,15 @@ SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
 
 MUTANTS = (
+    # Which way attention goes
+    Mutant("test_routes.py::test_every_refusal_is_told_once_and_whether_it_was_asked_for", "of two refusals one is told", "src/qaxis/models/routing.py", "    return tuple(dict.fromkeys((no_step, no_prompt)))", "    return (no_prompt,)"),
+    Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a window that hides nothing yet is not told", MASKS, "told = local is not None and q_length == 1", "told = False and q_length == 1"),
+    Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a compiled step sees no window", "src/qaxis/models/decoding.py", "    return Shown(pads, seen.window)", "    return Shown(pads)"),
+    Mutant("test_masks.py::test_a_window_that_hides_nothing_yet_is_told", "what a chunk shows lasts", MASKS, "shown = Shown(lasts=False)", "shown = Shown()"),
+    Mutant("test_routes.py::test_what_lasts_for_these_tokens_alone_is_no_step_to_be_repeated", "a step is repeated that sees what later ones do not", "src/qaxis/models/decoding.py", "shown is not None and shown.lasts else", "shown is not None else"),
+    Mutant(ROWS + "test_no_engine_is_named_where_no_step_runs", "an engine is named that does not run", "src/qaxis/decode/api.py", '            raise RuntimeError(f"no decode step runs here: {why}; {error}") from error', '            return "reference", f"{why}; {error}"'),
+    Mutant("test_triton_rows.py::test_what_is_not_allowed_is_named", "soft caps that prefill's kernels do not take", "src/qaxis/attention/logits.py", "LEAST_CAP, MOST_CAP = 1e-30, 1e30", "LEAST_CAP, MOST_CAP = 1e-30, 1e38"),
+    Mutant("test_prefill_seen.py::test_logits_change_outputs_not_the_selection", "a strided sink is read as contiguous", "src/qaxis/prefill/attention.py", "else logits.sink[h].contiguous()", "else logits.sink[h]"),
     # Caches in place: clock, rows, index, windows
     Mutant("test_rows.py::test_a_clock_moves_in_device_memory", "the clock moves on the host alone", "src/qaxis/storage/clock.py", "            self.tensor.fill_(end)\n", "            pass\n"),
     Mutant("test_rows.py::test_rows_are_those_of_a_plain_model", "rows see more than the window", "src/qaxis/decode/rows.py", "begin = torch.maximum(begin, end - window)", "pass"),
@@ -127,19 +138,24 @@ MUTANTS = (
     Mutant("test_in_place.py::test_every_width_and_layout", "last stride of new tokens ignored", APPEND, "new_m + d[None, :] * new_d, mask=fresh, other=0.0)\n    rows", "new_m + d[None, :], mask=fresh, other=0.0)\n    rows"),
     Mutant("test_in_place.py::test_room_grows_by_blocks_and_a_first_fit_is_exact", "room grows by what is needed", IN_PLACE, "max(LEAST, self.room // SHARE)", "0"),
     Mutant("test_in_place.py::test_what_is_not_a_number_gives_no_bound_that_is_too_small", "the bound of what is not a number is 0", "src/qaxis/arithmetic/fast_scores.py", "return torch.where(length <= LARGEST_NORM, bound, torch.inf)", "return torch.where(length <= LARGEST_NORM, bound, 0.0)"),
-    Mutant("test_in_place.py::test_states_that_do_not_fit_are_named", "states of another dtype are appended", IN_PLACE, 'require(x.dtype == dtype, f"{name}.dtype"', 'require(True, f"{name}.dtype"'),
+    Mutant("test_in_place.py::test_states_that_do_not_fit_are_named", "states of another dtype are appended", SHARED, 'require(x.dtype == dtype, f"{name}.dtype"', 'require(True, f"{name}.dtype"'),
     Mutant("test_in_place.py::test_a_window_keeps_its_newest_tokens_where_the_clock_says", "a full window is not moved", APPEND, "    if moved > 0:\n", "    if moved > 100000:\n"),
     Mutant("test_in_place.py::test_a_window_keeps_its_newest_tokens_where_the_clock_says", "bounds of what a window dropped stay", IN_PLACE, "        if first > before:\n            self.indexed = 0\n", "        if False:\n            self.indexed = 0\n"),
     Mutant("test_in_place_quantised.py::test_one_token_by_triton_is_what_quantising_at_once_gives", "first tokens widen scales in Triton", APPEND_QUANTISED, "tl.where((g == 0) & (place < sinks), sinks, place)", "place"),
     Mutant("test_in_place_quantised.py::test_one_token_by_triton_is_what_quantising_at_once_gives", "a complete group keeps the bound of its full numbers", APPEND_QUANTISED, "tl.store(norm + head, tl.maximum(longest, _longest_of", "tl.store(norm + head, tl.maximum(tl.load(norm + head), _longest_of"),
     Mutant("test_in_place_quantised.py::test_cropped_into_a_group_its_numbers_wait_again", "a crop leaves the bounds of what it dropped", QUANTISED, "            self.indexed = self.length - 1\n", "            pass\n"),
-    Mutant("test_in_place_quantised.py::test_buffers_stay_where_they_are_unless_the_version_says_so", "buffers that moved are not told of", QUANTISED, "            self.shared.version += 1\n\n    @torch", "            pass\n\n    @torch"),
+    Mutant("test_in_place_quantised.py::test_buffers_stay_where_they_are_unless_the_version_says_so", "buffers that moved are not told of", QUANTISED, "            self.shared.moved()\n\n    @torch", "            pass\n\n    @torch"),
     Mutant("test_in_place_quantised.py::test_what_is_not_finite_is_noted_on_a_gpu_and_refused_on_a_cpu", "NaN passes Triton unnoticed", APPEND_QUANTISED, "tl.store(broken, 1, mask=odd > 0)", "tl.store(broken, 1, mask=odd > 100)"),
     Mutant("test_in_place_quantised.py::test_formats_without_kernels_say_so_and_are_bounded", "float16 codes go to kernels that round them", QUANTISED, "eight and k.dtype in (torch.float32, torch.bfloat16)", "eight and k.dtype in (torch.float32, torch.bfloat16, torch.float16)"),
     Mutant("test_full_cache.py::test_turns_that_are_taken_back", "a window does not remember its past", LAYERS_IN_PLACE, "self.kv.refill(k, v, length)", "self.kv.crop(length)"),
     Mutant("test_full_cache.py::test_buffers_stay_where_they_are_unless_the_version_says_so", "reordering moves buffers", IN_PLACE, "            if chosen.shape == x.shape:\n                x.copy_(chosen)", "            if False:\n                x.copy_(chosen)"),
-    Mutant("test_full_cache.py::test_update_names_what_does_not_fit_and_changes_nothing", "states are not checked", LAYERS_IN_PLACE, "            self.kv.check(key_states, value_states, names)\n", ""),
-    Mutant("test_full_cache.py::test_what_is_returned_says_what_holds_it_and_why_there_are_no_codes", "attention is not told what holds the keys", LAYERS_IN_PLACE, "        if self.told:\n", "        if False:\n"),
+    Mutant("test_full_cache.py::test_work_space_of_rooms_that_no_layer_has_is_dropped", "work space of every room stays", SHARED, "            del self.workspace[key]\n", "            pass\n"),
+    Mutant("test_full_cache.py::test_work_space_of_rooms_that_no_layer_has_is_dropped", "work space is dropped while a layer needs it", SHARED, "isinstance(key, tuple) and key[0] not in rooms", "isinstance(key, tuple)"),
+    Mutant("test_rows.py::test_triton_and_python_agree_where_a_window_begins", "Triton: a window moves a token late", "src/qaxis/storage/triton_window.py", "tl.where(end <= places, 0,", "tl.where(end <= places + 1, 0,"),
+    Mutant("test_full_cache.py::test_why_a_step_cannot_be_captured_is_said", "layers of different lengths are captured", CACHES, "if len({x.length for x in holders}) > 1", "if False"),
+    Mutant("test_full_cache.py::test_why_a_step_cannot_be_captured_is_said", "a recurrent state beside keys is captured", CACHES, "    if not layer.savable:\n", "    if False:\n"),
+    Mutant("test_full_cache.py::test_update_names_what_does_not_fit_and_changes_nothing", "states are not checked", HOLDING, "            self.kv.check(key_states, value_states, STATES)\n", ""),
+    Mutant("test_full_cache.py::test_what_is_returned_says_what_holds_it_and_why_there_are_no_codes", "attention is not told what holds the keys", HOLDING, "        if self.told:\n", "        if False:\n"),
     Mutant("test_full_cache.py::test_wrong_arguments_and_files_are_named", "a file of another kind of cache is read", CACHE_FILE, 'require(hasattr(cache, "format") == ("format" in about),', "require(True,"),
     Mutant("test_cache_states.py::test_any_sequence_of_operations", "a crop leaves the bounds of what it dropped", IN_PLACE, "            bounds.restate(self.parts, self.length)\n", "            pass\n"),
     Mutant("test_cache_states.py::test_any_sequence_of_operations", "index rows do not follow the beams", IN_PLACE, "for name, x in list(self.parts.items()):\n            rows", "for name, x in [x for x in self.parts.items() if x[0] != 'norms']:\n            rows"),
@@ -328,7 +344,7 @@ MUTANTS = (
     Mutant("flag-off", "disable leaves qaxis on", ENABLE, "        restore(inner, switched)", "        pass"),
     Mutant("int8-twin", "scale not a power of two", QUANTIZATION, "return power_of_two(scales.to(torch.int32))", "return 1.1 * power_of_two(scales.to(torch.int32))"),
     Mutant("int8-bytes", "scales stored eight bytes wide", "src/qaxis/storage/side.py", "codes.flatten(2, 3), scales.squeeze(3)", "codes.flatten(2, 3), scales.squeeze(3).double()"),
-    Mutant("int8-ppl", "update returns what it was given", "src/qaxis/models/cache.py", "        return keys, values\n\n    @torch.no_grad()", "        return key_states, value_states\n\n    @torch.no_grad()"),
+    Mutant("int8-ppl", "update returns what it was given", LAYERS_QUANTISED, "        return self._tell(keys, values)\n", "        return self._tell(key_states, value_states)\n"),
     Mutant("int8-ppl", "scale doubled", QUANTIZATION, "return power_of_two(scales.to(torch.int32))", "return 2 * power_of_two(scales.to(torch.int32))"),
     Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "scale one bit too fine for bfloat16", QUANTIZATION, "SIGNIFICAND + 1 - grid.bits", "SIGNIFICAND + 2 - grid.bits"),
     Mutant(CACHE + "test_what_is_dequantised_is_exact_in_bfloat16_and_near", "planes of bits out of place", QUANTIZATION, "shift += width", "shift += 1"),
@@ -343,12 +359,12 @@ MUTANTS = (
     Mutant(CACHE + "test_the_model_reads_the_codes_without_a_dequantised_copy", "a dequantised copy is made after all", KERNELS_QUANTIZED, "(s.grid.bits == 8 and", "(s.grid.bits == 9 and"),
     Mutant(SITUATIONS + "test_flex_attention", "a compiler is handed lazy tensors", CACHES, '_READ_LAZILY = (NAME,', '_READ_LAZILY = (NAME, "flex_attention",'),
     Mutant(SITUATIONS + "test_the_attention_at_the_time_decides_what_it_is_handed", "a copied cache forgets its configuration", CACHES, "def __deepcopy__(self, memo: Any) -> _Readers:", "def _copied(self, memo: Any) -> _Readers:"),
-    Mutant(SITUATIONS + "test_the_cross_cache_is_filled_once", "a layer shows no keys", CACHES, "return dequantized(self.sides[0].stored()) if self.sides else None", "return None"),
-    Mutant(SITUATIONS + "test_logits_of_every_kind_of_cache", "hybrid layers stay in full", CACHES, "    LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,\n", ""),
-    Mutant(SITUATIONS + "test_generate", "beams leave recurrent states behind", CACHES, "        LinearAttentionLayer.reorder_cache(self, beam_idx)\n", ""),
-    Mutant(SITUATIONS + "test_update_names_what_does_not_fit_and_changes_nothing", "values of another dtype are stored", QUANTISED, 'require(x.dtype == side.dtype, f"{name}.dtype", x.dtype,', 'require(True, f"{name}.dtype", x.dtype,'),
-    Mutant(SITUATIONS + "test_early_initialisation_and_a_new_start_take_any_shape", "an empty cache insists on its first shape", CACHES, "if self.get_seq_length() == 0:\n            return self._empty", "if not self.sides:\n            return self._empty"),
-    Mutant(SITUATIONS + "test_values_may_have_no_width", "values have to have a width", CACHES, "key_states if bare else value_states, 4", "value_states, 4"),
+    Mutant(SITUATIONS + "test_the_cross_cache_is_filled_once", "a layer shows no keys", LAYERS_QUANTISED, "return dequantized(self.sides[0].stored()) if self.sides else None", "return None"),
+    Mutant(SITUATIONS + "test_logits_of_every_kind_of_cache", "hybrid layers stay in full", LAYERS_QUANTISED, "    LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,\n", ""),
+    Mutant(SITUATIONS + "test_generate", "beams leave recurrent states behind", LAYERS_QUANTISED, "        LinearAttentionLayer.reorder_cache(self, beam_idx)\n", ""),
+    Mutant(SITUATIONS + "test_update_names_what_does_not_fit_and_changes_nothing", "values of another dtype are stored", QUANTISED, "check_states(self, k, v, names)", "pass"),
+    Mutant(SITUATIONS + "test_early_initialisation_and_a_new_start_take_any_shape", "an empty cache insists on its first shape", HOLDING, "if self.kv is not None and self.kv.length:", "if self.kv is not None:"),
+    Mutant(SITUATIONS + "test_values_may_have_no_width", "values have to have a width", HOLDING, "key_states if bare else value_states, 4", "value_states, 4"),
     Mutant(SITUATIONS + "test_bytes_are_those_of_every_layer", "recurrent states are not counted", CACHES, "    elif isinstance(x, (dict, list, tuple)):", "    elif isinstance(x, (list, tuple)):"),
     Mutant(SITUATIONS + "test_what_a_file_cannot_hold_is_named", "a window of another length is read", CACHE_FILE, "require(x.shape[2] == held,", "require(True,"),
     Mutant(SITUATIONS + "test_saved_and_loaded_a_second_turn_goes_on", "a window forgets how far it has come", CACHE_FILE, "layer.keys, layer.values, layer.cumulative_length = keys, values, seen", "layer.keys, layer.values, layer.cumulative_length = keys, values, keys.shape[2]"),
@@ -386,12 +402,12 @@ MUTANTS = (
     Mutant(MODEL + "test_left_padding_is_never_selected", "padding selected", MASKS, "    return mask if mask.dtype == torch.bool else", "    return mask | _everything(m, n, causal, query.device) if mask.dtype == torch.bool else"),
     Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", ENABLE, "    set_settings(module, settings)\n", "    set_settings(module, settings or settings_of(module))\n"),
     Mutant(MODEL + "test_refusals", "gradients let through", MODELS, "if torch.is_grad_enabled() and", "if False and"),
-    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MODELS, "k, mask, budget.of(mask))\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n))\n        if"),
+    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MASKED, "k, mask, budget.of(mask))\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n))\n        if"),
     # In transformers
     Mutant("flag-off", "importing changes a global default", "src/qaxis/__init__.py", '__version__ = "0.1.0"', '__version__ = "0.1.0"\n__import__("torch").set_default_dtype(__import__("torch").float64)'),
     Mutant("families", "soft cap ignored", REFERENCE, "logit = canonical.soft_cap(logit, logits.soft_cap)", "logit = logit * 1.0"),
     Mutant("families", "sink left out of the denominator", REFERENCE, "denominator = denominator + canonical.exp2(", "denominator = denominator + 0 * canonical.exp2("),
-    Mutant("families", "the worst keys in fast mode", MODELS, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
+    Mutant("families", "the worst keys in fast mode", MASKED, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
     Mutant("architectures", "the future is visible where there is no mask", MASKS, "    return causal_mask(m, n, device) if causal else", "    return causal_mask(m, n, device) if False else"),
     Mutant(WINDOW, "sliding window ignored", MASKS, 'kwargs["allow_is_bidirectional_skip"] = False', 'kwargs["mask_function"] = sdpa_mask.__globals__["causal_mask_function"]'),
     Mutant(GENERATION + "test_static_cache_beams_and_assisted_decoding_agree_with_the_plain_way", "no mask means causal from the first key", MASKS, "(q_length == 1 or (causal and q_length == kv_length))", "True"),

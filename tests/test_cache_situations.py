@@ -12,7 +12,7 @@ import transformers as tf
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import qaxis
-from qaxis.models.cache import QuantizedLayer
+from qaxis.models.quantised import QuantizedLayer
 from qaxis.storage.formats import FORMATS
 
 SMALL: dict[str, Any] = {

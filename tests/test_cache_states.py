@@ -33,7 +33,7 @@ from qaxis.storage.formats import FORMATS
 from qaxis.storage.grid import Grid, dequantize, quantize
 from qaxis.storage.window import first_held
 
-from .test_in_place import same_index
+from .test_in_place import reserve, same_index
 
 WINDOW, WIDTH, HEADS = 20, 64, 1
 _done: Counter[str] = Counter()
@@ -187,9 +187,9 @@ class CacheStates(RuleBasedStateMachine):
     @rule(m=st.integers(0, 3000))
     def reserve(self, m: int) -> None:
         _done["reserve"] += 1
-        self.cache.reserve(m)
+        reserve(self.cache, m)
         version = self.cache.shared.version
-        self.cache.reserve(m)
+        reserve(self.cache, m)
         assert self.cache.shared.version == version
 
     @invariant()

@@ -14,7 +14,7 @@ from qaxis.attention import backend
 from qaxis.attention.always import NONE, Always
 from qaxis.attention.logits import Logits
 from qaxis.cuda import emulator
-from qaxis.decode import cuda
+from qaxis.decode import api, cuda
 from qaxis.decode.triton_step import Step
 from qaxis.storage.grid import Grid
 from qaxis.storage.side import Side, Stored
@@ -289,6 +289,16 @@ def test_the_engine_is_named_with_what_keeps_the_faster_one_away():
     assert "no power of two" in engine(bell(1, 1, 200, 48))[1]
     # Pages that nobody touches take no memory.
     assert "shared memory" in engine(torch.empty(1, 1, 1, 16).expand(1, 1, 400000, 16), k_eff=200000)[1]
+
+
+def test_no_engine_is_named_where_no_step_runs(monkeypatch):
+    def nowhere(*_args: Any, **_options: Any) -> None:
+        raise RuntimeError("Triton was loaded too early")
+
+    decoder, half = decode.Decoder(1, 9, 40, 64, 9, "cpu"), bell(1, 1, 40, 64, dtype=torch.float16)
+    monkeypatch.setattr(api, "check_device", nowhere)
+    with pytest.raises(RuntimeError, match="9 query heads share .*; Triton was loaded too early"):
+        decoder.engine(bell(1, 9, 1, 64, dtype=torch.float16), half, half, decode.index_keys(half))
 
 
 def test_rows_never_lead_beyond_the_room(decoder, tensors):

@@ -343,19 +343,19 @@ def test_inside_autocast_nothing_but_the_dtype_changes(llama, dtype):
     dense = call(module=free)
     with torch.autocast("cpu", dtype=dtype):
         assert torch.equal(call(module=free), dense)
-    original = qaxis.models.attention.attend
+    original = qaxis.models.routing.attend
 
     def spy(q, k, v, shown, allowed, *more):
         done = original(q, k, v, shown, allowed, *more)
         seen.append((q, k, allowed(), done.kept()))
         return done
 
-    qaxis.models.attention.attend = spy
+    qaxis.models.routing.attend = spy
     try:
         with qaxis.sparse(llama, 8), torch.autocast("cpu", dtype=dtype):
             llama(ids)
     finally:
-        qaxis.models.attention.attend = original
+        qaxis.models.routing.attend = original
     for q, k, allowed, kept in seen:
         score = (q.double() @ k.double().repeat_interleave(3, 1).transpose(-1, -2)).masked_fill(~allowed, -torch.inf)
         least, most = score.masked_fill(~kept, torch.inf).amin(-1), score.masked_fill(kept, -torch.inf).amax(-1)

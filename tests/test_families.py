@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qaxis
-from qaxis.models import attention
+from qaxis.models import routing
 from selfcheck.checks import architectures
 from selfcheck.checks.families import (
     FAMILIES,
@@ -80,7 +80,7 @@ def surveyed(model_type: str) -> architectures.Row:
 
 def test_the_survey_sees_a_mask_that_is_dropped(monkeypatch):
     # What was a mask lets a query see every key, those behind it too.
-    monkeypatch.setattr(attention, "attend", _blind(attention.attend))
+    monkeypatch.setattr(routing, "attend", _blind(routing.attend))
     row = surveyed("llama")
     assert row.outcome == "wrong" and "from eager" in row.reason
 
@@ -105,7 +105,7 @@ def test_the_survey_sees_a_crash(monkeypatch):
     def crash(*_args, **_options):
         raise TypeError("unforeseen")
 
-    monkeypatch.setattr(attention, "attend", crash)
+    monkeypatch.setattr(routing, "attend", crash)
     row = surveyed("llama")
     assert row.outcome == "crashed" and "unforeseen" in row.reason
 

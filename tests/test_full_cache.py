@@ -31,7 +31,7 @@ from .test_cache_situations import (
     plain,
     prompt,
 )
-from .test_in_place import same_index
+from .test_in_place import reserve, same_index
 
 #: their layers hold more than keys and values
 HOLD_MORE = ("Falcon-H1", "Zamba 2", "DeepSeek V3.2")
@@ -193,26 +193,71 @@ def test_buffers_stay_where_they_are_unless_the_version_says_so():
     before, version = places(), cache.shared.version
     cache.reorder_cache(torch.tensor([2, 2, 0]))
     cache.crop(-7)
-    cache.reserve(489)
+    reserve(cache, 489)
     for layer in (0, 1):
         cache.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8), layer)
     assert places() == before and cache.shared.version == version and int(cache.shared.clock.tensor) == 24
-    for change in (lambda: cache.reserve(490), lambda: cache.batch_select_indices(torch.tensor([1])), cache.reset):
+    for change in (lambda: reserve(cache, 490), lambda: cache.batch_select_indices(torch.tensor([1])), cache.reset):
         change()
         assert cache.shared.version > version
         version = cache.shared.version
-    assert cache.shared.layers == []
+    assert cache.shared.holders == []
+
+
+def test_work_space_of_rooms_that_no_layer_has_is_dropped(llama):
+    """Of a cache that grows turn by turn; what is outside of any room, and what is still in use, stays."""
+    cache = qaxis.Cache(llama.config)
+    space = cache.shared.workspace
+    space["capture"] = None
+    rooms = []
+    with torch.inference_mode():
+        for n in (500, 1, 40, 1):
+            if n == 1:
+                with qaxis.sparse(llama, qaxis.Budget(0.2, 5), backend="triton"):
+                    llama(prompt(1), past_key_values=cache)
+            else:
+                llama(prompt(n), past_key_values=cache)
+            now = {holder.room for holder in cache.shared.holders}
+            found = {key[0] for key in space if isinstance(key, tuple)}
+            assert "capture" in space and found <= now and (n > 1 or found == now)
+            rooms += [now]
+    assert rooms[1] != rooms[2] == rooms[3]
+    made = list(space.values())
+    cache.shared.holders[0].reserve(4000)
+    # The other layers have the room yet.
+    assert list(space.values()) == made
+    cache.reset()
+    assert list(space) == ["capture"] and cache.shared.holders == []
 
 
 def test_tokens_that_a_replay_appended_are_counted():
     cache = fill(qaxis.Cache(tf.LlamaConfig(**SMALL)))
-    mark = cache.mark()
-    assert cache.not_capturable() == ""
-    cache.advance(2)
+    mark = cache.shared.mark()
+    cache.shared.advance(2)
     assert cache.get_seq_length() == cache.get_seq_length(1) == cache.shared.clock.at == 32
-    cache.rewind(mark)
+    cache.shared.rewind(mark)
     assert cache.get_seq_length() == cache.shared.clock.at == 30
+
+
+def test_why_a_step_cannot_be_captured_is_said():
+    config = tf.LlamaConfig(**SMALL)
+    cache = qaxis.Cache(config)
+    assert "layer 0" in cache.not_capturable() and "empty" in cache.not_capturable()
+    cache.update(torch.ones(3, 2, 5, 8), torch.ones(3, 2, 5, 8), 0)
+    assert "layer 1" in cache.not_capturable() and "empty" in cache.not_capturable()
+    cache.update(torch.ones(3, 2, 4, 8), torch.ones(3, 2, 4, 8), 1)
+    assert "lengths" in cache.not_capturable()
+    cache.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8), 1)
+    assert cache.not_capturable() == ""
+    cache.layers[1].kv.move("meta")
+    assert "devices" in cache.not_capturable()
+    cache.offloading = True
+    assert "offloaded" in cache.not_capturable()
     assert "not in place" in qaxis.Cache(build("LFM2").config).not_capturable()
+    for format, why in (("int8", ""), ("int4", "PyTorch")):
+        small = fill(qaxis.Int8Cache(config, format=format))
+        assert why in small.not_capturable() and bool(small.not_capturable()) == bool(why)
+    assert "more than keys" in qaxis.Int8Cache(build("Falcon-H1").config).not_capturable()
 
 
 def test_what_is_returned_says_what_holds_it_and_why_there_are_no_codes():
@@ -277,9 +322,11 @@ def test_a_cache_that_is_dropped_is_gone_without_the_collector(make):
         cache = make(tf.LlamaConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64))
         for layer in range(2):
             cache.update(*torch.randn(2, 1, 1, 130, 64), layer)
-        held = [weakref.ref(layer) for layer in cache.shared.layers]
+        held = [weakref.ref(layer) for layer in cache.shared.holders]
         twin = copy.deepcopy(cache)
-        assert len(held) == 2 and len(twin.shared.layers) == 2 and twin.shared.layers[0] is not cache.shared.layers[0]
+        assert (
+            len(held) == 2 and len(twin.shared.holders) == 2 and twin.shared.holders[0] is not cache.shared.holders[0]
+        )
         del cache
         assert all(reference() is None for reference in held)
     finally:

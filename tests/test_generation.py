@@ -159,13 +159,11 @@ def test_falling_back_is_counted_and_strict_mode_raises(llama):
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_compiled_decode_step_gives_the_same_bits_and_leaves_attention_alone(llama, monkeypatch, compiler):
-    from qaxis.models import attention
+    from qaxis.models import routing
 
     traced = []
-    plain_attend = attention.attend
-    monkeypatch.setattr(
-        attention, "attend", lambda *a: traced.append(torch.compiler.is_compiling()) or plain_attend(*a)
-    )
+    plain_attend = routing.attend
+    monkeypatch.setattr(routing, "attend", lambda *a: traced.append(torch.compiler.is_compiling()) or plain_attend(*a))
     ids = prompt(40)
     with qaxis.sparse(llama, 8), torch.inference_mode():
         first = llama(ids, use_cache=True)

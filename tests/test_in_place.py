@@ -8,7 +8,8 @@ import torch
 from qaxis.decode import index_keys
 from qaxis.decode.index import KeyIndex
 from qaxis.storage import append
-from qaxis.storage.in_place import KeyValues, Shared
+from qaxis.storage.in_place import KeyValues
+from qaxis.storage.shared import Shared
 from qaxis.storage.window import first_held, places_for
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -25,6 +26,12 @@ def loud(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
     x[:, -1:, 9::200] *= 1e-30
     x[:, -1:, 133:134, 2] = torch.finfo(dtype).max * 0.99
     return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+
+
+def reserve(cache, m):
+    """Make room for ``m`` more tokens in every layer."""
+    for holder in cache.shared.holders:
+        holder.reserve(m)
 
 
 def same_index(a: KeyIndex, b: KeyIndex) -> bool:

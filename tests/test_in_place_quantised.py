@@ -11,8 +11,8 @@ from qaxis.decode import index_cache
 from qaxis.storage import append_quantised
 from qaxis.storage.formats import FORMATS, Format
 from qaxis.storage.grid import Grid
-from qaxis.storage.in_place import Shared
 from qaxis.storage.in_place_quantised import StoredKeyValues
+from qaxis.storage.shared import Shared
 from qaxis.storage.side import Side, Stored
 
 from .test_in_place import loud, same_index
@@ -140,7 +140,7 @@ def test_a_group_that_becomes_complete_needs_room_for_its_codes():
     torch.manual_seed(0)
     cache = qaxis.Int8Cache(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64))
     cache.update(*torch.randn(2, 1, 1, 130, 64), 0)
-    (layer,) = cache.shared.layers
+    (layer,) = cache.shared.holders
     assert layer.has_room(131) and layer.has_room(255) and not layer.has_room(256)
     version = cache.shared.version
     for _ in range(125):

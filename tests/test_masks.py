@@ -7,6 +7,7 @@ import torch
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
+    chunked_causal_mask_function,
     or_masks,
     sdpa_mask,
     sliding_window_causal_mask_function,
@@ -42,9 +43,19 @@ def test_the_numbers_describe_the_mask(m, padding, window):
 
 def test_no_mask_is_made_where_its_absence_cannot_be_misread():
     assert made(1, 12) is None
-    assert made(1, 12, local_size=20, mask_function=sliding_window_causal_mask_function(20)) is None
     assert made(1, 12, attention_mask=PADDED) is not None
     assert made(3, 12) is not None
+
+
+def test_a_window_that_hides_nothing_yet_is_told():
+    """What is captured then is repeated for tokens from which it hides some."""
+    mask = made(1, 12, local_size=20, mask_function=sliding_window_causal_mask_function(20))
+    assert mask.shown == Shown(window=20) and mask.whole().all()
+    # Of a chunk all is seen until the next one begins: that lasts for these tokens alone.
+    chunk = torch.zeros(2, dtype=torch.int32)
+    mask = made(1, 12, local_size=20, mask_function=chunked_causal_mask_function(20, chunk))
+    assert not mask.shown.lasts and mask.whole().all()
+    assert type(made(1, 32, local_size=20, mask_function=chunked_causal_mask_function(20, chunk))) is torch.Tensor
 
 
 @pytest.mark.parametrize(

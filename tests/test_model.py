@@ -135,7 +135,7 @@ def test_selection_mode_stays_within_its_stated_bound():
     from qaxis.arithmetic.rounding import selection_output_bound
     from qaxis.attention.logits import Logits
     from qaxis.attention.selection import causal_mask
-    from qaxis.models.attention import masked
+    from qaxis.models.masked import masked
     from qaxis.models.settings import Settings
 
     for i, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):

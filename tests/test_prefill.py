@@ -109,6 +109,7 @@ MISMATCHES = [
     ("scale", {"logits": Logits(-0.5)}),
     ("logits.soft_cap", {"logits": Logits(0.5, soft_cap=0.0)}),
     ("logits.soft_cap", {"logits": Logits(0.5, soft_cap=math.inf)}),
+    ("logits.soft_cap", {"logits": Logits(0.5, soft_cap=2.0**127)}),
     ("logits.sink", {"logits": Logits(0.5, sink=[0.0, 0.0])}),
     ("logits.sink.shape", {"logits": Logits(0.5, sink=torch.zeros(3))}),
     ("logits.sink.dtype", {"logits": Logits(0.5, sink=torch.zeros(2, dtype=torch.float64))}),

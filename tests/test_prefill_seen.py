@@ -70,6 +70,7 @@ KINDS = [
 ]
 SINKS = bell(2, seed=5) * 3
 LOGITS = [None, Logits(0.3, soft_cap=2.0), Logits(0.2, sink=SINKS), Logits(0.2, soft_cap=5.0, sink=SINKS + 40)]
+LOGITS += [Logits(0.2, sink=torch.stack([SINKS, SINKS - 9.0], 1)[:, 0])]
 
 
 @both_backends
@@ -80,7 +81,7 @@ def test_the_selection_is_that_of_what_is_seen(what, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("logits", LOGITS[1:], ids=["cap", "sink", "cap and a high sink"])
+@pytest.mark.parametrize("logits", LOGITS[1:], ids=["cap", "sink", "cap and a high sink", "strided sink"])
 @pytest.mark.parametrize("pads", [None, [58, 3]])
 def test_logits_change_outputs_not_the_selection(logits, pads, backend):
     check(*qkv(), 5, backend, logits=logits, pads=pads)

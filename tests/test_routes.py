@@ -7,14 +7,25 @@ import io
 
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
 import qaxis
-from qaxis.models.attention import attend
+from qaxis import Budget
+from qaxis.attention.logits import Logits
+from qaxis.decode import rows
+from qaxis.models import decoding, routing
 from qaxis.models.compiled import CompiledForward
-from qaxis.models.settings import settings_of
+from qaxis.models.holding import HOLDER
+from qaxis.models.masks import Shown
+from qaxis.models.routing import attend
+from qaxis.models.settings import Settings, settings_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+WINDOWED = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 12,
+}  # fmt: skip
 
 
 def prompt(n=40, batch=1):
@@ -129,8 +140,7 @@ def test_compiled_steps_give_what_the_model_gives(llama):
 def test_padding_that_a_window_still_sees_is_not_attended_to():
     """A layer in place counts tokens from the first; the mask of a window counts from the first that is left."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
-    config = MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=12)
+    config = MistralConfig(**WINDOWED)
     model = MistralForCausalLM(config).eval()
     ids, mask = prompt(20, 2), torch.ones(2, 22, dtype=torch.long)
     mask[1, :11] = 0
@@ -148,3 +158,92 @@ def test_padding_that_a_window_still_sees_is_not_attended_to():
     assert all(map(torch.equal, *found.values()))
     # What was kept is said of the keys that a window still has, wherever they lie.
     assert all(map(torch.equal, *masks.values()))
+
+
+def without_window(config):
+    sibling = copy.deepcopy(config)
+    sibling.sliding_window, sibling.layer_types = None, ["full_attention"] * config.num_hidden_layers
+    return sibling
+
+
+def test_a_step_knows_of_a_window_that_hides_nothing_yet(monkeypatch):
+    """What is captured while the window hides nothing is replayed for tokens from which it does."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**WINDOWED)).eval()
+    cache, windows = qaxis.Cache(without_window(model.config)), []
+    write_rows = rows.write_rows
+    monkeypatch.setattr(rows, "write_rows", lambda *a, **k: windows.append(k["window"]) or write_rows(*a, **k))
+    with torch.inference_mode():
+        with qaxis.sparse(model, 3, backend="reference"):
+            model(prompt(6), past_key_values=cache)
+        keys = held(cache)
+        with pytest.raises(RuntimeError, match="later tokens"):
+            decoding.shown_again(keys, None)
+        with qaxis.sparse(model, 3, backend="triton"), routing.only_steps():
+            model(prompt(1), past_key_values=cache)
+    assert windows == [12] and decoding.shown_again(keys, None) == Shown(window=12)
+    # Of keys of nobody's nothing is known.
+    with pytest.raises(RuntimeError, match=r"do not lie in a qaxis\.Cache"):
+        decoding.shown_again(keys.clone(), None)
+
+
+def held(cache):
+    """Keys as the first layer of a cache of ours hands them to attention."""
+    kv = cache.layers[0].kv
+    keys = kv.views()[0]
+    setattr(keys, HOLDER, kv)
+    return keys
+
+
+@pytest.mark.parametrize("kind", ["ours", "sibling", "dynamic", "static"])
+def test_windows_hide_the_same_in_every_cache(kind, monkeypatch):
+    monkeypatch.setattr(decoding, "PLACES", 128)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**WINDOWED)).eval()
+    ids, found = prompt(20), []
+    for backend in ("reference", "triton"):
+        cache = {
+            "ours": lambda: qaxis.Cache(model.config), "sibling": lambda: qaxis.Cache(without_window(model.config)),
+            "dynamic": lambda: DynamicCache(config=model.config),
+            "static": lambda: StaticCache(config=model.config, max_cache_len=32),
+        }[kind]()  # fmt: skip
+        with torch.inference_mode():
+            with qaxis.sparse(model, 3, backend="reference"):
+                model(ids[:, :11], past_key_values=cache)
+                whole = [model(ids[:, : n + 1]).logits[:, -1:] for n in (11, 12)]
+            with qaxis.sparse(model, 3, backend=backend):
+                found.append([model(ids[:, n : n + 1], past_key_values=cache).logits for n in (11, 12)])
+    assert all(map(torch.equal, *found))
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(found[0], whole, strict=True))
+
+
+def test_what_lasts_for_these_tokens_alone_is_no_step_to_be_repeated(llama):
+    cache = qaxis.Cache(llama.config)
+    with torch.inference_mode():
+        llama(prompt(10), past_key_values=cache)
+    keys = held(cache)
+    assert decoding.not_repeatable(keys, Shown(window=3)) == ""
+    assert "later tokens" in decoding.not_repeatable(keys, Shown(lasts=False))
+
+
+ALL = Shown()
+
+
+def refused(m, exactness, shown=ALL):
+    q = torch.zeros(1, 1, m, 16)
+    settings = Settings(Budget(0.5, 3), exactness, "triton")
+    done = routing.attend(
+        q, q.repeat(1, 1, 3, 1)[:, :, : m + 2], q.repeat(1, 1, 3, 1)[:, :, : m + 2], shown,
+        lambda: torch.ones(1, 1, m, m + 2, dtype=torch.bool), Logits(0.25), settings,
+    )  # fmt: skip
+    return done.engine, done.reason, done.asked
+
+
+def test_every_refusal_is_told_once_and_whether_it_was_asked_for():
+    no_range = "the mask is no range of keys"
+    assert refused(1, "bitwise", None) == ("canonical", no_range, False)
+    # A few queries were refused as steps first, then as a prompt.
+    assert refused(3, "bitwise", None) == ("canonical", f"{no_range}; exactness='bitwise'", True)
+    assert refused(3, "auto", None)[1] == f"{no_range}; there is no GPU"
+    assert refused(20, "bitwise") == ("canonical", "exactness='bitwise'", True)
+    assert refused(3, "selection", None) == ("masked", no_range, False)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import qaxis
+from qaxis.arithmetic.triton import jit, tl
 from qaxis.decode.rows import fixed_rows, write_rows
 from qaxis.decode.rows_triton import write
+from qaxis.storage import triton_window
 from qaxis.storage.clock import Clock
 from qaxis.storage.window import first_held, places_for
 
@@ -76,6 +78,25 @@ def test_a_window_keeps_enough_and_a_move_overwrites_nothing_it_reads():
             if first > before:
                 # Read from [first - before, ...), written to [0, window): apart, so that it can be repeated.
                 assert first - before >= window
+
+
+_first_held = triton_window.first_held
+
+
+@jit
+def _first_kernel(out, window, places, ENDS: tl.constexpr):
+    end = tl.arange(0, ENDS)
+    tl.store(out + end, _first_held(end, window, places))
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 128, 129, 1000])
+def test_triton_and_python_agree_where_a_window_begins(window):
+    """One of many lengths, and one of each number alone, as a kernel has it."""
+    for places in {window, window + 1, window + 5, 2 * window, places_for(window)}:
+        out = torch.full((4096,), -1, dtype=torch.int32)
+        _first_kernel[(1,)](out, window, places, ENDS=4096)
+        assert out.tolist() == [first_held(end, window, places) for end in range(4096)]
+        assert torch.equal(first_held(torch.arange(4096, dtype=torch.int32), window, places), out)
 
 
 def test_a_clock_moves_in_device_memory():

@@ -312,6 +312,7 @@ ROWS = rows_of((0, 90, 5), (0, 90, 5))
         ({"logits": Logits(-1.0)}, "scale=-1.0"),
         ({"logits": Logits(1.0, soft_cap=0.0)}, r"logits\.soft_cap=0.0"),
         ({"logits": Logits(1.0, soft_cap=float("inf"))}, r"logits\.soft_cap=inf"),
+        ({"logits": Logits(1.0, soft_cap=1e31)}, r"logits\.soft_cap=1e\+31"),
         ({"logits": Logits(1.0, sink=torch.zeros(3))}, r"logits\.sink\.shape=\(3,\)"),
         ({"logits": Logits(1.0, sink=torch.zeros(2, dtype=torch.float64))}, r"logits\.sink\.dtype=torch\.float64"),
         ({"logits": Logits(1.0, sink=torch.zeros(2, device="meta"))}, r"logits\.sink\.device='meta'"),

@@ -20,6 +20,11 @@ LOG2_E = math.log2(math.e)
 CHUNK_ELEMENTS = 1 << 24
 
 
+def rounded_up(n: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``n``."""
+    return -(-n // multiple) * multiple
+
+
 def next_power_of_two(n: int) -> int:
     """Smallest power of two that is at least ``n``, an integer of at least 1."""
     return 1 << (n - 1).bit_length()

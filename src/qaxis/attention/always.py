@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..validation import is_integer, require
 from .selection import indices_to_mask, mask_to_indices, stacked
 
 #: query rows whose masks are held at once
@@ -21,6 +22,21 @@ class Always(NamedTuple):
 
 
 NONE = Always()
+
+
+def check_always(always: Always, most: int, counted: str) -> None:
+    """Check that ``always`` are two counts, of no more than ``most`` keys together.
+
+    Args:
+        counted: what gives that number, for the message.
+
+    Raises:
+        ValueError: naming ``always`` or a part of it, its value and what is allowed.
+    """
+    require(isinstance(always, Always), "always", always, "a qaxis.attention.always.Always")
+    for name, size in always._asdict().items():
+        require(is_integer(size) and size >= 0, f"always.{name}", size, "an integer of at least 0")
+    require(sum(always) <= most, "always", always, f"at most {most} keys together: they count towards {counted}")
 
 
 def always_kept(allowed: torch.Tensor, always: Always) -> torch.Tensor:

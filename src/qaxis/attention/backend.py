@@ -50,6 +50,7 @@ def select(
         ascending positions, padded with -1.
     """
     if runs_on_triton(backend, q.device):
+        # Triton, for Linux only, is loaded when it is needed.
         from ..storage.triton import readable
         from . import triton as kernels
 
@@ -67,6 +68,7 @@ def attend(
 ) -> torch.Tensor:  # fmt: skip
     """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype."""
     if runs_on_triton(backend, q.device):
+        # Triton, for Linux only, is loaded when it is needed.
         from ..storage.triton import readable
         from . import triton as kernels
 

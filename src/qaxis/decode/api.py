@@ -9,7 +9,7 @@ import torch
 from ..arithmetic.triton import check_device
 from ..attention.always import NONE, Always
 from ..attention.logits import Logits
-from .asked import check_always, check_rows, check_whole_groups, logits_of
+from .asked import check_kept, check_rows, check_whole_groups, logits_of
 from .cuda import CudaStep, Shape, refusal, shape_of, step_of, takes, variant_of, why_none
 from .form import MadeFor, Numbers, device_of, layout, outline, readable_of
 from .index import KeyIndex
@@ -74,7 +74,7 @@ class Decoder:
         """
         k, v = readable_of(k, v, index)
         self._check(q, k, v, index, rows)
-        check_always(always, self.made_for)
+        check_kept(always, self.made_for)
         logits = logits_of(logits, scale, self.made_for)
         return self.run(q, k, v, index, self.all_rows if rows is None else rows, logits, always)
 
@@ -99,7 +99,10 @@ class Decoder:
         """What runs these arguments of a step, and why not the faster one.
 
         Returns:
-            ``"cuda"``, ``"triton"``, or ``"reference"`` where neither runs; the reason, empty for the first.
+            ``"cuda"`` or ``"triton"``; the reason, empty for the first.
+
+        Raises:
+            RuntimeError: where neither runs, with both reasons.
         """
         k, v = readable_of(k, v, index)
         if self._step(q, k, v, index, always, logits) is not None:
@@ -108,7 +111,7 @@ class Decoder:
         try:
             check_device("q", q, calls_library=True)
         except (RuntimeError, ValueError) as error:
-            return "reference", f"{why}; {error}"
+            raise RuntimeError(f"no decode step runs here: {why}; {error}") from error
         return "triton", why
 
     def cuda_step(

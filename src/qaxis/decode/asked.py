@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from ..attention.always import Always
-from ..attention.logits import Logits
+from ..attention.always import Always, check_always
+from ..attention.logits import Logits, checked_logits
 from ..storage.side import Stored
-from ..validation import check_form, check_memory, check_scale, is_integer, require
+from ..validation import MOST_KEYS, check_memory, require
 from .form import MadeFor
-
-#: soft caps are normal float32 numbers, so that no backend flushes them to 0
-LEAST_CAP, MOST_CAP = 2.0**-126, 2.0**127
 
 
 def check_rows(rows: torch.Tensor, made_for: MadeFor) -> None:
@@ -30,17 +25,14 @@ def check_rows(rows: torch.Tensor, made_for: MadeFor) -> None:
     require(rows.is_contiguous(), "rows.stride()", rows.stride(), "(4, 1): contiguous rows")
 
 
-def check_always(always: Always, made_for: MadeFor) -> None:
+def check_kept(always: Always, made_for: MadeFor) -> None:
     """Check that as many keys may be kept as there are sinks and recent ones.
 
     Raises:
         ValueError: naming ``always``, its value and what is allowed.
     """
-    require(isinstance(always, Always), "always", always, "an Always")
-    for name, size in always._asdict().items():
-        require(is_integer(size) and size >= 0, f"always.{name}", size, "an integer of at least 0")
-    kept = min(sum(always), made_for.n)
-    require(kept <= made_for.k_eff, "always", always, f"at most {made_for.k_eff} keys, as k_eff counts them")
+    # Where every key may be kept any number of them is a bound.
+    check_always(always, made_for.k_eff if made_for.k_eff < made_for.n else MOST_KEYS, "k_eff")
 
 
 def check_whole_groups(name: str, x: object) -> None:
@@ -60,18 +52,4 @@ def logits_of(logits: Logits | None, scale: float | None, made_for: MadeFor) -> 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    if logits is None:
-        return Logits(check_scale(scale, made_for.head_dim))
-    require(isinstance(logits, Logits), "logits", type(logits).__name__, "a Logits")
-    require(scale is None, "scale", scale, "None beside logits, which have a scale")
-    check_scale(logits.scale, made_for.head_dim)
-    cap, sink = logits.soft_cap, logits.sink
-    real = isinstance(cap, (int, float)) and not isinstance(cap, bool) and math.isfinite(cap)
-    allowed = cap is None or (real and LEAST_CAP <= cap <= MOST_CAP)
-    require(allowed, "logits.soft_cap", cap, f"None, or a number in {LEAST_CAP:g}..{MOST_CAP:g}")
-    if sink is not None:
-        check_form("logits.sink", sink, 1)
-        heads, device = made_for.heads, made_for.device
-        require(sink.shape[0] == heads, "logits.sink.shape", tuple(sink.shape), f"({heads},): one a head")
-        require(sink.device == device, "logits.sink.device", str(sink.device), f"{device}")
-    return logits
+    return checked_logits(logits, scale, made_for.heads, made_for.head_dim, made_for.device)

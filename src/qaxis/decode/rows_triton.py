@@ -6,6 +6,7 @@ import torch
 
 from ..arithmetic.reference import next_power_of_two
 from ..arithmetic.triton import check_device, jit, tl
+from ..storage.triton_window import first_held
 
 
 @jit
@@ -24,8 +25,7 @@ def _rows_kernel(
     begin = tl.minimum(tl.maximum(begin, 0), end)
     k_eff = tl.load(table_ptr + tl.minimum(end - begin, most), mask=inside, other=0)
     if places > 0:
-        step = places - window + 1
-        first = tl.where(end <= places, 0, step + (tl.maximum(end - 1 - places, 0) // step) * step)
+        first = first_held(end, window, places)
         begin = begin - first
         end = end - first
     row = out_ptr + b * 4

@@ -21,7 +21,7 @@ from ..attention.triton import combined, factor_of, logit_arguments, partials
 from ..storage.side import Stored
 from ..storage.triton import side_arguments
 from ..validation import require
-from .asked import check_always, check_rows, check_whole_groups, logits_of
+from .asked import check_kept, check_rows, check_whole_groups, logits_of
 from .form import MadeFor, Numbers, device_of, outline, readable_of
 from .index import KeyIndex
 from .rows import END, fixed_rows
@@ -154,7 +154,7 @@ class TritonStep:
             self.checked.add(found)
         if rows is not None:
             check_rows(rows, self.made_for)
-        check_always(always, self.made_for)
+        check_kept(always, self.made_for)
         logits = logits_of(logits, scale, self.made_for)
         return self.run(q, k, v, index, self.full if rows is None else rows, logits, always)
 

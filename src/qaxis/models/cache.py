@@ -1,13 +1,7 @@
 """Key/value caches, as transformers' ``Cache``: in place with an index beside the keys, and quantised.
 
-Of the quantised one: keys have outlier *channels*, so a scale belongs to one channel over 128 tokens; values fare
-better so, too. Tokens of the newest, incomplete group wait in the model's dtype until 128 are there, and are counted:
-below one group the cache is lossless. Every dequantised number is exact in bfloat16: qaxis/storage/grid.py says why.
-``update`` returns what is *stored*, dequantised, also to the forward pass that just wrote it: a perplexity
-measured on this cache reads the quantised numbers.
-
-The layers are those that transformers itself would make; what holds keys and values of all tokens is replaced by a
-layer of the same kind. Windows, chunks, recurrent states and shared layers stay what they always are.
+Their layers are those that transformers itself would make; what holds keys and values of all tokens, and in place those
+of a window, is replaced by a layer of the same kind. Chunks, recurrent states and shared layers stay what they are.
 """
 
 from __future__ import annotations
@@ -18,217 +12,20 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..storage.formats import FORMATS, Format
-from ..storage.in_place import Shared
-from ..storage.in_place_quantised import StoredKeyValues
-from ..storage.lazy import LazyTensor, dequantized
-from ..storage.side import Side
-from ..validation import check_form, is_integer, require
+from ..storage.shared import Shared
+from ..validation import is_integer, require
 from . import cache_file
-from .in_place import KEPT, InPlaceLayer, InPlaceWindowLayer, tokens_left
+from .holding import HoldingLayer, holds_nothing
+from .in_place import InPlaceLayer, InPlaceWindowLayer
+from .quantised import QUANTIZED, QuantizedLayer
 from .settings import NAME
 
 #: attention implementations that may be handed lazy tensors: ours reads the codes, the others ask for the numbers by
 #: ordinary operations. Any other one gets the numbers: a compiler or a foreign kernel may look for memory.
 _READ_LAZILY = (NAME, "sdpa", "eager")
-
-
-class QuantizedLayer(DynamicLayer):
-    """A layer of :class:`Int8Cache` that holds keys and values of all tokens, quantised."""
-
-    shared: Shared
-    format: Format
-    room: int
-    #: whether what is returned tells attention what holds it: not if that is elsewhere by then
-    told: bool
-    kv: StoredKeyValues | None = None
-    #: whether keys and values are all there is to it
-    savable = True
-
-    @classmethod
-    def in_place_of(
-        cls, layer: DynamicLayer, shared: Shared, format: Format, room: int, *, told: bool = True
-    ) -> QuantizedLayer:
-        """One with all that the empty ``layer`` has, but for its keys and values."""
-        new = cls.__new__(cls)
-        vars(new).update({name: x for name, x in vars(layer).items() if name not in cache_file.SIDES})
-        new.shared, new.format, new.room, new.told = shared, format, room, told
-        return new
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """Keys and values as they are stored; nothing before anything was written."""
-        return () if self.kv is None else self.kv.sides
-
-    @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """The stored keys ``[B, Hkv, N, D]``, dequantised anew at every look; None before anything was written."""
-        return dequantized(self.sides[0].stored()) if self.sides else None
-
-    @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """The stored values ``[B, Hkv, N, Dv]``, dequantised anew at every look; None before."""
-        return dequantized(self.sides[1].stored()) if self.sides else None
-
-    def _empty(self, states: tuple[torch.Tensor, torch.Tensor]) -> StoredKeyValues:
-        return StoredKeyValues(self.shared, states[0], states[1], self.format, self.room)
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._hold(self._empty((key_states, value_states)), key_states)
-
-    def _hold(self, kv: StoredKeyValues, key_states: torch.Tensor) -> None:
-        if self.kv is not None and self.kv is not kv:
-            self.kv.leave()
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.kv, self.is_initialized = kv, True
-
-    def _place_for(self, key_states: torch.Tensor, value_states: torch.Tensor) -> StoredKeyValues:
-        """Where these states go: what is here, or anew while nothing is stored."""
-        check_form("key_states", key_states, 4)
-        # Latent attention may keep all it needs in the keys, and values of no width beside them (GLM 5 Next).
-        bare = isinstance(value_states, torch.Tensor) and value_states.ndim == 4 and value_states.shape[3] == 0
-        check_form("value_states", key_states if bare else value_states, 4)
-        same = key_states.shape[:3] == value_states.shape[:3]
-        require(same, "value_states.shape", tuple(value_states.shape), f"that of key_states {tuple(key_states.shape)}")
-        here = value_states.device == key_states.device
-        require(here, "value_states.device", str(value_states.device), f"that of key_states, {key_states.device}")
-        if self.get_seq_length() == 0:
-            return self._empty((key_states, value_states))
-        assert self.kv is not None
-        require(
-            key_states.device == self.device, "key_states.device", str(key_states.device), f"the cache's {self.device}"
-        )
-        self.kv.check(key_states, value_states, ("key_states", "value_states"))
-        return self.kv
-
-    @torch.compiler.disable(reason="quantising is eager: a compiler would specialise on every length of the buffers")
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, lazy: bool = False, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[B, Hkv, n, D]`` keys and ``[B, Hkv, n, Dv]`` values; return all stored ones, without gradient.
-
-        With ``lazy`` they pass for tensors, ``[B, Hkv, N, D]`` and ``[B, Hkv, N, Dv]`` in the dtype they came in, and
-        are dequantised when an operation other than qaxis's own attention reads them.
-
-        Raises:
-            ValueError: on NaN or Inf, or on a change of dtype, device or shape. The cache is then unchanged. On a GPU
-                NaN and Inf are noted instead, as looking at them would wait for it: :meth:`Int8Cache.check_finite`,
-                cropping and saving refuse them.
-        """
-        self._append(key_states, value_states)
-        stored = (LazyTensor(side.stored()) for side in self.sides)
-        keys, values = stored if lazy else (x.dequantized() for x in stored)
-        for x in (keys, values) if self.told else ():
-            setattr(x, KEPT, self.kv)
-        return keys, values
-
-    @torch.no_grad()
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        kv = self._place_for(key_states, value_states)
-        try:
-            kv.append(key_states, value_states)
-        except ValueError:
-            if kv is not self.kv:
-                kv.leave()
-            raise
-        self._hold(kv, key_states)
-
-    def dequantized(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stored keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` in the model's dtype."""
-        keys, values = (side.dequantized() for side in self.sides)
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        return 0 if self.kv is None else self.kv.length
-
-    def reset(self) -> None:
-        if self.kv is not None:
-            self.kv.leave()
-        self.kv, self.is_initialized = None, False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest ``-tokens_to_remove`` tokens (transformers passes a negative number).
-
-        Raises:
-            ValueError: for a positive number, or more tokens than are stored.
-        """
-        if self.kv is not None:
-            self.kv.crop(tokens_left(self.get_seq_length(), tokens_to_remove))
-
-    def _select(self, indices: torch.Tensor) -> None:
-        if self.kv is not None:
-            self.kv.select(indices)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.kv is not None:
-            self._select(torch.arange(self.kv.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(indices)
-
-    def offload(self) -> None:
-        if self.kv is not None:
-            self.kv.move("cpu")
-
-    def prefetch(self) -> None:
-        if self.kv is not None:
-            self.kv.move(self.device)
-
-
-class QuantizedIndexedLayer(DynamicIndexedLayer, QuantizedLayer):
-    """The same with an indexer's keys beside it (DeepSeek V3.2, GLM MoE DSA), which stay in full."""
-
-    savable = False
-
-
-class QuantizedHybridLayer(LinearAttentionAndFullAttentionLayer, QuantizedLayer):  # type: ignore[misc, override]
-    """The same with a recurrent state beside it (Falcon-H1, Zamba 2), which stays in full."""
-
-    savable = False
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        # Keys and values come by position, states by name.
-        (QuantizedLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
-
-    def offload(self) -> None:
-        LinearAttentionLayer.offload(self)
-        QuantizedLayer.offload(self)
-
-    def prefetch(self) -> None:
-        LinearAttentionLayer.prefetch(self)
-        QuantizedLayer.prefetch(self)
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        QuantizedLayer.reset(self)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        QuantizedLayer.reorder_cache(self, beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        QuantizedLayer.crop(self, tokens_to_remove)
-
-
-#: by the layer that transformers makes, the one that takes its place; all others stay
-_QUANTIZED: dict[type, type[QuantizedLayer]] = {
-    DynamicLayer: QuantizedLayer,
-    DynamicIndexedLayer: QuantizedIndexedLayer,
-    LinearAttentionAndFullAttentionLayer: QuantizedHybridLayer,
-}
 
 
 class _Readers:
@@ -260,11 +57,22 @@ def _tensors(x: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(each)
 
 
+def _not_capturable(layer: Any) -> str:
+    """Why a step over this layer cannot be captured; empty if it can."""
+    if not isinstance(layer, HoldingLayer):
+        return f"is a {type(layer).__name__} that is not in place"
+    if not layer.savable:
+        return "holds more than keys and values"
+    if layer.kv is None or not layer.kv.length:
+        return "is empty"
+    return "" if layer.kv.capturable else "quantises with PyTorch, which waits for the host"
+
+
 class InPlaceCache(DynamicCache):
     """What :class:`Cache` and :class:`Int8Cache` have in common: layers that transformers would make, some replaced.
 
     Attributes:
-        shared: the clock, and what else layers share (:class:`qaxis.storage.in_place.Shared`).
+        shared: the clock, and what else layers share (:class:`qaxis.storage.shared.Shared`).
     """
 
     #: also where every layer of a model could be: a step is captured by CUDA graphs, not compiled
@@ -298,36 +106,19 @@ class InPlaceCache(DynamicCache):
         """What the ``update`` of a layer is told beside the states."""
         return {}
 
-    def reserve(self, m: int) -> None:
-        """Make room for ``m`` more tokens in every layer, one after the other."""
-        for layer in self.shared.layers:
-            layer.reserve(m)
-
-    def advance(self, m: int) -> None:
-        """Count ``m`` tokens that a replayed graph appended to every layer: the host catches up with the device."""
-        self.shared.advance(m)
-
-    def mark(self) -> Any:
-        """How far the host counted, for :meth:`rewind`."""
-        return self.shared.mark()
-
-    def rewind(self, mark: Any) -> None:
-        """Count on the host as at ``mark``, where the device did nothing since, or does it again."""
-        self.shared.rewind(mark)
-
     def not_capturable(self) -> str:
-        """Why a forward pass over this cache cannot be captured in a graph; empty if it can."""
+        """Why a step over this cache cannot be captured in a graph; empty if it can."""
         if self.offloading:
             return "the cache is offloaded"
         for i, layer in enumerate(self.layers):
-            if type(layer).__name__ == "DummyLayer":
-                continue
-            if not getattr(layer, "savable", False):
-                return f"layer {i} of the cache is a {type(layer).__name__} that is not in place"
-            kv = getattr(layer, "kv", None)
-            if kv is not None and not kv.capturable:
-                return f"layer {i} of the cache quantises with PyTorch"
-        return ""
+            if not holds_nothing(layer) and (why := _not_capturable(layer)):
+                return f"layer {i} of the cache {why}"
+        holders = self.shared.holders
+        if not holders:
+            return "no layer of the cache holds keys"
+        if len({holder.device for holder in holders}) > 1:
+            return "layers of the cache are on several devices"
+        return "layers of the cache have different lengths" if len({x.length for x in holders}) > 1 else ""
 
     def stored_bytes(self) -> int:
         """Bytes that the cache holds, counted from the storage of its tensors, room for growth included."""
@@ -375,7 +166,7 @@ class Cache(InPlaceCache):
         for i, layer in enumerate(self.layers):
             if type(layer) in kinds:
                 place = kinds[type(layer)].in_place_of
-                self.layers[i] = place(layer, self.shared, index, room, told=not offloading)  # type: ignore[arg-type]
+                self.layers[i] = place(layer, self.shared, room, told=not offloading, index=index)  # type: ignore[arg-type]
 
     @classmethod
     def load(
@@ -417,9 +208,9 @@ class Int8Cache(InPlaceCache):
         super().__init__(config, room, offloading)
         self.format = format if isinstance(format, Format) else FORMATS[format]
         for i, layer in enumerate(self.layers):
-            if type(layer) in _QUANTIZED:
-                place = _QUANTIZED[type(layer)].in_place_of
-                self.layers[i] = place(layer, self.shared, self.format, room, told=not offloading)  # type: ignore[arg-type]
+            if type(layer) in QUANTIZED:
+                place = QUANTIZED[type(layer)].in_place_of
+                self.layers[i] = place(layer, self.shared, room, told=not offloading, format=self.format)  # type: ignore[arg-type]
         self._readers = _Readers(config, config.get_text_config(decoder=True))
 
     def _told(self, layer: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from . import attention, decoding
+from . import decoding, routing
 from .cache import InPlaceCache
 
 CACHE, MASK = "past_key_values", "attention_mask"
@@ -41,14 +41,14 @@ class CapturedStep:
         self.fixed = {n: x for n, x in kwargs.items() if n not in self.inputs and n != MASK}
         shared = self.cache.shared
         shared.pads = pads
-        shared.clock.move_to(shared.layers[0].length)
+        shared.clock.move_to(shared.holders[0].length)
         state, self.graph = shared.mark(), torch.cuda.CUDAGraph()
         try:
             # Streams of torch's own for captures are one a process: two threads would share it.
             stream = torch.cuda.Stream(shared.clock.tensor.device)
             with (
-                attention.capturing(),
-                decoding.capturing(shared, self),
+                routing.only_steps(),
+                decoding.rows_into(shared, self),
                 _no_collection(),
                 torch.cuda.device(stream.device),
             ):
@@ -61,7 +61,7 @@ class CapturedStep:
     def goes_on(self, kwargs: dict[str, Any]) -> bool:
         """Whether this is the next token of what was captured. Asked before every token, so it looks at little."""
         shared, mask = self.cache.shared, kwargs.get(MASK)
-        length, version = shared.layers[0].length + 1, self.version
+        length, version = shared.holders[0].length + 1, self.version
         return (
             kwargs.keys() == self.names
             and all(kwargs[name] is x for name, x in self.fixed.items())
@@ -69,7 +69,7 @@ class CapturedStep:
             and (mask is None) == (self.pads is None)
             and (mask is None or (mask.ndim == 2 and mask.shape[1] == length))
             and version == shared.version
-            and all(layer.has_room(length) for layer in shared.layers)
+            and all(layer.has_room(length) for layer in shared.holders)
         )
 
     def replay(self, kwargs: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class CapturedStep:
             # Rows may have changed places since; that padding is on the left was seen when this was captured.
             self.pads.copy_((kwargs[MASK] == 0).sum(1))
         shared = self.cache.shared
-        shared.clock.move_to(shared.layers[0].length)
+        shared.clock.move_to(shared.holders[0].length)
         self.graph.replay()
         shared.advance(1)
         decoding.forget_rows(shared)

@@ -20,20 +20,25 @@ from ..attention.logits import Logits
 from ..validation import check_scale, require
 
 #: ``(q, k, v, layer, logits) -> [B, 1, H, Dv]``
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, Logits], torch.Tensor]
+AttendStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, Logits], torch.Tensor]
 
 #: whether a model is being traced for this module: then its attention is the operation, and it needs no mask
-tracing = False
+_tracing = False
 _lock = threading.RLock()
 
 
 class _Local(threading.local):
     """What the operation does in this thread."""
 
-    step: Step | None = None
+    step: AttendStep | None = None
 
 
 _local = _Local()
+
+
+def is_tracing() -> bool:
+    """Whether the code that asks is being traced for this module, not run."""
+    return _tracing and torch.compiler.is_compiling()
 
 
 @torch.library.custom_op("qaxis::step", mutates_args=())
@@ -103,7 +108,7 @@ class _EchoLayer(CacheLayerMixin):
 
 
 @contextmanager
-def stepping(step: Step) -> Iterator[None]:
+def stepping(step: AttendStep) -> Iterator[None]:
     """Inside, the operation of this thread is ``step``."""
     before, _local.step = _local.step, step
     try:
@@ -121,22 +126,22 @@ class CompiledForward:
         self.forward = torch.compile(forward, dynamic=False, fullgraph=True, options=options)
         self.echoes: dict[tuple[bool, ...], Cache] = {}
 
-    def __call__(self, kwargs: dict[str, Any], cache: Any, step: Step) -> Any:
+    def __call__(self, kwargs: dict[str, Any], cache: Any, step: AttendStep) -> Any:
         """The output for ``kwargs`` over ``cache``, which is what it carries as well.
 
         Raises:
             RuntimeError: from the compiler, if there is something that it does not take in one piece.
         """
-        global tracing
+        global _tracing
         sliding = tuple(bool(x) for x in cache.is_sliding)
         if sliding not in self.echoes:
             self.echoes[sliding] = Cache(layers=[_EchoLayer(x) for x in sliding])
         with _lock, stepping(step):
-            tracing = True
+            _tracing = True
             try:
                 output = self.forward(**{**kwargs, "past_key_values": self.echoes[sliding]})
             finally:
-                tracing = False
+                _tracing = False
         require("past_key_values" in output, "return_dict", False, "a model output, with names")
         output["past_key_values"] = cache
         return output

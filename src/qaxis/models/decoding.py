@@ -9,17 +9,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..attention.logits import Logits
+from ..attention.selection import indices_to_mask
 from ..budget import Budget
 from ..storage.clock import Clock
-from ..storage.in_place import Shared
 from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
-from .in_place import KEPT
+from ..storage.shared import Shared
+from .attended import DENSE, NO_GPU, NO_RANGE, REFERENCE, Attended, Refusal
+from .holding import HOLDER
 from .masks import Shown
 from .settings import Settings
 
@@ -29,17 +32,9 @@ MOST_QUERIES = 16
 PLACES = 4096
 #: in a cache's work space, while a step is captured: what was written before is not in the graph
 _CAPTURE = "capture"
-
-
-class Attended(NamedTuple):
-    """Output ``[B, H, M, Dv]``, indices int64 ``[B, H, M, K]`` padded with -1, what ran, and why nothing faster did."""
-
-    output: torch.Tensor
-    indices: torch.Tensor
-    engine: str
-    reason: str
-    #: what index the first of the keys has: of a window's buffer some places may lie before it
-    first: int = 0
+#: in a cache's work space, by what holds a layer's keys: what the last step over them saw
+_SHOWN = "shown"
+SEVERAL = Refusal("several queries over a window or an 8-bit cache")
 
 
 @dataclass
@@ -62,7 +57,7 @@ _local = _Local()
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Held:
     """Keys, values and their index, as a step reads them, and where they lie."""
 
     keys: Any
@@ -83,7 +78,7 @@ def forget_rows(shared: Shared) -> None:
 
 
 @contextmanager
-def capturing(shared: Shared, graph: object) -> Iterator[None]:
+def rows_into(shared: Shared, graph: object) -> Iterator[None]:
     """Inside, rows are written into ``graph``, with the pads of ``shared``."""
     shared.workspace[_CAPTURE] = graph
     try:
@@ -93,12 +88,12 @@ def capturing(shared: Shared, graph: object) -> Iterator[None]:
         forget_rows(shared)
 
 
-def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
-    kept: Any = getattr(k, KEPT, None)
-    same = kept is not None and getattr(v, KEPT, None) is kept
+def _held(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Held:
+    holder: Any = getattr(k, HOLDER, None)
+    same = holder is not None and getattr(v, HOLDER, None) is holder
     if same:
-        keys, values, index = kept.operands()
-        return _Kept(keys, values, index, kept.shared, kept.clock, kept.room, kept.window, kept.reason)
+        keys, values, index = holder.operands()
+        return Held(keys, values, index, holder.shared, holder.clock, holder.room, holder.window, holder.reason)
     k, v, n = tensor_of("key", k), tensor_of("value", v), k.shape[2]
     shared = _local.shared.setdefault(q.device, Shared(q.device))
     shared.clock.move_to(n)
@@ -107,41 +102,43 @@ def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Kept:
     if shared.workspace.setdefault("room", room) != room:
         shared.workspace.clear()
         shared.workspace["room"] = room
-    # Triton exists for Linux only: without a GPU nothing here needs it.
+    # Triton, for Linux only, is loaded when it is needed.
     from ..decode import index_keys
 
     why = "keys do not lie in a qaxis.Cache: their index is made anew for every token"
-    return _Kept(k, v, index_keys(k), shared, shared.clock, room, 0, why)
+    return Held(k, v, index_keys(k), shared, shared.clock, room, 0, why)
 
 
-def _decoder(q: torch.Tensor, kept: _Kept, budget: Budget, triton: bool) -> Any:
+def _decoder(q: torch.Tensor, held: Held, budget: Budget, triton: bool) -> Any:
     """The decoder, or with ``triton`` its Triton step alone, of such queries."""
-    shape = (q.shape[0], q.shape[1], kept.room, q.shape[3], budget.k_eff(kept.room))
-    key = ("triton" if triton else "decoder", q.dtype, q.device, *shape)
-    if key not in kept.shared.workspace:
+    shape = (q.shape[0], q.shape[1], held.room, q.shape[3], budget.k_eff(held.room))
+    key = (held.room, "triton" if triton else "decoder", q.dtype, q.device, *shape)
+    if key not in held.shared.workspace:
+        # Triton, for Linux only, is loaded when it is needed.
         from ..decode import Decoder
         from ..decode.triton_step import TritonStep
 
-        kept.shared.workspace[key] = (TritonStep if triton else Decoder)(*shape, q.device)
-    return kept.shared.workspace[key]
+        held.shared.workspace[key] = (TritonStep if triton else Decoder)(*shape, q.device)
+    return held.shared.workspace[key]
 
 
-def _rows(batch: int, kept: _Kept, shown: Shown, budget: Budget, before: int) -> torch.Tensor:
+def _rows(batch: int, held: Held, shown: Shown, budget: Budget, before: int) -> torch.Tensor:
     """Rows of queries that stand ``before`` tokens before the newest."""
-    space, pads = kept.shared.workspace, shown.pads
-    window = kept.window or shown.window or 0
+    space, pads = held.shared.workspace, shown.pads
+    window = held.window or shown.window or 0
     if pads is None and space.get(_CAPTURE) is not None:
-        pads = kept.shared.pads
-    key = (_Rows, kept.clock.tensor.device, batch, budget, kept.room, window, kept.window > 0, before)
+        pads = held.shared.pads
+    key = (held.room, _Rows, held.clock.tensor.device, batch, budget, window, held.window > 0, before)
     if key not in space:
-        device = kept.clock.tensor.device
-        table = budget.table(kept.room, device).int()
+        device = held.clock.tensor.device
+        table = budget.table(held.room, device).int()
         space[key] = _Rows(torch.zeros(batch, 4, dtype=torch.int32, device=device), table)
     rows = space[key]
-    state = (kept.clock.at, None if pads is None else id(pads), space.get(_CAPTURE))
+    state = (held.clock.at, None if pads is None else id(pads), space.get(_CAPTURE))
     if rows.written is None or rows.written[:3] != state:
-        clock = kept.clock.tensor if before == 0 else kept.clock.tensor - before
-        places = kept.room if kept.window else 0
+        clock = held.clock.tensor if before == 0 else held.clock.tensor - before
+        places = held.room if held.window else 0
+        # Triton, for Linux only, is loaded when it is needed.
         from ..decode.rows import write_rows
 
         # A layer with a window counts all tokens that it ever saw, padding too.
@@ -152,44 +149,79 @@ def _rows(batch: int, kept: _Kept, shown: Shown, budget: Budget, before: int) ->
     return rows.tensor
 
 
-def refusal(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, settings: Settings) -> str:
-    """Why these queries cannot be steps; empty if they can."""
+def refusal(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, settings: Settings) -> Refusal | None:
+    """Why these queries cannot, or are not to, be steps; None if they can."""
     if settings.budget is None:
-        return "the layer is dense"
+        return DENSE
     if settings.backend == "reference":
-        return "backend='reference'"
+        return REFERENCE
     if q.device.type == "cpu" and settings.backend == "auto":
-        return "there is no GPU"
+        return NO_GPU
     if q.shape[2] > MOST_QUERIES:
-        return f"{q.shape[2]} queries"
+        return Refusal(f"{q.shape[2]} queries")
     if shown is None:
-        return "the mask is no range of keys"
-    kept = getattr(k, KEPT, None)
-    if q.shape[2] > 1 and kept is not None and (kept.window or kept.quantised):
-        return "several queries over a window or an 8-bit cache"
-    return ""
+        return NO_RANGE
+    holder = getattr(k, HOLDER, None)
+    if q.shape[2] > 1 and holder is not None and (holder.window or holder.quantised):
+        return SEVERAL
+    return None
+
+
+def not_repeatable(k: torch.Tensor, shown: Shown | None) -> str:
+    """Why a captured step over these keys would not be that of the next token; empty if it would."""
+    if not hasattr(k, HOLDER):
+        return "its keys do not lie in a qaxis.Cache"
+    return "" if shown is not None and shown.lasts else "what it sees changes with later tokens"
+
+
+def shown_again(k: torch.Tensor, pads: torch.Tensor | None) -> Shown:
+    """What a token sees of keys that a cache of ours returned, where no mask tells it.
+
+    The window is that of the last step over them that had a mask; ``pads`` are int32 ``[B]`` or None.
+
+    Raises:
+        RuntimeError: if there was no such step, or it says nothing of later tokens.
+    """
+    holder: Any = getattr(k, HOLDER, None)
+    seen: Shown | None = None if holder is None else holder.shared.workspace.get(_SHOWN, {}).get(holder)
+    why = not_repeatable(k, seen)
+    if why or seen is None:
+        raise RuntimeError(f"attention of a layer is no step that can be repeated: {why}")
+    return Shown(pads, seen.window)
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown, logits: Logits, settings: Settings
 ) -> Attended:
-    """One step a query, of what :func:`refusal` does not refuse."""
+    """One step a query, of what :func:`refusal` does not refuse.
+
+    Args:
+        q: ``[B, H, M, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``.
+    """
     budget = settings.budget
     assert budget is not None
-    kept, m, one = _kept(q, k, v), q.shape[2], q[:, :, :1]
+    held, m, n, one = _held(q, k, v), q.shape[2], k.shape[2], q[:, :, :1]
     if settings.backend == "triton":
-        step, engine, reason = _decoder(q, kept, budget, True), "triton", "backend='triton'"
+        step, engine, reason = _decoder(q, held, budget, True), "triton", "backend='triton'"
     else:
-        step = _decoder(q, kept, budget, False)
-        engine, reason = step.engine(one, kept.keys, kept.values, kept.index, settings.always, logits)
+        step = _decoder(q, held, budget, False)
+        engine, reason = step.engine(one, held.keys, held.values, held.index, settings.always, logits)
     done = []
     for i in range(m):
-        rows = _rows(q.shape[0], kept, shown, budget, m - 1 - i)
+        rows = _rows(q.shape[0], held, shown, budget, m - 1 - i)
         query = q[:, :, i : i + 1]
-        done.append(step.run(query, kept.keys, kept.values, kept.index, rows, logits, settings.always))
-    why = "; ".join(x for x in (reason, kept.reason) if x)
-    first = kept.keys.shape[2] - k.shape[2] if kept.window else 0
-    if m == 1:
-        return Attended(done[0].output, done[0].indices, engine, why, first)
-    output, indices = (torch.cat([getattr(x, name) for x in done], 2) for name in ("output", "indices"))
-    return Attended(output, indices, engine, why)
+        done.append(step.run(query, held.keys, held.values, held.index, rows, logits, settings.always))
+    if m == 1 and hasattr(k, HOLDER):
+        held.shared.workspace.setdefault(_SHOWN, WeakKeyDictionary())[getattr(k, HOLDER)] = shown
+    output, indices = done[0].output, done[0].indices
+    if m > 1:
+        output, indices = (torch.cat([getattr(x, name) for x in done], 2) for name in ("output", "indices"))
+    # Of a window's buffer some places may lie before the first of the keys.
+    first = held.keys.shape[2] - n if held.window else 0
+
+    def kept() -> torch.Tensor:
+        return indices_to_mask(torch.where(indices < 0, -1, indices - first), n)
+
+    asked = settings.backend == "triton"
+    refusals = (Refusal(reason, asked), Refusal(held.reason))
+    return Attended(output, kept, engine, tuple(x for x in refusals if x.text))

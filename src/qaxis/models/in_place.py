@@ -6,60 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..storage.buffer import joined
-from ..storage.in_place import KeyValues, Shared
-from ..validation import check_form, require
+from ..storage.in_place import KeyValues
+from .holding import HoldingLayer, tokens_left
 
-#: of the tensors that a layer returns: what holds them
-KEPT = "qaxis_key_values"
 #: widths of keys that codes are scored in
 CODED_DIMS = (64, 128)
 
 
-def index_for(k: torch.Tensor, wanted: str) -> tuple[str, str]:
-    """The index that keys ``[B, Hkv, n, D]`` get where ``wanted`` is asked for, and why it is another."""
-    if wanted == "codes" and k.shape[3] not in CODED_DIMS:
+def index_for(k: torch.Tensor, index: str) -> tuple[str, str]:
+    """The index that keys ``[B, Hkv, n, D]`` get where ``index`` is asked for, and why it is another."""
+    if index == "codes" and k.shape[3] not in CODED_DIMS:
         return "bounds", f"keys of {k.shape[3]} numbers have no codes: no kernel scores by them"
-    return wanted, ""
+    return index, ""
 
 
-def tokens_left(length: int, tokens_to_remove: int | torch.Tensor) -> int:
-    """Tokens of ``length`` that a crop leaves; transformers passes how many to remove as a negative number.
+class InPlaceLayer(HoldingLayer):
+    """A layer that holds keys and values of all tokens in place, with an ``index`` (``"codes"`` or ``"bounds"``)."""
 
-    Raises:
-        ValueError: for a positive number, or more tokens than are stored.
-    """
-    # Assisted decoding passes a tensor.
-    tokens_to_remove = int(tokens_to_remove)
-    require(tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, "0 or a negative number of tokens")
-    require(length + tokens_to_remove >= 0, "tokens_to_remove", tokens_to_remove, f"at most the {length} stored")
-    return length + tokens_to_remove
-
-
-class InPlaceLayer(DynamicLayer):
-    """A layer that holds keys and values of all tokens in place."""
-
-    shared: Shared
     index: str
-    room: int
-    #: whether what is returned tells attention what holds it: not if that is elsewhere by then
-    told: bool
     kv: KeyValues | None = None
-    #: whether keys and values are all there is to it
-    savable = True
-
-    @classmethod
-    def in_place_of(
-        cls, layer: DynamicLayer, shared: Shared, index: str, room: int, *, told: bool = True
-    ) -> InPlaceLayer:
-        """One with all that the empty ``layer`` has, but for its keys and values."""
-        new = cls.__new__(cls)
-        own = ("keys", "values", "cumulative_length")
-        vars(new).update({name: x for name, x in vars(layer).items() if name not in own})
-        new.shared, new.index, new.room, new.told = shared, index, room, told
-        return new
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -76,20 +44,9 @@ class InPlaceLayer(DynamicLayer):
         """Why there are no codes where they were asked for; empty otherwise."""
         return "" if self.kv is None else self.kv.reason
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._hold(self._new(key_states, value_states))
-
     def _new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:
         index, reason = index_for(key_states, self.index)
-        kv = KeyValues(self.shared, key_states, value_states, index=index, room=self.room)
-        kv.reason = reason
-        return kv
-
-    def _hold(self, kv: KeyValues) -> None:
-        if self.kv is not kv and self.kv is not None:
-            self.kv.leave()
-        self.kv, self.is_initialized = kv, True
-        self.dtype, self.device = kv.dtypes[0], kv.device
+        return KeyValues(self.shared, key_states, value_states, index=index, room=self.room, reason=reason)
 
     @torch.compiler.disable(reason="a compiler would specialise on every length")
     def update(
@@ -103,75 +60,9 @@ class InPlaceLayer(DynamicLayer):
         Raises:
             ValueError: on a change of dtype, device or shape. The cache is then unchanged.
         """
-        kv = self._checked(key_states, value_states)
-        self._hold(kv)
-        kv.append(key_states, value_states)
-        return self._tell(*kv.views())
-
-    def _tell(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same tensors, which tell attention what holds them."""
-        if self.told:
-            for x in (keys, values):
-                setattr(x, KEPT, self.kv)
-        return keys, values
-
-    def _checked(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:
-        """Where these states go: what is here, or anew while nothing is stored."""
-        names = ("key_states", "value_states")
-        if self.kv is not None and self.kv.length:
-            self.kv.check(key_states, value_states, names)
-            return self.kv
-        check_form("key_states", key_states, 4)
-        require(isinstance(value_states, torch.Tensor), "value_states", type(value_states).__name__, "a torch.Tensor")
-        require(value_states.ndim == 4, "value_states.shape", tuple(value_states.shape), "4 dimensions")
-        same = key_states.shape[:3] == value_states.shape[:3]
-        require(same, "value_states.shape", tuple(value_states.shape), f"that of key_states {tuple(key_states.shape)}")
-        if value_states.shape[3]:
-            check_form("value_states", value_states, 4)
-        here = value_states.device == key_states.device
-        require(here, "value_states.device", str(value_states.device), f"that of key_states, {key_states.device}")
-        if self.kv is not None and self.kv.takes(key_states, value_states):
-            return self.kv
-        return self._new(key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        return 0 if self.kv is None else self.kv.length
-
-    def reset(self) -> None:
-        if self.kv is not None:
-            self.kv.leave()
-        self.kv, self.is_initialized = None, False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest ``-tokens_to_remove`` tokens (transformers passes a negative number).
-
-        Raises:
-            ValueError: for a positive number, or more tokens than are stored.
-        """
-        if self.kv is not None:
-            self.kv.crop(tokens_left(self.get_seq_length(), tokens_to_remove))
-
-    def _select(self, indices: torch.Tensor) -> None:
-        if self.kv is not None:
-            self.kv.select(indices)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.kv is not None:
-            self._select(torch.arange(self.kv.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(indices)
-
-    def offload(self) -> None:
-        if self.kv is not None:
-            self.kv.move("cpu")
-
-    def prefetch(self) -> None:
-        if self.kv is not None:
-            self.kv.move(self.device)
+        self._append(key_states, value_states)
+        assert self.kv is not None
+        return self._tell(*self.kv.views())
 
 
 class InPlaceWindowLayer(InPlaceLayer, DynamicSlidingWindowLayer):
@@ -195,7 +86,7 @@ class InPlaceWindowLayer(InPlaceLayer, DynamicSlidingWindowLayer):
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """The values likewise."""
+        """The values of the same tokens; None before."""
         return None if self.kv is None else self._before()[1]
 
     def _new(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KeyValues:
@@ -210,7 +101,7 @@ class InPlaceWindowLayer(InPlaceLayer, DynamicSlidingWindowLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`InPlaceLayer.update`; what the new tokens may see, a view if it lies in one piece."""
-        kv = self._checked(key_states, value_states)
+        kv = self._place_for(key_states, value_states)
         self._hold(kv)
         if not self.record_past:
             self.past = None

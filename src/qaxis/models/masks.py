@@ -28,11 +28,13 @@ class Shown:
         pads: int32 ``[B]``, so many first keys are padding; None: none is.
         window: a query sees the last so many keys at most, itself included; None: all before it.
         offset: so many tokens came before the first of these keys, which a window dropped.
+        lasts: whether these numbers describe later tokens too.
     """
 
     pads: torch.Tensor | None = None
     window: int | None = None
     offset: int = 0
+    lasts: bool = True
 
 
 class ShownMask(torch.Tensor):
@@ -126,11 +128,12 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
     SDPA reads no mask as causal from the *first* key on, which is how transformers uses it with a static cache;
     here no mask means that the queries are the last positions. Both agree for one query, or as many as keys, in
     modules that are causal. A mask of causal queries at the end, left-padded or in a sliding window or neither, is a
-    :class:`ShownMask`.
+    :class:`ShownMask`. It tells of a window that hides nothing yet as well: a step that is captured then is repeated
+    for tokens from which the window hides some.
 
     A bidirectional mask is for modules that stay what they are (cross attention): it is made as they expect it.
     """
-    if compiled.tracing and torch.compiler.is_compiling():
+    if compiled.is_tracing():
         return None
     before, causal = original_of(kwargs.get("config")) or (None, False)
     if "allow_is_bidirectional_skip" in kwargs and before not in (None, NAME):
@@ -138,10 +141,16 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
         return known(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
     skip = kwargs.pop("allow_is_causal_skip", True) and (q_length == 1 or (causal and q_length == kv_length))
     kwargs["allow_is_bidirectional_skip"] = False
-    shown = _shown(q_length, kv_length, kwargs)
+    shown, local = _shown(q_length, kv_length, kwargs), kwargs.get("local_size")
+    # Only a token's step is repeated, and none while a compiler traces.
+    told = local is not None and q_length == 1 and not torch.compiler.is_compiling()
     if shown is None:
-        return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs)
-    if skip and shown.pads is None and (shown.window is None or kv_length <= shown.window):
+        known = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs)
+        if known is not None or not told:
+            return known
+        # A chunk, say, that began with the first of these keys: later tokens see none of them.
+        shown = Shown(lasts=False)
+    elif skip and shown.pads is None and (local is None or (kv_length <= local and not told)):
         return None
 
     def make() -> torch.Tensor:

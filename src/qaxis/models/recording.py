@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..validation import require
-from .attention import Call, recorders
+from . import recorders
 from .layers import attention_modules, text_decoder, transformers_model
+from .recorders import Call
 from .settings import NAME, watch_calls
 
 #: queries whose weights are formed at once
@@ -221,7 +222,7 @@ def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording
     decoder = recorder.decoder
     hooks: list[Any] = []
     # A run that a hook sees beginning is seen by the recorder: it is there before the hooks, and after them.
-    recorders.append(recorder.see)
+    recorders.add(recorder.see)
     try:
         hooks.append(decoder.register_forward_pre_hook(recorder.before, with_kwargs=True))
         hooks.append(decoder.register_forward_hook(recorder.after))

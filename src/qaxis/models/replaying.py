@@ -24,11 +24,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention.logits import Logits
-from . import attention, decoding, observing
+from . import decoding, observing, recorders
 from .cache import Cache, InPlaceCache, Int8Cache
 from .captured import CACHE, MASK, CapturedStep, close, fresh, same, taken_back
 from .compiled import CompiledForward
-from .masks import Shown, left_pads
+from .masks import left_pads
 from .settings import Settings, settings_of
 from .stand_in import standing_in
 from .surroundings import Surroundings, foreign_hooks
@@ -76,7 +76,7 @@ class Replaying:
         self.logged: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watched = bool(attention.recorders) or observing.anybody()
+        watched = bool(recorders.current()) or observing.anybody()
         if self.proofs == PROOFS and self.step is not None and not args and not watched and self.step.goes_on(kwargs):
             # goes_on asks of what is captured all that a refusal asks of what is not.
             return self._replayed(kwargs)
@@ -84,7 +84,7 @@ class Replaying:
         if why:
             self._log_once(why)
             return self.forward(*args, **kwargs)
-        for layer in kwargs[CACHE].shared.layers:
+        for layer in kwargs[CACHE].shared.holders:
             layer.reserve(1)
         if not self._ready(kwargs):
             return self.forward(**kwargs)
@@ -107,7 +107,7 @@ class Replaying:
         mask = kwargs.get(MASK)
         if mask is not None and not (mask.ndim == 2 and mask.shape[1] == cache.get_seq_length() + 1):
             return "attention_mask is not one number a token"
-        if attention.recorders or observing.anybody():
+        if recorders.current() or observing.anybody():
             return "a recording or an observer sees every call"
         if not self.settings or any(settings.budget is None for settings in self.settings.values()):
             return "a layer is dense"
@@ -169,10 +169,11 @@ class Replaying:
     def _compiled(self, pads: torch.Tensor | None, **kwargs: Any) -> Any:
         """The compiled forward pass of a token."""
         assert self.compiled is not None
-        cache, shown = kwargs[CACHE], Shown(pads)
+        cache = kwargs[CACHE]
 
         def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, logits: Logits) -> torch.Tensor:
             keys, values = cache.update(k, v, layer)
+            shown = decoding.shown_again(keys, pads)
             settings = self.settings.get(layer, _DENSE)
             why = decoding.refusal(q, keys, shown, settings)
             if why:

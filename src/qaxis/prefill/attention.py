@@ -16,13 +16,13 @@ import torch
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import LOG2_E, next_power_of_two
 from ..arithmetic.triton import INTERPRETED, check_device, log2, triton
-from ..attention.always import NONE, Always
-from ..attention.logits import Logits
+from ..attention.always import NONE, Always, check_always
+from ..attention.logits import Logits, checked_logits
 from ..budget import Budget, as_budget
 from ..storage.lazy import tensor_of
 from ..validation import check_flag, check_qkv_form, require
 from . import cuda
-from .form import as_pads, check_always, check_logits, window_of
+from .form import as_pads, window_of
 from .plan import (
     DEFAULT_TUNING,
     MOST_KEYS,
@@ -119,8 +119,8 @@ def prefill_attention(
     require(backend in ("auto", "cuda", "triton"), "backend", backend, "'auto', 'cuda' or 'triton'")
     require(isinstance(tuning, PrefillTuning), "tuning", tuning, "a qaxis.prefill.PrefillTuning")
     budget = as_budget(budget, k.shape[2])
-    check_always(always, budget)
-    logits = check_logits(logits, scale, q)
+    check_always(always, budget.minimum, "the budget's minimum")
+    logits = checked_logits(logits, scale, q.shape[1], q.shape[3], q.device)
     window = window_of(window)
     pads = as_pads(pads, q, k.shape[2])
     if backend == "auto":
@@ -163,7 +163,7 @@ def parts_of(
     buffers, of_seen = Buffers(plan, q.device), tables(budget, plan.n, str(q.device), plan.always)
     for b, h, kv in plan.parts(q.shape[0]):
         bits, band = (None if x is None else x[b, h] for x in result[1:])
-        sink = None if logits.sink is None else logits.sink[h]
+        sink = None if logits.sink is None else logits.sink[h].contiguous()
         yield Part(
             plan, buffers, of_seen, q[b, h], k[b, kv], v[b, kv], ranges_of(plan, k[b, kv]),
             None if pads is None else pads[b], replace(logits, sink=sink), result.output[b, h], bits, band,
@@ -189,9 +189,15 @@ def selected_positions(bits: torch.Tensor) -> torch.Tensor:
     return torch.cat(padded).view(*bits.shape[:3], k_eff)
 
 
+def selected_mask(bits: torch.Tensor, n: int) -> torch.Tensor:
+    """The set bits of words int32 ``[..., W]`` as bool ``[..., n]``."""
+    each = (bits[..., None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1
+    return each.flatten(-2)[..., :n].bool()
+
+
 def _positions(rows: torch.Tensor) -> torch.Tensor:
     """As :func:`selected_positions`, of words ``[rows, W]``."""
-    each = ((rows[..., None] >> torch.arange(32, device=rows.device, dtype=torch.int32)) & 1).flatten(-2).bool()
+    each = selected_mask(rows, 32 * rows.shape[1])
     n, k_eff = each.shape[-1], int(each.sum(-1).max())
     position = torch.where(each, torch.arange(n, device=rows.device), n).sort(dim=-1).values[..., :k_eff]
     return torch.where(position == n, -1, position)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..arithmetic.reference import rounded_up
 from ..cuda.compiler import ELEMENTS, SHARED_LIMIT, compiled, in_16_bytes, readable, runs_on, units
-from .plan import MOST_HEADS, SPAN, Frame, Part, round_up
+from .plan import MOST_HEADS, SPAN, Frame, Part
 
 SOURCE = Path(__file__).with_name("select.cu")
 #: keys of a row whose bits still fit into shared memory
@@ -83,7 +84,7 @@ def select(part: Part, stretch: Frame, chunk: Frame) -> int | None:
     """Write the bits of every row and tell what a list has room for; None, and nothing done, if it does not run."""
     plan, b = part.plan, part.buffers
     # From the block of 256 keys on in which a row begins.
-    selector = row_selector(part, min(round_up(chunk.visible, 256), plan.window + 256))
+    selector = row_selector(part, min(rounded_up(chunk.visible, 256), plan.window + 256))
     if selector is None:
         return None
     kernel, spans, warps, team, shared, capacity = selector

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arithmetic import fast_scores
-from ..arithmetic.reference import next_power_of_two
+from ..arithmetic.reference import next_power_of_two, rounded_up
 from ..attention.always import NONE, Always
 from ..attention.logits import Logits
 from ..budget import Budget
@@ -131,12 +131,12 @@ class Frame(NamedTuple):
     @property
     def padded(self) -> int:
         """Scores that a row has room for."""
-        return round_up(self.visible, _LINE)
+        return rounded_up(self.visible, _LINE)
 
     @property
     def words(self) -> int:
         """Words of bits of a row."""
-        return round_up(self.visible, SPAN) // 32
+        return rounded_up(self.visible, SPAN) // 32
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def make_plan(
     batch, heads, m, dim = shape
     group, t = heads // kv_heads, tuning
     widest = n if window >= n else min(n, window + min(m, t.chunk) + SPAN)
-    padded, words = round_up(widest, _LINE), round_up(widest, SPAN) // 32
+    padded, words = rounded_up(widest, _LINE), rounded_up(widest, SPAN) // 32
     scores, bits = bytes_of_scores(padded), bytes_of_bits(words, t)
     stretch = chunk = min(m, t.chunk)
     most = max(1, min(t.memory // (scores + bits), 1 << 30))
@@ -252,7 +252,7 @@ def make_plan(
         # Fewer heads leave room for more of their queries.
         longest = min(m, t.chunk if window < n else 2 * t.chunk)
         stretch = max(chunk, min(longest, left // bits) // chunk * chunk)
-        stretch = round_up(_part_of(m, stretch), chunk)
+        stretch = rounded_up(_part_of(m, stretch), chunk)
     kv_heads_at_once = min(kv_heads_at_once, max(1, MOST_HEADS // group))
     # An eighth of the memory for lines; and no program without rows.
     rows = kv_heads_at_once * group * stretch
@@ -271,7 +271,7 @@ def tuning_for(batch: int, heads: int, m: int, n: int) -> PrefillTuning:
     half of it, and beyond a quarter.
     """
     memory = (2 << 30) if n <= 16384 else (1 << 30) if n <= 32768 else (512 << 20)
-    return replace(DEFAULT_TUNING, memory=min(memory, max(1 << 20, batch * heads * m * 3 * round_up(n, SPAN))))
+    return replace(DEFAULT_TUNING, memory=min(memory, max(1 << 20, batch * heads * m * 3 * rounded_up(n, SPAN))))
 
 
 def _evenly(batch: int, kv_heads: int, at_once: int) -> int:
@@ -284,11 +284,6 @@ def _evenly(batch: int, kv_heads: int, at_once: int) -> int:
 def _part_of(many: int, at_once: int) -> int:
     """The least number that goes as often into ``many``, rounded up, as ``at_once`` does."""
     return -(-many // -(-many // at_once))
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-n // multiple) * multiple
 
 
 def cut_block(visible: int, tuning: PrefillTuning) -> int:

@@ -14,6 +14,8 @@ from ..arithmetic.fast_scores import LARGEST_NORM, SMALLEST_NORM, UPWARD
 from ..arithmetic.reference import ROUND_MAGIC, next_power_of_two
 from ..arithmetic.triton import INTERPRETED, check_device, jit, log2, row_and_block, tl, tree_last, widen
 from .bounds import GROUP
+from .triton import power_of_two
+from .triton_window import first_held
 
 _GROUP, _LIMIT = tl.constexpr(GROUP), tl.constexpr(127)
 _UPWARD, _SMALLEST, _LARGEST = tl.constexpr(UPWARD), tl.constexpr(SMALLEST_NORM), tl.constexpr(LARGEST_NORM)
@@ -32,12 +34,6 @@ def norms_of(x, ROWS: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr):
     inside = length <= _LARGEST
     bound = tl.maximum(tl.where(inside, length, 0.0).to(tl.float32), _SMALLEST)
     return tl.where(inside, tl.where(length > 0, bound, 0.0), float("inf"))
-
-
-@jit
-def power_of_two(exponent):
-    """2^e in float32 for int32 ``e`` in -126..127."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -210,11 +206,9 @@ def _window_kernel(
     k, v, norms = k + head * room * dim, v + head * room * dim_v, norms + head * groups
     d, dv = tl.arange(0, DIM).to(tl.int64), tl.arange(0, DIM_V).to(tl.int64)
     end = tl.load(clock)
-    token, step = end - 1, room - window + 1
-    # As window.first_held, of now and of one token before.
-    first = tl.where(end <= room, 0, step + (tl.maximum(token - room, 0) // step) * step)
-    before = tl.where(token <= room, 0, step + (tl.maximum(token - 1 - room, 0) // step) * step)
-    moved = first - before
+    token = end - 1
+    first = first_held(end, window, room)
+    moved = first - first_held(token, window, room)
     found = 0.0
     if moved > 0:
         for g in range(0, (end - first + _GROUP - 1) // _GROUP):

@@ -13,8 +13,9 @@ import torch
 
 from ..arithmetic.reference import next_power_of_two
 from ..arithmetic.triton import check_device, jit, log2, tl, widen
-from .append import TILE_ELEMENTS, codes_of, exponents_of, norms_of, power_of_two
+from .append import TILE_ELEMENTS, codes_of, exponents_of, norms_of
 from .bounds import GROUP
+from .triton import power_of_two
 
 _GROUP = tl.constexpr(GROUP)
 

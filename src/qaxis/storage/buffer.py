@@ -19,7 +19,7 @@ class Growing:
 
     def __init__(self, like: torch.Tensor, room: int = 0) -> None:
         """An empty one for parts shaped as ``like [B, H, *, ...]``, with room for ``room`` entries."""
-        self.buffer = _zeros((*like.shape[:2], room, *like.shape[3:]), like)
+        self.buffer = zeros((*like.shape[:2], room, *like.shape[3:]), like)
         self.length = 0
 
     def append(self, part: torch.Tensor) -> None:
@@ -33,7 +33,7 @@ class Growing:
 
     def grow(self, room: int) -> None:
         """Move what is stored into a buffer of so many entries."""
-        buffer = _zeros((*self.buffer.shape[:2], room, *self.buffer.shape[3:]), self.buffer)
+        buffer = zeros((*self.buffer.shape[:2], room, *self.buffer.shape[3:]), self.buffer)
         buffer[:, :, : self.length] = self.view()
         self.buffer = buffer
 
@@ -57,15 +57,10 @@ class Growing:
             self.buffer = f(self.buffer)
 
 
-def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros in the dtype and on the device of ``like``, an ordinary tensor in inference mode too."""
+def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros in the dtype and on the device of ``like``; an ordinary tensor in inference mode too, to be written to."""
     with torch.inference_mode(False):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-
-def rounded_up(n: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is at least ``n``."""
-    return -(-n // multiple) * multiple
 
 
 def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -30,9 +30,14 @@ class Clock:
         require(is_integer(end) and 0 <= end < 1 << 31, "end", end, "a number of tokens, 0 to 2147483647")
         if end == self.at:
             return
-        if self.tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured(self.tensor):
             # A replay goes on from where the last one stopped.
             self.tensor.add_(end - self.at)
         else:
             self.tensor.fill_(end)
         self.at = end
+
+
+def is_captured(x: torch.Tensor) -> bool:
+    """Whether what is done with ``x`` goes into a graph now: then views are of all room, as a graph's tokens grow."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -6,17 +6,18 @@ captured graph serves a cache that grows until its buffers move, which :attr:`Sh
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 
-from ..validation import check_form, require
+from ..arithmetic.reference import rounded_up
+from ..validation import require
 from . import bounds
-from .buffer import rounded_up
-from .clock import Clock
+from .buffer import zeros
+from .clock import Clock, is_captured
 from .formats import EIGHT
 from .key_index import KeyIndex
+from .shared import Shared, check_states, takes
 from .side import Stored
 from .window import first_held, places_for
 
@@ -25,80 +26,6 @@ LEAST, SHARE, BLOCK = 1024, 16, 512
 
 #: parts by their third dimension: places, groups of places, none (of a head)
 _OF_PLACES, _OF_GROUPS = ("k", "v", "codes"), ("norms", "residuals", "scales")
-
-
-class Shared:
-    """What the layers of one cache share.
-
-    Attributes:
-        pads: int32 ``[B]``, tokens at the start that a batch row does not see, or None.
-        workspace: for decoders and what else works on this cache; a copy of a cache starts without.
-        version: changes whenever any buffer of the cache moves in memory.
-    """
-
-    def __init__(self, device: torch.device | str | None = None) -> None:
-        """With the clock of a ``device``, or of those of the layers to come."""
-        self.clocks: dict[str, Clock] = {}
-        if device is not None:
-            self.clock_on(torch.empty(0, device=device).device)
-        self.pads: torch.Tensor | None = None
-        self.workspace: dict[Any, Any] = {}
-        self.version = 0
-        # Not held: a cache that is dropped gives its memory back at once.
-        self.references: list[weakref.ref[Any]] = []
-
-    def clock_on(self, device: torch.device) -> Clock:
-        """The clock of the layers on ``device``; a model of several devices has one on each."""
-        if str(device) not in self.clocks:
-            self.clocks[str(device)] = Clock(device)
-        return self.clocks[str(device)]
-
-    @property
-    def clock(self) -> Clock:
-        """The clock of the first layer.
-
-        Raises:
-            ValueError: before anything was written.
-        """
-        require(bool(self.clocks), "cache", "empty", "a cache that was written to")
-        return next(iter(self.clocks.values()))
-
-    def advance(self, m: int) -> None:
-        """Count ``m`` tokens that a replayed graph appended to every layer: the host catches up with the device."""
-        for clock in self.clocks.values():
-            clock.at += m
-        for layer in self.layers:
-            layer.advance(m)
-
-    def mark(self) -> Any:
-        """How far the host counted, for :meth:`rewind`."""
-        return [clock.at for clock in self.clocks.values()], [(layer.length, layer.indexed) for layer in self.layers]
-
-    def rewind(self, mark: Any) -> None:
-        """Count on the host as at ``mark``, where the device did nothing since, or does it again."""
-        for clock, at in zip(self.clocks.values(), mark[0], strict=True):
-            clock.at = at
-        for layer, (length, indexed) in zip(self.layers, mark[1], strict=True):
-            layer.length, layer.indexed = length, indexed
-
-    @property
-    def layers(self) -> list[Any]:
-        """Those that were written to."""
-        return [layer for reference in self.references if (layer := reference()) is not None]
-
-    def join(self, layer: Any) -> None:
-        """``layer`` takes part from now on."""
-        self.references.append(weakref.ref(layer))
-        self.version += 1
-
-    def part(self, layer: Any) -> None:
-        """``layer`` takes no more part."""
-        self.references = [reference for reference in self.references if reference() is not layer]
-        self.version += 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Layers that are copied join the copy themselves.
-        return {**vars(self), "workspace": {}, "references": []}
 
 
 class KeyValues:
@@ -110,10 +37,10 @@ class KeyValues:
         index: ``"bounds"``, or ``"codes"`` for 8-bit codes of complete groups of 128 tokens as well.
         window: newest tokens that a query sees, 0 for all. Only ``"bounds"`` then.
         room: tokens to make room for at once.
+        reason: why there are no codes where they were asked for; empty otherwise.
 
     Attributes:
         length: tokens appended, also those that a window dropped.
-        reason: why there are no codes where they were asked for; empty otherwise.
         indexed: places whose keys the index is of: on a CPU, where nothing needs it, it follows when it is asked for.
         parts: the buffers, contiguous; ``bounds.py`` says what they are.
     """
@@ -122,14 +49,21 @@ class KeyValues:
     capturable = True
     #: whether :meth:`operands` are codes
     quantised = False
-    reason = ""
 
     def __init__(
-        self, shared: Shared, k: torch.Tensor, v: torch.Tensor, *, index: str = "bounds", window: int = 0, room: int = 0
+        self,
+        shared: Shared,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        index: str = "bounds",
+        window: int = 0,
+        room: int = 0,
+        reason: str = "",
     ) -> None:
         require(index in ("bounds", "codes"), "index", index, "'bounds' or 'codes'")
         require(not (window and index == "codes"), "index", index, "'bounds' where there is a window")
-        self.shared, self.window, self.wanted = shared, window, room
+        self.shared, self.window, self.room_at_first, self.reason = shared, window, room, reason
         self.length = self.indexed = 0
         self.dtypes, self.dims, self.heads = (k.dtype, v.dtype), (k.shape[3], v.shape[3]), k.shape[1]
         self.parts = _empty(k, v, index == "codes", places_for(window) if window else 0)
@@ -146,6 +80,7 @@ class KeyValues:
 
     @property
     def clock(self) -> Clock:
+        """That of the layers on the same device."""
         return self.shared.clock_on(self.device)
 
     @property
@@ -167,21 +102,8 @@ class KeyValues:
         return self.length - (first_held(self.length, self.window, self.room) if self.window else 0)
 
     def check(self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")) -> None:
-        """Check that states can be appended, by form: whether they are finite is left to who reads them.
-
-        Raises:
-            ValueError: naming the argument, its value and what is allowed.
-        """
-        for name, x, dtype, dim in zip(names, (k, v), self.dtypes, self.dims, strict=True):
-            # Latent attention may keep all it needs in the keys, and values of no width beside them (GLM 5 Next).
-            bare = dim == 0 and isinstance(x, torch.Tensor) and x.ndim == 4
-            check_form(name, k if bare else x, 4)
-            require(x.device == self.device, f"{name}.device", str(x.device), f"the cache's {self.device}")
-            require(x.dtype == dtype, f"{name}.dtype", x.dtype, f"the cache's {dtype}")
-            fits = (*x.shape[:2], x.shape[3]) == (self.batch, self.heads, dim)
-            require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{self.batch}, {self.heads}, n, {dim}]")
-        same = k.shape[2] == v.shape[2]
-        require(same, f"{names[1]}.shape", tuple(v.shape), f"as many tokens as {names[0]} {tuple(k.shape)}")
+        """As :func:`~qaxis.storage.shared.check_states`."""
+        check_states(self, k, v, names)
 
     def slides(self, m: int) -> bool:
         """Whether appending ``m`` tokens overwrites one that the first of them sees."""
@@ -191,8 +113,7 @@ class KeyValues:
 
     def takes(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether states of this kind can be appended."""
-        alike = (k.dtype, v.dtype) == self.dtypes and (k.shape[3], v.shape[3]) == self.dims and k.device == self.device
-        return alike and tuple(k.shape[:2]) == (self.batch, self.heads)
+        return takes(self, k, v)
 
     def has_room(self, end: int) -> bool:
         """Whether ``end`` tokens in all find room where the buffers lie."""
@@ -203,7 +124,7 @@ class KeyValues:
         end = self.length + m
         if self.has_room(end):
             return
-        room = max(end, self.wanted)
+        room = max(end, self.room_at_first)
         if self.length:
             room = max(end, self.room + max(LEAST, self.room // SHARE))
         self._move(rounded_up(room, BLOCK))
@@ -213,9 +134,9 @@ class KeyValues:
         for name in (*_OF_PLACES, *_OF_GROUPS):
             if name in self.parts:
                 old, many = self.parts.pop(name), room if name in _OF_PLACES else room // bounds.GROUP
-                self.parts[name] = _zeros((*old.shape[:2], many, *old.shape[3:]), old)
+                self.parts[name] = zeros((*old.shape[:2], many, *old.shape[3:]), old)
                 self.parts[name][:, :, : old.shape[2]] = old
-        self.shared.version += 1
+        self.shared.moved()
 
     @torch.no_grad()
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -328,22 +249,11 @@ class KeyValues:
 
     def _replace(self, name: str, x: torch.Tensor) -> None:
         self.parts[name] = x
-        self.shared.version += 1
+        self.shared.moved()
 
     def nbytes(self) -> int:
         """Bytes of the buffers, room for growth included."""
         return sum(x.untyped_storage().nbytes() for x in self.parts.values())
-
-
-def is_captured(x: torch.Tensor) -> bool:
-    """Whether what is done with ``x`` goes into a graph now: then views are of all room, as a graph's tokens grow."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros as ``like``, an ordinary tensor in inference mode too: it is written to outside as well."""
-    with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def _empty(k: torch.Tensor, v: torch.Tensor, coded: bool, places: int) -> dict[str, torch.Tensor]:

@@ -14,10 +14,10 @@ from ..arithmetic.fast_scores import largest_norm, norms
 from ..validation import check_finite, require
 from . import lazy
 from .buffer import Growing
-from .clock import Clock
+from .clock import Clock, is_captured
 from .formats import EIGHT, Format
-from .in_place import Shared, is_captured
 from .key_index import KeyIndex, largest_scales, whole_groups
+from .shared import Shared, check_states, takes
 from .side import Side, Stored
 
 #: groups whose numbers are made at once
@@ -62,7 +62,7 @@ class StoredKeyValues:
             self.broken = torch.zeros(1, dtype=torch.int32, device=device)
         shared.clock_on(k.device)
         shared.join(self)
-        self._places = self.addresses()
+        self._addresses = self.addresses()
 
     @property
     def clock(self) -> Clock:
@@ -75,6 +75,20 @@ class StoredKeyValues:
     @property
     def batch(self) -> int:
         return self.sides[0].parts["codes"].buffer.shape[0]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of keys and values."""
+        return self.sides[0].dtype, self.sides[1].dtype
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """D and Dv."""
+        return self.sides[0].dim, self.sides[1].dim
+
+    @property
+    def heads(self) -> int:
+        return self.sides[0].parts["codes"].buffer.shape[1]
 
     @property
     def length(self) -> int:
@@ -97,21 +111,11 @@ class StoredKeyValues:
 
     def takes(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether states of this kind can be appended."""
-        alike = all(x.dtype == s.dtype and x.shape[3] == s.dim for x, s in zip((k, v), self.sides, strict=True))
-        return alike and k.device == self.device and tuple(k.shape[:2]) == tuple(self.norm.shape)
+        return takes(self, k, v)
 
     def check(self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")) -> None:
-        """Check that states can be appended, by form.
-
-        Raises:
-            ValueError: naming the argument, its value and what is allowed.
-        """
-        batch, heads = self.norm.shape
-        for name, x, side in zip(names, (k, v), self.sides, strict=True):
-            require(x.device == self.device, f"{name}.device", str(x.device), f"the cache's {self.device}")
-            require(x.dtype == side.dtype, f"{name}.dtype", x.dtype, f"the cache's {side.dtype}")
-            fits = (*x.shape[:2], x.shape[3]) == (batch, heads, side.dim)
-            require(fits, f"{name}.shape", tuple(x.shape), f"the cache's [{batch}, {heads}, n, {side.dim}]")
+        """As :func:`~qaxis.storage.shared.check_states`."""
+        check_states(self, k, v, names)
 
     def has_room(self, end: int) -> bool:
         """Whether ``end`` tokens in all find room where the buffers lie."""
@@ -136,14 +140,14 @@ class StoredKeyValues:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy lies elsewhere, and nothing was made for it yet.
         vars(self).update(state)
-        self._places = self.addresses()
+        self._addresses = self.addresses()
         self.shared.join(self)
 
     def _note_moves(self) -> None:
-        places = self.addresses()
-        if places != self._places:
-            self._places = places
-            self.shared.version += 1
+        addresses = self.addresses()
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self.shared.moved()
 
     @torch.no_grad()
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:

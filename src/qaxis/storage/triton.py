@@ -26,6 +26,12 @@ def readable(*sides: torch.Tensor | Stored) -> bool:
 
 
 @jit
+def power_of_two(exponent):
+    """2^e in float32 for int32 ``e`` in -126..127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
 def load_numbers(
     rows, scales, first, newest, position, d, mask, whole, sinks,
     rows_n, rows_d, scales_n, first_n, newest_n,
@@ -47,7 +53,7 @@ def load_numbers(
             exponent = tl.load(scales + position * scales_n + d // WIDTH, mask=coded, other=0)
         else:
             exponent = tl.load(scales + (position // SHARING) * scales_n + d, mask=coded, other=0)
-        x = code.to(tl.float32) * ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        x = code.to(tl.float32) * power_of_two(exponent.to(tl.int32))
         x = tl.where(in_first, widen(tl.load(first + position * first_n + d, mask=in_first, other=0.0)), x)
         late = newest + (position - whole) * newest_n + d
         return tl.where(in_newest, widen(tl.load(late, mask=in_newest, other=0.0)), x)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from .buffer import rounded_up
+from ..arithmetic.reference import rounded_up
 
 #: places beyond the window, at least: a move is rare
 LEAST = 256

@@ -1,0 +1,95 @@
+"""Attention by dense products: over every visible key, or under the mask of the selected ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..attention import backend
+from ..attention.always import NONE
+from ..attention.logits import Logits
+from ..attention.selection import indices_to_mask, select_mask
+from .masks import Shown
+from .settings import Settings
+
+#: queries that the masked mode handles at once; bounds memory at M * N * H booleans
+_QUERIES = 1024
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown | None, allowed: Callable[[], torch.Tensor],
+    logits: Logits, settings: Settings,
+) -> torch.Tensor:  # fmt: skip
+    """Attention ``[B, H, M, Dv]`` of a dense layer; arguments as in :func:`~qaxis.models.routing.attend`."""
+    if _is_plain(q, k, shown, logits):
+        return _all_before(q, k, v, logits.scale)
+    return masked(q, k, v, allowed(), logits, settings)[0]
+
+
+def _is_plain(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, logits: Logits) -> bool:
+    """Whether a GPU's dense kernels know these queries: all keys before them, in 16 bits, nothing done to a logit."""
+    narrow = q.is_cuda and q.dtype != torch.float32
+    everything = shown is not None and shown.pads is None and (shown.window is None or k.shape[2] <= shown.window)
+    return narrow and logits.plain and everything
+
+
+def _all_before(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Dense attention of queries that are the last of the keys: neither a mask nor copies of the keys are made."""
+    m, n = q.shape[2], k.shape[2]
+    sdpa = partial(scaled_dot_product_attention, q, k, v, scale=scale, enable_gqa=True)
+    if m in (1, n):
+        return sdpa(is_causal=m > 1)
+    return sdpa(attn_mask=causal_lower_right(m, n))
+
+
+def masked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    allowed: torch.Tensor,
+    logits: Logits,
+    settings: Settings,
+    watched: bool = False,
+) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:
+    """Identical selection, output by a masked dense product: fast for prefill, not bitwise canonical.
+
+    Args:
+        q: ``[B, H, M, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. allowed: bool ``[B|1, H|1, M|1, N]``.
+        watched: whether the mask of kept keys will be asked for.
+
+    Returns:
+        output ``[B, H, M, Dv]``; how to get the mask, bool ``[B, H, M, N]``, None without a budget.
+    """
+    m, n, group, budget = q.shape[2], k.shape[2], q.shape[1] // k.shape[1], settings.budget
+    allowed = allowed.expand(-1, -1, m, -1)
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    masks: list[torch.Tensor] = []
+    for start in range(0, m, _QUERIES):
+        rows = slice(start, start + _QUERIES)
+        mask = allowed[:, :, rows]
+        if budget is not None and settings.always != NONE:
+            indices = backend.select(
+                q[:, :, rows], k, mask, budget.of(mask), backend="reference", always=settings.always
+            )
+            mask = indices_to_mask(indices, n)
+        elif budget is not None:
+            mask = select_mask(q[:, :, rows], k, mask, budget.of(mask))
+        if watched and budget is not None:
+            masks.append(mask)
+        out[:, :, rows] = _product(q[:, :, rows], keys, values, mask, logits)
+    # A row that may see no key has no defined softmax; canonical attention gives 0.
+    out = torch.where(allowed.any(-1)[..., None], out, 0.0)
+    return out, None if budget is None else lambda: torch.cat(masks, 2)
+
+
+def _product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, logits: Logits) -> torch.Tensor:
+    """Dense attention under a bool mask, with the modifications that SDPA does not know."""
+    if logits.plain:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=logits.scale)
+    weights = logits.softmax(q.float() @ k.float().transpose(-1, -2), mask)
+    return (weights @ v.float()).to(q.dtype)
