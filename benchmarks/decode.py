@@ -1,4 +1,7 @@
-"""Decode step: dense SDPA against qaxis, as ratios in one run, with the floor beside them.
+"""``topk_attention`` for one query a head: dense SDPA against it, as ratios in one run, with the floor beside them.
+
+It scores every key canonically. The certified step, which ``enable`` decodes with, is timed by ``generation.py`` and by
+the claim certified-speed.
 
 Pairs are interleaved in random order and the median is reported. The floor is the time one read of the
 keys and of the selected keys and values takes at the copy bandwidth measured in the same run.
@@ -48,10 +51,10 @@ def medians(variants: dict[str, Callable[[], object]], repeats: int, cuda: bool,
 @click.option("--repeats", default=21, show_default=True)
 @click.option("--lengths", default="2048,8192,32768", show_default=True, help="Context lengths N.")
 def main(device: str, repeats: int, lengths: str) -> None:
-    """Time one decode step, B=1, H=8, Hkv=2, D=64, coverage 0.1."""
+    """Time topk_attention for one query a head, B=1, H=8, Hkv=2, D=64, coverage 0.1."""
     cuda = device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32
-    table = Table("N", "dense ms", "qaxis ms", "qaxis / dense", "selection ms", "floor ms")
+    table = Table("N", "dense ms", "topk ms", "topk / dense", "selection ms", "floor ms")
     for n in map(int, lengths.split(",")):
         q = torch.randn(1, 8, 1, 64, device=device, dtype=dtype)
         k, v = torch.randn(2, 1, 2, n, 64, device=device, dtype=dtype)

@@ -3,7 +3,7 @@
     python -m benchmarks.generation --layers 8 --lengths 8192,32768 --ways compiled,graph-cudnn,codes-2048
 
 It is what the claim generation-speed times, in pieces. Caches are filled directly. Each length is written to
-``--out`` as soon as it is there.
+``--output`` as soon as it is there.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def cell(rows: list[dict[str, Any]], name: str, tokens: int) -> str:
 @click.option("--new", default=20, show_default=True, help="Tokens timed, a way and round.")
 @click.option("--alone", is_flag=True, help="One cache at a time (32 layers of 131072 tokens need it).")
 @click.option("--profile", is_flag=True, help="Also a trace and a table of kernels of each way.")
-@click.option("--out", default="benchmarks/local", show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output", "--out", "out", default="benchmarks/local", show_default=True, type=click.Path(path_type=Path)
+)
 @click.option("--device", default="cuda", show_default=True)
 def main(
     layers: str, lengths: str, names: str, rounds: int, new: int, alone: bool, profile: bool, out: Path, device: str

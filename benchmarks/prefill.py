@@ -1,5 +1,7 @@
 """Prefill on a GPU, stage by stage: scores, selection, wide bands, attention; for lengths and ways of tuning.
 
+    python -m benchmarks.prefill --lengths 8192,16384 --output benchmarks/local
+
 What bounds a stage, for H heads, N causal queries, head_dim D (bfloat16), on an H100 (3.0 TB/s, 600 TFLOP/s):
 
 * score: H N^2 D operations and N^2 H bytes written: 1.8 and 2.9 ms at N = 16384, H = 32, D = 128; so the bytes.

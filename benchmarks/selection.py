@@ -1,6 +1,8 @@
 """CPU selection: a matrix product and canonical scores in the band only, against canonical scores of every key.
 
 Both are linear in the number of queries, so blocks of them are timed, interleaved in random order; the sets must agree.
+
+    python -m benchmarks.selection --n 8192
 """
 
 from __future__ import annotations

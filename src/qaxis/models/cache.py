@@ -186,7 +186,7 @@ class Int8Cache(InPlaceCache):
     Args:
         config: the model's configuration. Layers that hold keys and values of all tokens are quantised; every other
             kind (sliding window, chunk, recurrent state, shared) is held as ``DynamicCache(config=config)`` holds it.
-        format: ``"int8"`` (0.504 of the bfloat16 bytes), ``"int6"`` (0.383), ``"int4"`` (0.289), or a
+        format: ``"int8"`` (about 0.50 of the bfloat16 bytes), ``"int6"`` (0.38), ``"int4"`` (0.29), or a
             :class:`~qaxis.storage.formats.Format` of your own.
         room: allocate for so many tokens at once instead of growing.
         offloading: keep all layers but the one at work on the CPU, as in transformers; needs CUDA.

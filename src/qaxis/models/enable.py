@@ -75,18 +75,24 @@ def enable(
             token's is canonical, bit for bit, on every device; a prompt's too on a CPU, while on a GPU it is summed by
             matrix products (:mod:`qaxis.prefill`), within
             :func:`qaxis.arithmetic.rounding.selection_output_bound` of canonical. ``"bitwise"``: always canonical,
-            slow for prompts on a GPU. ``"selection"``: never more than that bound is asked for.
-        backend: ``"auto"``, or as in :func:`~qaxis.topk_attention`. With ``"auto"`` tokens on a GPU go through
-            :class:`qaxis.decode.Decoder`: CUDA C++ where that runs, Triton elsewhere. What ran, and why nothing faster,
-            is in :func:`qaxis.record` and, once, in the log.
+            slow for prompts on a GPU. ``"selection"``: as ``"auto"`` on a GPU; on a CPU, and for masks that the fast
+            ways do not know, a dense product over the chosen keys, within that bound as well, for tokens too.
+        backend: ``"auto"``: tokens on a GPU go through :class:`qaxis.decode.Decoder`, which is CUDA C++ where that runs
+            and Triton elsewhere, prompts through :mod:`qaxis.prefill`; a CPU takes the reference. ``"triton"``: the
+            Triton kernels of both, on a CPU in Triton's interpreter. ``"reference"``: PyTorch alone, never captured.
+            ``"cuda"``: as ``"auto"`` on a GPU; on a CPU tokens go through the CUDA C++ step, emulated where g++ is
+            there, slowly, as a check. What ran, and why nothing faster, is in :func:`qaxis.record` (``engines``) and,
+            on a GPU, once in the log.
         first_dense: the first so many layers stay dense.
         sinks, recent: the first and the newest so many visible keys are always kept. They count towards k_eff,
             so the budget's minimum must hold them.
         strict: raise if a layer's attention is ever computed by anything else, or on a GPU by neither the decode step
             nor prefill, unless that was asked for.
         compiled: let ``generate`` on a GPU compile what lies between the attentions of a step (``torch.compile``, once
-            for a model and a batch size, a second a layer or so): fewer kernels a token. Attention keeps its bits; of
-            the rest the compiler may round otherwise, by no more than 16 bits do.
+            for every batch size until :func:`disable`, a second a layer or so): fewer kernels a token. Attention keeps
+            its bits; the rest may be rounded otherwise. Before a compiled step is used it is compared with the model's
+            own pass for two tokens: logits may differ by a twentieth of the largest. What cannot be compiled is
+            captured as it is, after one warning.
 
     Returns:
         The same model.

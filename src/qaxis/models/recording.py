@@ -201,8 +201,9 @@ def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording
     """Record every forward pass of a model on which qaxis is enabled, without changing a bit of its output.
 
     Calls of every thread are counted, each judged in its own thread. While a recording runs, ``generate`` replays no
-    captured steps: each call is there to be seen, with the same bits. Entropy and mass are computed in float32 by
-    PyTorch, as its settings for float32 products have it; they are not canonical. A compiled model is recorded too.
+    captured steps: each call is there to be seen, with the same bits, but slower than without a recording. Entropy and
+    mass are computed in float32 by PyTorch, as its settings for float32 products have it; they are not canonical. A
+    compiled model is recorded too.
 
     Args:
         masks: also keep which keys were attended to, ``recording.layers[i].masks``: B * H * M * N bytes a call and
@@ -210,7 +211,8 @@ def record(model: PreTrainedModel, *, masks: bool = False) -> Iterator[Recording
 
     Yields:
         a :class:`Recording`; ``recording.layers[i].k_eff``, ``.mass`` and ``.entropy`` are ``[H]`` means over
-        queries, ``recording.tokens_per_second`` and ``recording.fallbacks`` are of the whole model.
+        queries. Of the whole model are ``recording.engines``, calls by what computed them and why nothing faster did,
+        ``recording.tokens_per_second``, which is not the speed of captured steps, and ``recording.fallbacks``.
 
     Raises:
         ValueError: if qaxis is not enabled on the model.

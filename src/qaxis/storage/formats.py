@@ -29,10 +29,10 @@ def _zeroed(bits: int) -> Grid:
     return Grid(bits, "channel", 128, zero=True)
 
 
-#: by name; the comments give the bytes of a long cache over those of bfloat16. The first tokens stay in full:
+#: by name; the comments give, about, the bytes of a long cache over those of bfloat16. The first tokens stay in full:
 #: attention weighs them heavily, and their keys and values are unlike all others.
 FORMATS = {
-    "int8": Format(),  # 0.504
-    "int6": Format(_zeroed(7), _zeroed(5), sinks=4),  # 0.383
-    "int4": Format(_zeroed(5), _zeroed(4), sinks=4),  # 0.289
+    "int8": Format(),  # 0.50
+    "int6": Format(_zeroed(7), _zeroed(5), sinks=4),  # 0.38
+    "int4": Format(_zeroed(5), _zeroed(4), sinks=4),  # 0.29
 }
