@@ -221,13 +221,11 @@ def test_a_capture_that_fails_costs_nothing_but_time(model, monkeypatch, caplog)
     )
 
 
-@pytest.mark.parametrize("budget", [{0: "dense"}, "first"])
-def test_a_layer_that_is_dense_is_told_before_anything_is_captured(model, budget, caplog):
-    options = {"first_dense": 1} if budget == "first" else {"budget": budget}
-    qaxis.enable(model, backend="reference", **options)
+def test_a_dense_layer_over_codes_is_told_before_anything_is_captured(model, caplog):
+    qaxis.enable(model, {0: "dense", 1: 5}, backend="reference")
     with caplog.at_level(logging.INFO):
-        generate(model)
-    assert not Graph.made and "a layer is dense" in caplog.text
+        generate(model, past_key_values=qaxis.Int8Cache(model.config))
+    assert not Graph.made and "a layer is dense, over a cache of codes" in caplog.text
 
 
 def test_padding_is_captured_wherever_there_is_a_mask(model):
@@ -301,13 +299,11 @@ def test_an_assistant_that_is_enabled_takes_back_what_it_drafted(llama):
 def test_caches_that_transformers_would_not_make_are_not_ours(llama):
     model = copy.deepcopy(llama)
     qaxis.enable(model, qaxis.Budget(0.2, 5))
-    made = lambda **options: (
-        type(  # noqa: E731
-            model.generate(
-                prompt(), **GREEDY, max_new_tokens=2, return_dict_in_generate=True, **options
-            ).past_key_values
-        ).__name__
-    )
+
+    def made(**options):
+        done = model.generate(prompt(), **GREEDY, max_new_tokens=2, return_dict_in_generate=True, **options)
+        return type(done.past_key_values).__name__
+
     assert made() == "Cache" and made(cache_implementation="dynamic") == "DynamicCache"
     assert made(past_key_values=DynamicCache(config=model.config)) == "DynamicCache"
     assert "_prepare_cache_for_generation" not in model.__dict__ and "forward" not in model.__dict__

@@ -247,3 +247,26 @@ def test_every_refusal_is_told_once_and_whether_it_was_asked_for():
     assert refused(3, "auto", None)[1] == f"{no_range}; there is no GPU"
     assert refused(20, "bitwise") == ("canonical", "exactness='bitwise'", True)
     assert refused(3, "selection", None) == ("masked", no_range, False)
+
+
+@pytest.mark.parametrize("sliding", [None, 12])
+def test_a_dense_layer_of_a_token_reads_all_places_and_sees_its_keys(sliding):
+    """So that a captured step may have dense layers: the numbers of ordinary dense attention, padded and in windows."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    config = MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=sliding)
+    model = MistralForCausalLM(config).eval()
+    ids, mask = prompt(20, 2), torch.ones(2, 22, dtype=torch.long)
+    mask[1, :11] = 0
+    found = {}
+    for way in ("reference", "triton"):
+        cache = qaxis.Cache(config, room=600)
+        with torch.inference_mode():
+            with qaxis.sparse(model, {0: "dense", 1: 3}, backend="reference"):
+                model(ids, attention_mask=mask[:, :20], past_key_values=cache)
+            with qaxis.sparse(model, {0: "dense", 1: 3}, backend=way), qaxis.record(model) as recording:
+                for i in (20, 21):
+                    logits = model(ids[:, :1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits
+                    found.setdefault(way, []).append(logits)
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=1e-5, atol=1e-6)
+    assert sum(n for name, n in recording.engines.items() if name.startswith("dense")) == 2

@@ -21,6 +21,7 @@ from ..storage.clock import Clock
 from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
 from ..storage.shared import Shared
+from . import masked
 from .attended import DENSE, NO_GPU, NO_RANGE, REFERENCE, Attended, Refusal
 from .holding import HOLDER
 from .masks import Shown
@@ -34,6 +35,8 @@ PLACES = 4096
 _CAPTURE = "capture"
 #: in a cache's work space, by what holds a layer's keys: what the last step over them saw
 _SHOWN = "shown"
+#: of a dense layer, whose rows tell what is seen
+_EVERY_KEY = Budget(coverage=1.0, minimum=1)
 SEVERAL = Refusal("several queries over a window or an 8-bit cache")
 
 
@@ -151,8 +154,9 @@ def _rows(batch: int, held: Held, shown: Shown, budget: Budget, before: int) -> 
 
 def refusal(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, settings: Settings) -> Refusal | None:
     """Why these queries cannot, or are not to, be steps; None if they can."""
+    holder = getattr(k, HOLDER, None)
     if settings.budget is None:
-        return DENSE
+        return None if _is_dense_step(q, holder, shown, settings) else DENSE
     if settings.backend == "reference":
         return REFERENCE
     if q.device.type == "cpu" and settings.backend == "auto":
@@ -161,10 +165,15 @@ def refusal(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, settings: Set
         return Refusal(f"{q.shape[2]} queries")
     if shown is None:
         return NO_RANGE
-    holder = getattr(k, HOLDER, None)
     if q.shape[2] > 1 and holder is not None and (holder.window or holder.quantised):
         return SEVERAL
     return None
+
+
+def _is_dense_step(q: torch.Tensor, holder: Any, shown: Shown | None, settings: Settings) -> bool:
+    """Whether one query of a dense layer meets full keys in place, where steps are captured or emulated."""
+    steps = q.is_cuda or settings.backend in ("cuda", "triton")
+    return steps and q.shape[2] == 1 and shown is not None and holder is not None and not holder.quantised
 
 
 def not_repeatable(k: torch.Tensor, shown: Shown | None) -> str:
@@ -198,9 +207,11 @@ def attend(
     Args:
         q: ``[B, H, M, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``.
     """
-    budget = settings.budget
-    assert budget is not None
-    held, m, n, one = _held(q, k, v), q.shape[2], k.shape[2], q[:, :, :1]
+    budget, held, m, n, one = settings.budget, _held(q, k, v), q.shape[2], k.shape[2], q[:, :, :1]
+    if m == 1 and hasattr(k, HOLDER):
+        held.shared.workspace.setdefault(_SHOWN, WeakKeyDictionary())[getattr(k, HOLDER)] = shown
+    if budget is None:
+        return Attended(_dense(q, k, held, shown, logits), None, "dense")
     if settings.backend == "triton":
         step, engine, reason = _decoder(q, held, budget, True), "triton", "backend='triton'"
     else:
@@ -211,8 +222,6 @@ def attend(
         rows = _rows(q.shape[0], held, shown, budget, m - 1 - i)
         query = q[:, :, i : i + 1]
         done.append(step.run(query, held.keys, held.values, held.index, rows, logits, settings.always))
-    if m == 1 and hasattr(k, HOLDER):
-        held.shared.workspace.setdefault(_SHOWN, WeakKeyDictionary())[getattr(k, HOLDER)] = shown
     output, indices = done[0].output, done[0].indices
     if m > 1:
         output, indices = (torch.cat([getattr(x, name) for x in done], 2) for name in ("output", "indices"))
@@ -225,3 +234,14 @@ def attend(
     asked = settings.backend == "triton"
     refusals = (Refusal(reason, asked), Refusal(held.reason))
     return Attended(output, kept, engine, tuple(x for x in refusals if x.text))
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, held: Held, shown: Shown, logits: Logits) -> torch.Tensor:
+    """Attention of one query ``[B, H, 1, D]`` to every key it sees, of all places: a captured one serves any length."""
+    # Triton, for Linux only, is loaded when it is needed.
+    from ..decode.rows import BEGIN, END
+
+    rows, (keys, values) = _rows(q.shape[0], held, shown, _EVERY_KEY, 0), getattr(k, HOLDER).whole()
+    places = torch.arange(held.room, device=q.device)
+    allowed = (places >= rows[:, BEGIN, None]) & (places < rows[:, END, None])
+    return masked.one_query(q, keys, values, allowed, logits)

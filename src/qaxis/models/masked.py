@@ -87,6 +87,24 @@ def masked(
     return out, None if budget is None else lambda: torch.cat(masks, 2)
 
 
+def one_query(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, logits: Logits
+) -> torch.Tensor:
+    """Attention ``[B, H, 1, Dv]`` of a query of every head; a row that sees no key gets 0.
+
+    Args:
+        q: ``[B, H, 1, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. allowed: bool ``[B, N]``.
+    """
+    batch, heads, _, dim = q.shape
+    mask, group = allowed[:, None, None], heads // k.shape[1]
+    if logits.sink is None:
+        # The queries that share a KV head as rows of one product: its keys are read once, and not copied.
+        out = _product(q.reshape(batch, heads // group, group, dim), k, v, mask, logits).reshape(batch, heads, 1, -1)
+    else:
+        out = _product(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), mask, logits)
+    return torch.where(mask.any(-1, keepdim=True), out, 0.0)
+
+
 def _product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, logits: Logits) -> torch.Tensor:
     """Dense attention under a bool mask, with the modifications that SDPA does not know."""
     if logits.plain:

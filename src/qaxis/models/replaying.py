@@ -109,8 +109,10 @@ class Replaying:
             return "attention_mask is not one number a token"
         if recorders.current() or observing.anybody():
             return "a recording or an observer sees every call"
-        if not self.settings or any(settings.budget is None for settings in self.settings.values()):
-            return "a layer is dense"
+        if not self.settings:
+            return "qaxis is off"
+        if isinstance(cache, Int8Cache) and any(settings.budget is None for settings in self.settings.values()):
+            return "a layer is dense, over a cache of codes"
         known = (torch.Tensor, bool, int, float, str, type(None), Cache, Int8Cache)
         strange = [name for name, x in kwargs.items() if not isinstance(x, known)]
         return f"{strange[0]} is neither a tensor nor a constant" if strange else cache.not_capturable()

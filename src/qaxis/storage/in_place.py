@@ -208,6 +208,10 @@ class KeyValues:
         n = self.held
         return self.parts["k"][:, :, :n], self.parts["v"][:, :, :n]
 
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values of all places, also of those that hold no token."""
+        return self.parts["k"], self.parts["v"]
+
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, KeyIndex]:
         """Views as :meth:`views` has them, and the index of these keys; of all room while a graph is captured."""
         self._follow()
