@@ -375,6 +375,7 @@ def test_long_prompts_take_little_memory(batch, n):
     plan = make_plan((batch, 32, n, 128), 8, n, tuning=tuning)
     taken = sum(x.numel() * x.element_size() for x in vars(Buffers(plan, torch.device("meta"))).values())
     assert taken <= (9 << 26 if n > 32768 else 9 << 27 if n > 16384 else 9 << 28)
+    assert tuning_for(batch, 32, 4096, 4096, room=n).memory <= tuning.memory
     # Enough programs of attention, and rows of a selection, for a GPU.
     assert plan.heads_at_once * plan.stretch >= 192 * tuning.attend_queries and plan.heads_at_once * plan.chunk >= 512
 

@@ -7,7 +7,7 @@ so that a tree within blocks followed by a tree over blocks is the same tree wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any
 
@@ -31,8 +31,11 @@ LOADED_TOO_EARLY = INTERPRETED == isinstance(tl.sum, triton.JITFunction)
 _INTERPRETER = RLock()
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any], any_integer: Sequence[str] = ()) -> Any:
     """``triton.jit``; interpreted kernels run one at a time, whichever threads launch them.
+
+    Args:
+        any_integer: arguments whose value is no reason to compile the kernel once more, for 1 or multiples of 16.
 
     Raises:
         RuntimeError: if TRITON_INTERPRET was changed since the first kernel was defined.
@@ -42,7 +45,7 @@ def jit(function: Callable[..., Any]) -> Any:
             "TRITON_INTERPRET was changed after qaxis's first kernels were loaded: set it in the environment before "
             "Python starts, and leave it"
         )
-    made = triton.jit(function)
+    made = triton.jit(function, do_not_specialize=list(any_integer))
     if INTERPRETED:
 
         def run(*args: Any, **kwargs: Any) -> Any:

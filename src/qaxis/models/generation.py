@@ -26,7 +26,7 @@ from .stand_in import standing_in
 
 log = logging.getLogger(__name__)
 #: prompts of more tokens go through the model in chunks, of so many: what a layer makes of them is bounded then
-LONG_PROMPT, CHUNK = 16384, 4096
+LONG_PROMPT, CHUNK = 16384, 2048
 #: tokens beyond the prompt that a cache has room for at once, of all rows and of one at least: answers may end long
 #: before they must
 MOST_ROOM, LEAST_ROOM = 4096, 256

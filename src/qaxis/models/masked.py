@@ -87,9 +87,7 @@ def masked(
     return out, None if budget is None else lambda: torch.cat(masks, 2)
 
 
-def one_query(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, logits: Logits
-) -> torch.Tensor:
+def one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, logits: Logits) -> torch.Tensor:
     """Attention ``[B, H, 1, Dv]`` of a query of every head; a row that sees no key gets 0.
 
     Args:

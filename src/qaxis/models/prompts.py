@@ -6,6 +6,7 @@ import torch
 
 from ..attention.logits import Logits
 from .attended import DENSE, NO_GPU, NO_RANGE, REFERENCE, Attended, Refusal
+from .holding import HOLDER
 from .masks import Shown
 from .settings import Settings
 
@@ -38,11 +39,12 @@ def attend(
     from ..prefill import prefill_attention, selected_mask, tuning_for
 
     assert settings.budget is not None
-    n = k.shape[2]
+    n, holder = k.shape[2], getattr(k, HOLDER, None)
+    room = 0 if holder is None else max(layer.room for layer in holder.shared.holders)
     done = prefill_attention(
         q, k, v, settings.budget, pads=shown.pads, window=shown.window, logits=logits, always=settings.always,
         selection=watched, backend="triton" if settings.backend == "triton" else "auto",
-        tuning=tuning_for(q.shape[0], q.shape[1], q.shape[2], n),
+        tuning=tuning_for(q.shape[0], q.shape[1], q.shape[2], n, room),
     )  # fmt: skip
     bits = done.bits
     return Attended(done.output, None if bits is None else lambda: selected_mask(bits, n), "prefill")

@@ -264,13 +264,14 @@ def make_plan(
     )  # fmt: skip
 
 
-def tuning_for(batch: int, heads: int, m: int, n: int) -> PrefillTuning:
+def tuning_for(batch: int, heads: int, m: int, n: int, room: int = 0) -> PrefillTuning:
     """What suits ``m`` queries of ``batch * heads`` heads that meet ``n`` keys, with little memory beside the cache.
 
     Up to 16384 keys, where a prompt is most of what waits for its first token, 2.25 GiB are taken at most; up to 32768
-    half of it, and beyond a quarter.
+    half of it, and beyond a quarter. So it is by ``room`` if that is more: the places of a cache that is yet to fill.
     """
-    memory = (2 << 30) if n <= 16384 else (1 << 30) if n <= 32768 else (512 << 20)
+    longest = max(n, room)
+    memory = (2 << 30) if longest <= 16384 else (1 << 30) if longest <= 32768 else (512 << 20)
     return replace(DEFAULT_TUNING, memory=min(memory, max(1 << 20, batch * heads * m * 3 * rounded_up(n, SPAN))))
 
 

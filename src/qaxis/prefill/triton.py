@@ -8,6 +8,8 @@ points to. Offsets into tensors are 64-bit: any stride of theirs may be large.
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..arithmetic.fast_scores import LARGEST, SMALLEST, UNITS
 from ..arithmetic.triton import jit, score_of, tl, tree_last, units_per_score, widen
 
@@ -17,6 +19,21 @@ _TO_FIFTEEN_BITS = tl.constexpr(8404992.0)
 #: the score 0, and what is behind all scores
 _ZERO, _BEHIND = tl.constexpr(16384), tl.constexpr(32768)
 _NO_SCORE = tl.constexpr(-2147483648)
+#: arguments that differ from chunk to chunk: a prompt of many would compile the kernels over and over
+VARYING = (
+    "start",
+    "chunk",
+    "m",
+    "first",
+    "origin",
+    "bit_rows",
+    "bit_start",
+    "key_tiles",
+    "query_tiles",
+    "tiles",
+    "room",
+    "rows",
+)
 #: where the range ends, from the score 0
 _HALF = tl.constexpr(UNITS / 2)
 
@@ -94,7 +111,7 @@ def product(q, k, WIDE: tl.constexpr):
         return tl.dot(q, tl.trans(k), input_precision="ieee")
 
 
-@jit
+@partial(jit, any_integer=VARYING)
 def prefill_scores_kernel(
     q_ptr, k_ptr, norm_ptr, fast_ptr, heads, group, start, chunk, first, n, pads_ptr, origin, window, padded, dim,
     key_tiles, query_tiles,
@@ -139,7 +156,7 @@ def prefill_lengths_kernel(k_ptr, norm_ptr, kv_heads, n, dim, tiles, stride_kb, 
     tl.store(norm_ptr + head.to(tl.int64) * n + j, tl.sqrt(tl.sum(wide * wide, 1)), mask=j < n)
 
 
-@jit
+@partial(jit, any_integer=VARYING)
 def prefill_long_kernel(
     q_ptr, k_ptr, norm_ptr, longest_ptr, long_ptr, k_eff_ptr, fast_ptr, long_top_ptr,
     heads, group, start, chunk, first, n, pads_ptr, origin, window, sinks, recent, bit_rows, bit_start, padded, dim,
@@ -263,7 +280,7 @@ def _keep_always(fast_ptr, bits_ptr, begin, end, top):
     return top
 
 
-@jit
+@partial(jit, any_integer=VARYING)
 def prefill_cut_kernel(
     q_ptr, norm_ptr, fast_ptr, k_eff_ptr, quantile_ptr, slope_ptr,
     bytes_ptr, bits_ptr, position_ptr, band_ptr, missing_ptr, low_ptr, high_ptr, top_ptr,
@@ -374,7 +391,7 @@ def _order_list(
         tl.atomic_or(bits_ptr + (j >> 5), 1 << (j & 31), mask=take, sem="relaxed")
 
 
-@jit
+@partial(jit, any_integer=VARYING)
 def prefill_band_kernel(
     q_ptr, k_ptr, position_ptr, word_ptr, band_ptr, missing_ptr, bits_ptr,
     heads, group, start, chunk, bit_rows, bit_start, words, dim,
@@ -473,7 +490,7 @@ def _take_from_band(line_ptr, word_ptr, bits_ptr, band, missing, kth, BLOCK: tl.
         equal += tl.sum(at_kth, 0)
 
 
-@jit
+@partial(jit, any_integer=VARYING)
 def prefill_wide_band_kernel(
     q_ptr, k_ptr, fast_ptr, line_ptr, band_ptr, missing_ptr, low_ptr, high_ptr, bits_ptr,
     heads, group, start, chunk, first, n, pads_ptr, origin, window, sinks, recent, bit_rows, bit_start, padded, room,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..arithmetic.triton import jit, tl, units_per_score, widen
-from .triton import heads_of, product, queries_of, range_of, split, vectors_of
+from .triton import VARYING, heads_of, product, queries_of, range_of, split, vectors_of
 
 #: the 15-bit score of 0
 _ZERO = tl.constexpr(16384)
@@ -42,7 +44,7 @@ def _in_base_two(score, factor, cap, CAP: tl.constexpr):
         return score * factor
 
 
-@jit
+@partial(jit, any_integer=VARYING)
 def prefill_attend_kernel(
     q_ptr, k_ptr, v_ptr, norm_ptr, largest_ptr, bits_ptr, top_ptr, long_top_ptr, sink_ptr, out_ptr,
     heads, group, start, chunk, m, first, n, pads_ptr, origin, window, words, dim, dim_v, tiles, scale, factor, cap,
