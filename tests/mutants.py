@@ -104,6 +104,9 @@ LAYERS, SWITCHING, MASKS = "src/qaxis/models/layers.py", "src/qaxis/models/switc
 MASKED = "src/qaxis/models/masked.py"
 BUILDS = "test_enable.py::"
 
+REPLAYING, REPLAYS = "src/qaxis/models/replaying.py", "test_replaying.py::"
+CAPTURED, STATE = "src/qaxis/models/captured.py", "src/qaxis/models/model_state.py"
+GENERATE, STAND_IN = "src/qaxis/models/generation.py", "src/qaxis/models/stand_in.py"
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
 ROWS = "test_decode_rows.py::"
 TRITON_ROWS = "test_triton_rows.py::"
@@ -218,7 +221,7 @@ MUTANTS = (
     Mutant(HARNESS + "test_a_claim_of_two_cards_speaks_of_those_with_fresh_evidence", "a claim of which no card is fresh passes", EVIDENCE, 'any(s.word == "fresh" for s in others)', "True"),
     Mutant(HARNESS + "test_gpu_records_off_their_list_stay_beside_the_committed_ones", "records that are stale at once replace committed ones", KEEPING, " and not versions.outside(r, True, root)", ""),
     Mutant(HARNESS + "test_a_version_off_its_list_makes_only_its_records_stale", "versions play no part", EVIDENCE, "outside = versions.outside(record, state.on_gpu, root)", "outside: list[str] = []"),
-    Mutant(HARNESS + "test_interpreted_kernels_and_the_constants_they_read_are_dependencies", "executed functions are not noted", TRACING, "        RAN.add(where)\n", "        set[str]().add(where)\n"),
+    Mutant(HARNESS + "test_interpreted_kernels_and_the_constants_they_read_are_dependencies", "executed functions are not noted", TRACING, "    def ran() -> None:\n        RAN.add(where)", "    def ran() -> None:\n        set[str]().add(where)"),
     Mutant("test_paper.py::test_a_figure_of_other_evidence_is_refused", "figures of other evidence pass", "figures/drawn.py", "evidence.record_digest(records[claim]) != digest", "False"),
     # Certified decoding
     Mutant("certified", "what codes leave out is no error", CERTIFIED, "tl.load(residual_ptr) + relative", "relative"),
@@ -543,6 +546,27 @@ MUTANTS = (
     Mutant(ISOLATION + "test_pdflatex_reads_and_writes_in_its_folder_only", "TeX reads anything", TEX, "        if strangers := _read_elsewhere(folder, Path(home)):", "        if False:"),
     Mutant(ISOLATION + "test_pdflatex_reads_and_writes_in_its_folder_only", "TeX runs programs", TEX, '"-no-shell-escape"', '"-shell-escape"'),
     Mutant(ISOLATION + "test_the_paper_is_dated_by_no_wrong_clock", "any date", TEX, "    if not DATES[0].timestamp() <= epoch < DATES[1].timestamp():", "    if False:"),
+    Mutant(REPLAYS + "test_what_changes_a_model_under_generate_is_seen", "nobody looks whether the model changed", REPLAYING, "if self.state.unchanged():", "if True:"),
+    Mutant(REPLAYS + "test_what_changes_a_model_under_generate_is_seen", "hooks that come are not seen", STATE, "and not any(self.empty)", ""),
+    Mutant(REPLAYS + "test_what_changes_a_model_under_generate_is_seen", "weights that moved are not seen", STATE, "and self.places == [x.data_ptr() for x in self.weights]", ""),
+    Mutant(REPLAYS + "test_what_changes_a_model_under_generate_is_seen", "attributes that were replaced are not seen", STATE, "and all(map(is_, self._now(), self.held))", ""),
+    Mutant(REPLAYS + "test_a_model_that_never_stops_changing_is_left_alone", "captured again for ever", REPLAYING, "if self.changes == MOST_CHANGES:", "if False:"),
+    Mutant(REPLAYS + "test_a_replay_that_is_wrong_late_is_found_and_said", "never proven again", REPLAYING, "if self.replays == self.again:", "if False:"),
+    Mutant(REPLAYS + "test_a_replay_that_is_wrong_at_once_is_never_used", "replays are not compared", REPLAYING, "if same(replayed, output if expected is None else expected) and", "if True or"),
+    Mutant(REPLAYS + "test_autocast_and_observers_are_seen", "observers are passed by", REPLAYING, "watched = bool(recorders.current()) or observing.anybody()", "watched = bool(recorders.current())"),
+    Mutant(REPLAYS + "test_a_dense_layer_over_codes_is_told_before_anything_is_captured", "a dense layer over codes is captured", REPLAYING, "if isinstance(cache, Int8Cache) and any(", "if False and any("),
+    Mutant(REPLAYS + "test_padding_is_captured_wherever_there_is_a_mask", "no padding is captured where there is none yet", REPLAYING, "if pads is None and kwargs.get(MASK) is not None:", "if False:"),
+    Mutant(REPLAYS + "test_padding_is_told_before_every_replay", "padding is that of the capture", CAPTURED, "            self.pads.copy_((kwargs[MASK] == 0).sum(1))\n", "            pass\n"),
+    Mutant(REPLAYS + "test_what_is_taken_back_is_appended_again_to_the_same_places", "what is taken back counts", CAPTURED, "    finally:\n        shared.rewind(state)\n        for clock", "    finally:\n        for clock"),
+    Mutant(REPLAYS + "test_logits_are_close_by_how_they_spread", "logits are close by the largest", CAPTURED, "ROUNDING * (b - b.mean(-1, keepdim=True)).square()", "ROUNDING * b.square()"),
+    Mutant(REPLAYS + "test_long_prompts_go_in_chunks_only_where_it_cannot_matter", "chunks whatever the positions depend on", GENERATE, 'if each == "longrope" or "dynamic" in str(each):', "if False:"),
+    Mutant(REPLAYS + "test_long_prompts_go_in_chunks_only_where_it_cannot_matter", "chunks of prompts that are no tokens", GENERATE, "if x is not None and name not in _IN_CHUNKS)", "if False)"),
+    Mutant(REPLAYS + "test_long_prompts_go_in_chunks_only_where_it_cannot_matter", "chunks though hidden states are asked for", GENERATE, "    if any(asked):", "    if False:"),
+    Mutant(REPLAYS + "test_an_assistant_that_is_enabled_takes_back_what_it_drafted", "an assistant forgets what it drafted", GENERATE, "    if config.is_assistant:", "    if False:"),
+    Mutant(REPLAYS + "test_caches_that_transformers_would_not_make_are_not_ours", "any cache is replaced", GENERATE, "    if config.cache_implementation is not None:", "    if False:"),
+    Mutant(REPLAYS + "test_what_stands_for_a_method_goes_when_the_last_thread_does", "the first thread puts the method back", STAND_IN, "if there.users == 0 and model", "if model"),
+    Mutant("test_routes.py::test_a_dense_layer_of_a_token_reads_all_places_and_sees_its_keys", "a dense token sees a place too many", "src/qaxis/models/decoding.py", "(places < rows[:, END, None])", "(places <= rows[:, END, None])"),
+    Mutant(PREFILL + "test_parts_are_as_large_as_each_other", "seven heads and then one", "src/qaxis/prefill/plan.py", "    return -(-many // -(-many // at_once))\n", "    return at_once\n"),
 )  # fmt: skip
 
 

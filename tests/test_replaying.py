@@ -19,8 +19,8 @@ from transformers import DynamicCache
 import qaxis
 from qaxis.models import generation, replaying
 from qaxis.models.captured import CACHE, MASK, CapturedStep, close, fresh, same, taken_back
+from qaxis.models.model_state import ModelState
 from qaxis.models.stand_in import StandIn, standing_in
-from qaxis.models.surroundings import Surroundings
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
@@ -363,16 +363,16 @@ def test_logits_are_close_by_how_they_spread():
     assert not close({"logits": logits + 0.1 * off}, {"logits": logits})
 
 
-def test_surroundings_that_stay_the_same_are_the_same(llama):
+def test_a_model_that_nobody_changed_is_unchanged(llama):
     model = copy.deepcopy(llama)
-    before = Surroundings(model)
+    before = ModelState(model)
     with torch.no_grad():
         model(prompt())
-    assert before.same()
+    assert before.unchanged()
     with torch.autocast("cuda", enabled=torch.cuda.is_available()):
-        assert before.same() != torch.cuda.is_available()
+        assert before.unchanged() != torch.cuda.is_available()
     with torch.no_grad():
-        assert not before.same()
+        assert not before.unchanged()
 
 
 def test_what_is_taken_back_is_appended_again_to_the_same_places(llama):

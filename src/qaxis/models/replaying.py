@@ -29,9 +29,9 @@ from .cache import Cache, InPlaceCache, Int8Cache
 from .captured import CACHE, MASK, CapturedStep, close, fresh, same, taken_back
 from .compiled import CompiledForward
 from .masks import left_pads
+from .model_state import ModelState, foreign_hooks
 from .settings import Settings, settings_of
 from .stand_in import standing_in
-from .surroundings import Surroundings, foreign_hooks
 
 log = logging.getLogger(__name__)
 #: steps before one is captured: kernels are compiled in them, and short answers are over
@@ -66,7 +66,7 @@ class Replaying:
         self.model, self.forward, self.compiled = model, forward, compiled
         self.settings = _layers(model)
         self.step: CapturedStep | None = None
-        self.surroundings: Surroundings | None = None
+        self.state: ModelState | None = None
         #: what a step was captured for
         self.key: Any = None
         self.warm = self.proofs = self.replays = self.changes = 0
@@ -147,7 +147,7 @@ class Replaying:
 
     def _start_over(self, key: Any) -> None:
         """Go back to the last warm step: what it makes, kernels and work space, is made outside of a graph."""
-        self.step, self.surroundings, self.key = None, None, key
+        self.step, self.state, self.key = None, None, key
         self.proofs, self.warm = 0, min(self.warm, WARM - 1)
 
     def _captured(self, kwargs: dict[str, Any], pads: torch.Tensor | None) -> bool:
@@ -193,8 +193,8 @@ class Replaying:
             return self._proven(kwargs)
         state = self.step.cache.shared.mark()
         self.step.replay(kwargs)
-        assert self.surroundings is not None
-        if self.surroundings.same():
+        assert self.state is not None
+        if self.state.unchanged():
             self.replays += 1
             return fresh(self.step.output)
         self.step.cache.shared.rewind(state)
@@ -225,7 +225,7 @@ class Replaying:
         if same(replayed, output if expected is None else expected) and (expected is None or close(replayed, output)):
             self.proofs = min(PROOFS, self.proofs + 1)
             self.replays += 1
-            self.surroundings = Surroundings(self.model) if self.proofs == PROOFS else None
+            self.state = ModelState(self.model) if self.proofs == PROOFS else None
         else:
             self.step, self.proofs, late = None, 0, self.replays
             self.failed = "a replay did not give what the forward pass gives"

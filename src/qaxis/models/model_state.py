@@ -1,4 +1,4 @@
-"""What a forward pass depends on beside its arguments, and whether it is still the same.
+"""The state of a model: what its forward pass depends on beside its arguments, and whether that is still the same.
 
 A replayed step launches what was captured: a hook, an adapter, a weight that was put in another's place, a setting of
 qaxis or autocast that came since would be passed by. All of that lies in the attributes of modules or in a few modes.
@@ -46,7 +46,7 @@ def _containers(model: nn.Module) -> Iterator[Any]:
             yield vars(config)
 
 
-class Surroundings:
+class ModelState:
     """What they were when this was made: objects by identity, weights by their place in memory as well.
 
     What is compared is held, so that nothing else can have taken its place.
@@ -65,7 +65,7 @@ class Surroundings:
         """All that is held now, in order."""
         return chain(chain.from_iterable(map(dict.values, self.named)), chain.from_iterable(self.listed))
 
-    def same(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether nothing was set, replaced, added or removed since: a millisecond for a model of 32 layers."""
         return (
             self.modes == _modes()
