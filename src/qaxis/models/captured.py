@@ -86,19 +86,24 @@ class CapturedStep:
         decoding.forget_rows(shared)
 
 
+def take_back(cache: InPlaceCache, mark: Any) -> None:
+    """What was appended since ``mark`` does not count: the same token comes once more, into the same places."""
+    shared = cache.shared
+    shared.rewind(mark)
+    for clock in shared.clocks.values():
+        # The device's went on: it is set anew by whatever comes next.
+        clock.at = _UNKNOWN
+    decoding.forget_rows(shared)
+
+
 @contextmanager
 def taken_back(cache: InPlaceCache) -> Iterator[None]:
-    """What is appended to a cache inside does not count: the same token comes once more, into the same places."""
-    shared = cache.shared
-    state = shared.mark()
+    """What is appended inside does not count; see :func:`take_back`."""
+    mark = cache.shared.mark()
     try:
         yield
     finally:
-        shared.rewind(state)
-        for clock in shared.clocks.values():
-            # The device's went on: it is set anew by whatever comes next.
-            clock.at = _UNKNOWN
-        decoding.forget_rows(shared)
+        take_back(cache, mark)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..attention.logits import Logits
 from . import decoding, observing, recorders
 from .cache import Cache, InPlaceCache, Int8Cache
-from .captured import CACHE, MASK, CapturedStep, close, fresh, same, taken_back
+from .captured import CACHE, MASK, CapturedStep, close, fresh, same, take_back, taken_back
 from .compiled import CompiledForward
 from .masks import left_pads
 from .model_state import ModelState, foreign_hooks
@@ -191,19 +191,17 @@ class Replaying:
         if self.replays == self.again:
             self.again *= EVER_RARER
             return self._proven(kwargs)
-        state = self.step.cache.shared.mark()
+        cache, mark = self.step.cache, self.step.cache.shared.mark()
         self.step.replay(kwargs)
         assert self.state is not None
         if self.state.unchanged():
             self.replays += 1
             return fresh(self.step.output)
-        self.step.cache.shared.rewind(state)
+        take_back(cache, mark)
         return self._changed(kwargs)
 
     def _changed(self, kwargs: dict[str, Any]) -> Any:
         """What the model gives now that it was changed; the cache is where it was before the replay."""
-        with taken_back(kwargs[CACHE]):
-            pass
         self.changes += 1
         self.settings = _layers(self.model)
         self._start_over(None)
