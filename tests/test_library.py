@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +16,8 @@ from qaxis.arithmetic.rounding import order_error_bound
 from qaxis.attention.logits import Logits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+ROOT = Path(__file__).parents[1]
 
 
 def tensors(heads=4, kv_heads=2, m=3, n=40, dim=16, dtype=torch.float32, seed=0):
@@ -192,3 +197,12 @@ def test_bad_scale_backend_budget_and_zero_query():
 def test_budget_counts_decimals_exactly():
     assert [qaxis.Budget(0.1, 1).k_eff(n) for n in (1, 10, 11, 640, 70)] == [1, 1, 2, 64, 7]
     assert qaxis.Budget(0.1, 64).k_eff(10) == 10
+
+
+@pytest.mark.parametrize("folder", ["models", "storage"])
+def test_contributing_names_every_module_of_the_two_largest_folders(folder):
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    table = text[text.index(f"| in `{folder}/` | is |") :].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+\.py)`", table))
+    there = {path.name for path in (ROOT / "src" / "qaxis" / folder).glob("*.py")} - {"__init__.py"}
+    assert named == there, (named - there, there - named)
