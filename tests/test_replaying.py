@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, JambaConfig, JambaForCausalLM
 
 import qaxis
-from qaxis.models import generation, replaying
+from qaxis.models import generation, replaying, settings
 from qaxis.models.captured import CACHE, MASK, CapturedStep, close, fresh, same, taken_back
 from qaxis.models.model_state import ModelState
 from qaxis.models.stand_in import StandIn, standing_in
@@ -226,6 +226,84 @@ def test_a_dense_layer_over_codes_is_told_before_anything_is_captured(model, cap
     with caplog.at_level(logging.INFO):
         generate(model, past_key_values=qaxis.Int8Cache(model.config))
     assert not Graph.made and "a layer is dense, over a cache of codes" in caplog.text
+
+
+def test_a_model_that_was_once_asked_for_hidden_states_is_replayed(model, caplog):
+    """transformers leaves hooks on it that collect nothing any more."""
+    with torch.no_grad():
+        model(prompt(), output_hidden_states=True)
+    assert alike(generate(model), eager(model)) and replays() == [13]
+    with caplog.at_level(logging.INFO):
+        states = generate(model, output_hidden_states=True).hidden_states
+    assert len(Graph.made) == 1 and "hidden states" in caplog.text and len(states) == 16
+
+
+def test_a_mask_that_is_no_tensor_is_left_to_the_model(model):
+    cache = qaxis.Cache(model.config)
+    with torch.no_grad(), generation.replaying(model):
+        model(prompt(), past_key_values=cache)
+        for i in range(4):
+            kwargs = {"position_ids": torch.tensor([[20 + i]]), "past_key_values": cache, "return_dict": True}
+            try:
+                model(input_ids=prompt()[:, :1], attention_mask={"full_attention": None}, **kwargs)
+            except Exception as error:  # as without qaxis: Llama takes no dict
+                assert "ndim" not in str(error) or "dict" in str(error)
+    assert not Graph.made
+
+
+def test_nothing_is_captured_while_another_thread_generates(model, caplog):
+    """Random numbers that it draws meanwhile would raise there."""
+    gate, begun = threading.Event(), threading.Event()
+
+    def generates():
+        with replaying._counted(torch.device("cpu")):
+            begun.set()
+            gate.wait(60)
+
+    thread = threading.Thread(target=generates)
+    thread.start()
+    begun.wait(60)
+    with caplog.at_level(logging.INFO):
+        out = generate(model, Then(8, lambda: (gate.set(), thread.join())))
+    assert "another thread generates" in caplog.text and replays() == [8] and alike(out, eager(model))
+    assert replaying._generating[torch.device("cpu")] == []
+
+
+def test_counting_calls_is_no_change_of_a_model(model):
+    """As a recording of another thread does."""
+    attention = model.model.layers[0].self_attn
+    out = generate(model, Then(8, lambda: settings.count_call(attention)))
+    assert replays() == [13] and alike(out, eager(model))
+
+
+def test_what_was_cropped_is_read_by_nobody(llama):
+    """A dense layer reads all places of a captured step; what a number beyond the end was does not matter."""
+    cache = qaxis.Cache(llama.config, room=64)
+    with torch.no_grad():
+        llama(prompt(), past_key_values=cache)
+        llama(prompt()[:, :3], past_key_values=cache)
+    for layer in cache.layers:
+        for x in layer.kv.whole():
+            x[:, :, 20:23] = float("nan")
+    cache.crop(-3)
+    assert all(bool(x.isfinite().all()) for layer in cache.layers for x in layer.kv.whole())
+
+
+def test_prompts_of_models_with_a_recurrent_state_are_not_cut(monkeypatch, caplog):
+    monkeypatch.setattr(generation, "LONG_PROMPT", 10)
+    monkeypatch.setattr(generation, "CHUNK", 8)
+    torch.manual_seed(0)
+    config = JambaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
+        use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+    )  # fmt: skip
+    model = JambaForCausalLM(config).eval()
+    expected = model.generate(prompt(), **GREEDY, max_new_tokens=4)
+    qaxis.enable(model, qaxis.Budget(1.0, 1))
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(model.generate(prompt(), **GREEDY, max_new_tokens=4), expected)
+    assert "is not cut into chunks, as layer 0 of its cache is a" in caplog.text
 
 
 def test_padding_is_captured_wherever_there_is_a_mask(model):

@@ -146,7 +146,7 @@ class Cache(InPlaceCache):
             place; every other kind (chunk, recurrent state, shared) is as ``DynamicCache(config=config)`` holds it.
         index: ``"codes"``: bounds and 8-bit codes of the keys (half of a bfloat16 key more); ``"bounds"``: bounds.
             Where no kernel scores by codes there are bounds, and ``index_reason`` of the layer says why.
-        room: allocate for so many tokens at once instead of growing.
+        room: allocate for so many tokens at once instead of growing. A dense layer's token reads all of it.
         offloading: keep all layers but the one at work on the CPU, as in transformers; needs CUDA.
 
     Raises:

@@ -22,7 +22,7 @@ CACHE, MASK = "past_key_values", "attention_mask"
 #: what no clock shows
 _UNKNOWN = -1
 #: one capture at a time: what the allocator gives a capture must not be asked for by another
-_capture = threading.RLock()
+capturing = threading.RLock()
 
 
 class CapturedStep:
@@ -47,13 +47,14 @@ class CapturedStep:
             # Streams of torch's own for captures are one a process: two threads would share it.
             stream = torch.cuda.Stream(shared.clock.tensor.device)
             with (
+                capturing,
+                _no_collection(),
                 routing.only_steps(),
                 decoding.rows_into(shared, self),
-                _no_collection(),
                 torch.cuda.device(stream.device),
+                torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"),
             ):
-                with _capture, torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.output = forward(**self.inputs, **self.fixed, **{MASK: None})
+                self.output = forward(**self.inputs, **self.fixed, **{MASK: None})
         finally:
             # Nothing was computed: the host alone went a token ahead.
             shared.rewind(state)
@@ -67,7 +68,7 @@ class CapturedStep:
             and all(kwargs[name] is x for name, x in self.fixed.items())
             and all(kwargs[name].shape == x.shape and kwargs[name].dtype == x.dtype for name, x in self.inputs.items())
             and (mask is None) == (self.pads is None)
-            and (mask is None or (mask.ndim == 2 and mask.shape[1] == length))
+            and is_of_tokens(mask, length)
             and version == shared.version
             and all(layer.has_room(length) for layer in shared.holders)
         )
@@ -104,6 +105,11 @@ def taken_back(cache: InPlaceCache) -> Iterator[None]:
         yield
     finally:
         take_back(cache, mark)
+
+
+def is_of_tokens(mask: Any, length: int) -> bool:
+    """Whether a mask is none, or one number for each of ``length`` tokens of a row."""
+    return mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] == length)
 
 
 @contextmanager

@@ -65,7 +65,9 @@ def enable(
     model that is built from the copy is one loaded with ``attn_implementation="qaxis"``. Attention weights are not
     returned (``output_attentions``). ``model.generate`` is given a :class:`qaxis.Cache` where the caller passes no
     cache and names none, and on a GPU decodes in captured CUDA graphs. Neither this nor :func:`disable` may be called
-    while a forward pass of the model is under way: its masks were made for what computed attention when it began.
+    while a forward pass of the model is under way: its masks were made for what computed attention when it began. The
+    model holds its ``generate``, which holds the model: its memory is free after :func:`disable`, or once Python
+    collects garbage.
 
     Args:
         model: a transformers model whose decoder's attention goes through ``AttentionInterface``.

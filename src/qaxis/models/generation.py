@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .cache import Cache
 from .compiled import CompiledForward
+from .holding import HoldingLayer, holds_nothing
 from .replaying import replaying
 from .settings import settings_of
 from .stand_in import standing_in
@@ -140,7 +141,7 @@ def _give_cache(model: PreTrainedModel, told: dict[str, Any]) -> str:
         cache.activate_past_recording()
     inputs[_CACHE] = cache
     if prompt > LONG_PROMPT and config.prefill_chunk_size is None:
-        whole = _not_in_chunks(model, inputs, config)
+        whole = _not_in_chunks(model, cache, inputs, config)
         if whole:
             log.info("qaxis: a prompt of %d tokens is not cut into chunks, as %s", prompt, whole)
         else:
@@ -149,8 +150,12 @@ def _give_cache(model: PreTrainedModel, told: dict[str, Any]) -> str:
     return ""
 
 
-def _not_in_chunks(model: PreTrainedModel, inputs: dict[str, Any], config: Any) -> str:
+def _not_in_chunks(model: PreTrainedModel, cache: Cache, inputs: dict[str, Any], config: Any) -> str:
     """Why a prompt in chunks might not give what it gives whole; empty if it does."""
+    for i, layer in enumerate(cache.layers):
+        # A recurrent state may start anew with every chunk (Jamba), or with the padding of one (Qwen 3 Next).
+        if not isinstance(layer, HoldingLayer) and not holds_nothing(layer):
+            return f"layer {i} of its cache is a {type(layer).__name__}"
     strange = sorted(name for name, x in inputs.items() if x is not None and name not in _IN_CHUNKS)
     if strange:
         return f"{strange[0]} is passed"

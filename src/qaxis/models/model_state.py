@@ -17,13 +17,16 @@ from torch.nn.modules import module as torch_modules
 
 from .settings import CALLS, is_ours
 
+#: whose hooks stay on a model that was once asked for hidden states, and do nothing where nobody asks for them
+_COLLECTING = "transformers.utils.output_capturing"
+
 
 def foreign_hooks(model: nn.Module) -> bool:
     """Whether somebody else looks at, or changes, what modules compute: replays would pass them by."""
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         return True
     hooks = (h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    return not all(map(is_ours, hooks))
+    return not all(is_ours(hook) or getattr(hook, "__module__", "") == _COLLECTING for hook in hooks)
 
 
 def _modes() -> tuple[Any, ...]:

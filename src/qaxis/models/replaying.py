@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from ..attention.logits import Logits
 from . import decoding, observing, recorders
 from .cache import Cache, InPlaceCache, Int8Cache
-from .captured import CACHE, MASK, CapturedStep, close, fresh, same, take_back, taken_back
+from .captured import CACHE, MASK, CapturedStep, capturing, close, fresh, is_of_tokens, same, take_back, taken_back
 from .compiled import CompiledForward
 from .masks import left_pads
 from .model_state import ModelState, foreign_hooks
@@ -45,6 +46,9 @@ MOST_CHANGES = 3
 #: tokens before a step is captured: by then a cache has all that it keeps in full of the first ones
 LEAST = 128
 _PROMPT = "a prompt"
+_COLLECTED = ("output_hidden_states", "output_attentions")
+#: threads that are generating, by device, once for every call
+_generating: dict[torch.device, list[int]] = {}
 #: of a layer that attends by itself
 _DENSE = Settings(budget=None)
 
@@ -104,9 +108,10 @@ class Replaying:
             return "a step takes input_ids and position_ids, by name"
         if not isinstance(cache, InPlaceCache):
             return f"{CACHE} is a {type(cache).__name__}"
-        mask = kwargs.get(MASK)
-        if mask is not None and not (mask.ndim == 2 and mask.shape[1] == cache.get_seq_length() + 1):
+        if not is_of_tokens(kwargs.get(MASK), cache.get_seq_length() + 1):
             return "attention_mask is not one number a token"
+        if any(kwargs.get(name) or getattr(self.model.config, name, False) for name in _COLLECTED):
+            return "hidden states or attentions of every token are asked for"
         if recorders.current() or observing.anybody():
             return "a recording or an observer sees every call"
         if not self.settings:
@@ -151,6 +156,14 @@ class Replaying:
         self.proofs, self.warm = 0, min(self.warm, WARM - 1)
 
     def _captured(self, kwargs: dict[str, Any], pads: torch.Tensor | None) -> bool:
+        with capturing:
+            # Random numbers that another thread draws while a step is captured raise there.
+            if set(_generating.get(self.model.device, ())) - {get_ident()}:
+                self._log_once("another thread generates on this device; one is captured once it does not")
+                return False
+            return self._captured_alone(kwargs, pads)
+
+    def _captured_alone(self, kwargs: dict[str, Any], pads: torch.Tensor | None) -> bool:
         try:
             if self.compiled is not None:
                 # The compiler's work is done before anything is captured.
@@ -247,5 +260,17 @@ def replaying(model: PreTrainedModel, compiled: CompiledForward | None = None) -
     def make(forward: Callable[..., Any]) -> Replaying:
         return Replaying(model, forward, compiled)
 
-    with standing_in(model, "forward", make):
+    with _counted(model.device), standing_in(model, "forward", make):
         yield
+
+
+@contextmanager
+def _counted(device: torch.device) -> Iterator[None]:
+    """Inside, this thread generates on ``device``; waits while another captures a step."""
+    with capturing:
+        _generating.setdefault(device, []).append(get_ident())
+    try:
+        yield
+    finally:
+        with capturing:
+            _generating[device].remove(get_ident())

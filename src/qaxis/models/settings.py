@@ -52,6 +52,8 @@ def set_settings(module: nn.Module, settings: Settings | None) -> None:
     module.__dict__.pop(_SETTINGS, None)
     if settings is not None:
         module.__dict__[_SETTINGS] = settings
+        # There from now on: that somebody counts is no change of the model.
+        module.__dict__.setdefault(CALLS, {})
 
 
 def calls_of(module: nn.Module) -> int:

@@ -227,6 +227,9 @@ class KeyValues:
     @torch.no_grad()
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens; of a window only while nothing was dropped from it."""
+        for name in ("k", "v"):
+            # A dense token reads all places: what was NaN there would be so in a product with 0.
+            self.parts[name][:, :, length : self.length].zero_()
         self.length = min(length, self.length)
         if self.indexed > self.length:
             self.indexed = self.length
