@@ -353,6 +353,10 @@ def test_long_prompts_go_in_chunks_only_where_it_cannot_matter(model, monkeypatc
     assert lengths() == [20, 1]
     states = model.generate(ids, **options, return_dict_in_generate=True, output_hidden_states=True).hidden_states
     assert lengths() == [20, 1] and states[0][0].shape[1] == 20
+    inner.config.output_hidden_states = True
+    model.generate(ids, **options)
+    assert lengths() == [20, 1]
+    inner.config.output_hidden_states = False
     model.generate(ids, **options, prefill_chunk_size=15)
     assert lengths() == [15, 5, 1]
     inner.layers[0].self_attn.rope_type = "longrope"
