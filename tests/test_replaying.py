@@ -18,7 +18,7 @@ from transformers import DynamicCache, JambaConfig, JambaForCausalLM
 
 import qaxis
 from qaxis.models import generation, replaying, settings
-from qaxis.models.captured import CACHE, MASK, CapturedStep, close, fresh, same, taken_back
+from qaxis.models.captured import CACHE, MASK, CapturedStep, distance, fresh, same, taken_back
 from qaxis.models.model_state import ModelState
 from qaxis.models.stand_in import StandIn, standing_in
 
@@ -35,7 +35,7 @@ class Graph:
         self.names, self.version = kwargs.keys(), self.cache.shared.version
         twin = copy.deepcopy(Graph.model)
         qaxis.enable(twin, qaxis.Budget(0.2, 5), backend="reference")
-        self.forward = twin.forward
+        self.forward, self.captured = twin.forward, forward
         Graph.made.append(self)
 
     def goes_on(self, kwargs):
@@ -209,6 +209,30 @@ def test_a_replay_that_is_wrong_at_once_is_never_used(model, monkeypatch):
     plain = Graph.replay
     monkeypatch.setattr(Graph, "replay", lambda self, kwargs: (plain(self, kwargs), self.output.logits.add_(1.0))[0])
     assert alike(generate(model), eager(model)) and replays() == [1]
+
+
+@pytest.mark.parametrize("off", [0.02, 0.5])
+def test_compiled_steps_that_are_too_far_from_the_model_are_not_used(model, monkeypatch, caplog, off):
+    """Steps of the model itself are captured then. In the place of a compiler stands one that adds something."""
+
+    class Compiled:
+        def __call__(self, kwargs, cache, step):
+            with torch.no_grad():
+                output = Graph.twin(**{**kwargs, CACHE: cache})
+            spread = output.logits.std()
+            return type(output)(logits=output.logits + off * spread * torch.linspace(-1, 1, 97), past_key_values=cache)
+
+    Graph.twin = copy.deepcopy(Graph.model)
+    qaxis.enable(Graph.twin, qaxis.Budget(0.2, 5), backend="reference")
+
+    def replays(inner, _=None):
+        return standing_in(inner, "forward", lambda forward: replaying.Replaying(inner, forward, Compiled()))
+
+    monkeypatch.setattr(generation, "replaying", replays)
+    monkeypatch.setattr(Graph, "replay", lambda self, kwargs: setattr(self, "output", self.captured(**kwargs)))
+    generate(model)
+    assert len(Graph.made) == (1 if off < 0.1 else 2)
+    assert ("off by" in caplog.text) == (off > 0.1)
 
 
 def test_a_capture_that_fails_costs_nothing_but_time(model, monkeypatch, caplog):
@@ -437,12 +461,11 @@ def test_outputs_are_compared_and_copied_in_whatever_they_come():
     assert not same(torch.zeros(1), -torch.zeros(1)) and not same([x], (x,))
 
 
-def test_logits_are_close_by_how_they_spread():
+def test_logits_are_apart_by_how_they_spread():
     logits = torch.randn(1, 1, 1000, generator=torch.Generator().manual_seed(0)) + 100
     off = torch.randn(1, 1, 1000, generator=torch.Generator().manual_seed(1))
-    assert close({"logits": logits + 0.03 * off}, {"logits": logits})
     # Of the largest logit that would be a thousandth.
-    assert not close({"logits": logits + 0.1 * off}, {"logits": logits})
+    assert distance({"logits": logits + 0.2 * off}, {"logits": logits}) == pytest.approx(0.2, rel=0.1)
 
 
 def test_a_model_that_nobody_changed_is_unchanged(llama):

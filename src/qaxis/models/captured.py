@@ -148,11 +148,7 @@ def same(x: Any, y: Any) -> bool:
     return x is y or x == y or isinstance(x, InPlaceCache)
 
 
-#: how far logits of a compiled step may be from the model's own, of how far they are from their mean, root mean square
-ROUNDING = 0.05
-
-
-def close(x: Any, y: Any) -> bool:
-    """Whether the logits of two outputs differ by no more than the rounding of 16 bits explains."""
+def distance(x: Any, y: Any) -> float:
+    """How far the logits of ``x`` are from those of ``y``, of how far these are from their mean: root mean squares."""
     a, b = x["logits"].double(), y["logits"].double()
-    return bool((a - b).square().sum().sqrt() <= ROUNDING * (b - b.mean(-1, keepdim=True)).square().sum().sqrt())
+    return float((a - b).square().sum().sqrt() / (b - b.mean(-1, keepdim=True)).square().sum().sqrt())

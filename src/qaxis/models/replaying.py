@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..attention.logits import Logits
 from . import decoding, observing, recorders
 from .cache import Cache, InPlaceCache, Int8Cache
-from .captured import CACHE, MASK, CapturedStep, capturing, close, fresh, is_of_tokens, same, take_back, taken_back
+from .captured import CACHE, MASK, CapturedStep, capturing, distance, fresh, is_of_tokens, same, take_back, taken_back
 from .compiled import CompiledForward
 from .masks import left_pads
 from .model_state import ModelState, foreign_hooks
@@ -41,6 +41,8 @@ WARM = 2
 PROOFS = 2
 #: replays after which one is compared once more, and what every next of these numbers is multiplied by
 AGAIN, EVER_RARER = 64, 16
+#: how far logits of a compiled step may be from the model's own, of their spread: what rounding to 16 bits explains
+ROUNDING = 0.1
 #: how often a model may change under a call of ``generate`` until no step of it is captured any more
 MOST_CHANGES = 3
 #: tokens before a step is captured: by then a cache has all that it keeps in full of the first ones
@@ -233,17 +235,27 @@ class Replaying:
             with taken_back(kwargs[CACHE]):
                 expected = self._compiled(self.step.pads, **kwargs)
         output = self.forward(**kwargs)
-        if same(replayed, output if expected is None else expected) and (expected is None or close(replayed, output)):
+        if not same(replayed, output if expected is None else expected):
+            self._disproven()
+        elif expected is not None and not (off := distance(replayed, output)) <= ROUNDING:
+            log.warning(
+                "qaxis: the compiled step is not used: its logits are off by %.1f %% of their spread", 100 * off
+            )
+            self.compiled = None
+            self._start_over(None)
+        else:
             self.proofs = min(PROOFS, self.proofs + 1)
             self.replays += 1
             self.state = ModelState(self.model) if self.proofs == PROOFS else None
-        else:
-            self.step, self.proofs, late = None, 0, self.replays
-            self.failed = "a replay did not give what the forward pass gives"
-            log.warning("qaxis: %s: this model keeps something on the host; tokens take longer", self.failed)
-            if late > PROOFS:
-                log.warning("qaxis: of the last %d tokens some may not be those of the forward pass", late)
         return output
+
+    def _disproven(self) -> None:
+        """Replay no more, and say what that means for the tokens so far."""
+        self.step, self.proofs = None, 0
+        self.failed = "a replay did not give what the forward pass gives"
+        log.warning("qaxis: %s: this model keeps something on the host; tokens take longer", self.failed)
+        if self.replays > PROOFS:
+            log.warning("qaxis: of the last %d tokens some may not be those of the forward pass", self.replays)
 
 
 @contextmanager
