@@ -236,7 +236,7 @@ class Replaying:
                 expected = self._compiled(self.step.pads, **kwargs)
         output = self.forward(**kwargs)
         if not same(replayed, output if expected is None else expected):
-            self._disproven()
+            self._disproven(kwargs[CACHE], distance(replayed, output if expected is None else expected))
         elif expected is not None and not (off := distance(replayed, output)) <= ROUNDING:
             log.warning(
                 "qaxis: the compiled step is not used: its logits are off by %.1f %% of their spread", 100 * off
@@ -249,11 +249,15 @@ class Replaying:
             self.state = ModelState(self.model) if self.proofs == PROOFS else None
         return output
 
-    def _disproven(self) -> None:
+    def _disproven(self, cache: InPlaceCache, off: float) -> None:
         """Replay no more, and say what that means for the tokens so far."""
         self.step, self.proofs = None, 0
         self.failed = "a replay did not give what the forward pass gives"
-        log.warning("qaxis: %s: this model keeps something on the host; tokens take longer", self.failed)
+        log.warning(
+            "qaxis: %s (off by %.2g %% of the logits' spread, %d tokens in %d layers of %s): this model keeps something "
+            "on the host; tokens take longer",
+            self.failed, 100 * off, cache.get_seq_length(), len(cache.layers), type(cache).__name__,
+        )  # fmt: skip
         if self.replays > PROOFS:
             log.warning("qaxis: of the last %d tokens some may not be those of the forward pass", self.replays)
 
