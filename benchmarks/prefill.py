@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qaxis
 from qaxis.attention.logits import Logits
+from qaxis.cuda.workspaces import own_workspaces
 from qaxis.prefill import Prefill, PrefillTuning, prefill_attention, selected_positions, tuning_for
 from qaxis.prefill import attention as stages
 from qaxis.prefill.plan import make_plan
@@ -132,7 +133,7 @@ def replayed(f: Callable[[], Any], repeats: int) -> float:
     f()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with own_workspaces(), torch.cuda.graph(graph):
         f()
     times = []
     for _ in range(repeats + 1):

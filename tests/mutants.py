@@ -554,6 +554,8 @@ MUTANTS = (
     Mutant(REPLAYS + "test_a_replay_that_is_wrong_late_is_found_and_said", "never proven again", REPLAYING, "if self.replays == self.again:", "if False:"),
     Mutant(REPLAYS + "test_a_replay_that_is_wrong_at_once_is_never_used", "replays are not compared", REPLAYING, "if not same(replayed, output if expected is None else expected):", "if False:"),
     Mutant(REPLAYS + "test_compiled_steps_that_are_too_far_from_the_model_are_not_used", "any compiled step is used", REPLAYING, "not (off := distance(replayed, output)) <= ROUNDING", "(off := distance(replayed, output)) < 0"),
+    Mutant("test_workspaces.py::test_work_spaces_are_new_before_and_gone_after_whatever_happens", "work space of a graph stays with its stream", "src/qaxis/cuda/workspaces.py", "    finally:\n        torch._C._cuda_clearCublasWorkspaces()", "    finally:\n        pass"),
+    Mutant("test_workspaces.py::test_no_graph_is_captured_without", "captured with whatever work space there is", CAPTURED, "                own_workspaces(),\n", ""),
     Mutant(REPLAYS + "test_autocast_and_observers_are_seen", "observers are passed by", REPLAYING, "watched = bool(recorders.current()) or observing.anybody()", "watched = bool(recorders.current())"),
     Mutant(REPLAYS + "test_a_dense_layer_over_codes_is_told_before_anything_is_captured", "a dense layer over codes is captured", REPLAYING, "if isinstance(cache, Int8Cache) and any(", "if False and any("),
     Mutant(REPLAYS + "test_padding_is_captured_wherever_there_is_a_mask", "no padding is captured where there is none yet", REPLAYING, "if pads is None and kwargs.get(MASK) is not None:", "if False:"),

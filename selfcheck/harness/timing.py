@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+from qaxis.cuda.workspaces import own_workspaces
+
 
 def capture(f: Callable[[], object], warm: int = 2) -> torch.cuda.CUDAGraph:
     """One call of ``f`` as a CUDA graph."""
@@ -18,7 +20,7 @@ def capture(f: Callable[[], object], warm: int = 2) -> torch.cuda.CUDAGraph:
             f()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with own_workspaces(), torch.cuda.graph(graph):
         f()
     return graph
 

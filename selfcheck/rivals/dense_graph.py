@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qaxis.cuda.workspaces import own_workspaces
 from qaxis.storage.formats import FORMATS
 from qaxis.storage.side import Side, Stored
 
@@ -200,7 +201,7 @@ class Graphed:
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with own_workspaces(), torch.cuda.graph(graph):
             self._step()
         self.graph = graph
         self.cache.move_to(tokens)

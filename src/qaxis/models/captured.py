@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from ..cuda.workspaces import own_workspaces
 from . import decoding, routing
 from .cache import InPlaceCache
 
@@ -52,6 +53,7 @@ class CapturedStep:
                 routing.only_steps(),
                 decoding.rows_into(shared, self),
                 torch.cuda.device(stream.device),
+                own_workspaces(),
                 torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"),
             ):
                 self.output = forward(**self.inputs, **self.fixed, **{MASK: None})
