@@ -19,10 +19,22 @@ from .records import (
     record_digest,
     write,
 )
-from .states import State, accepted, check_file, fresh, judge, mixed_tables, renewal, stale_files, states, understood
+from .states import (
+    State,
+    accepted,
+    check_file,
+    fresh,
+    judge,
+    left_out,
+    mixed_tables,
+    renewal,
+    stale_files,
+    states,
+    understood,
+)
 
 __all__ = [
     "DEFAULT", "FILES", "GPU", "SCHEMA", "State", "accepted", "card", "chain", "check_file", "committed", "content",
-    "content_digest", "content_root", "every", "family", "fresh", "judge", "load", "malformed", "mixed_tables", "read",
-    "record_digest", "renewal", "stale_files", "states", "understood", "write",
+    "content_digest", "content_root", "every", "family", "fresh", "judge", "left_out", "load",
+    "malformed", "mixed_tables", "read", "record_digest", "renewal", "stale_files", "states", "understood", "write",
 ]  # fmt: skip

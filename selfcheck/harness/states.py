@@ -201,7 +201,7 @@ def _another_card_speaks(state: State, found: list[State]) -> bool:
     return state.word in ("stale", "missing") and any(s.word == "fresh" for s in others)
 
 
-def _left_out(state: State) -> bool:
+def left_out(state: State) -> bool:
     """Whether a claim needs a subject that not everyone installs, and was not run: it stops nothing."""
     return state.word == "missing" and bool(state.claim.get("optional", False))
 
@@ -219,7 +219,7 @@ def accepted(root: Path = ROOT, output: Path | None = None) -> dict[str, dict[st
     for name in FILES:
         read(source(name, root, output), root)
     every = states(root, output)
-    found = [state for state in every if not _another_card_speaks(state, every) and not _left_out(state)]
+    found = [state for state in every if not _another_card_speaks(state, every) and not left_out(state)]
     wrong = [f"{state.name}: {reason}" for state in found for reason in state.reasons]
     for table, devices in mixed_tables(found).items():
         where = "; ".join(f"{', '.join(ids)} on {device}" for device, ids in devices.items())

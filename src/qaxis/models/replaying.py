@@ -254,8 +254,8 @@ class Replaying:
         self.step, self.proofs = None, 0
         self.failed = "a replay did not give what the forward pass gives"
         log.warning(
-            "qaxis: %s (off by %.2g %% of the logits' spread, %d tokens in %d layers of %s): this model keeps something on "
-            "the host; tokens take longer",
+            "qaxis: %s (off by %.2g %% of the logits' spread, %d tokens in %d layers of %s): this model keeps "
+            "something on the host; tokens take longer",
             self.failed, 100 * off, cache.get_seq_length(), len(cache.layers), type(cache).__name__,
         )  # fmt: skip
         if self.replays > PROOFS:
