@@ -46,6 +46,15 @@ class Graph:
         self.output = self.forward(**kwargs)
 
 
+def without_gpu(compiled=None):
+    """What stands for :func:`qaxis.models.replaying.replaying` here: the same, on any device."""
+
+    def replays(model, _=None):
+        return standing_in(model, "forward", lambda forward: replaying.Replaying(model, forward, compiled))
+
+    return replays
+
+
 @pytest.fixture
 def model(llama, monkeypatch):
     """A model that replays on a CPU from its third token on."""
@@ -55,10 +64,7 @@ def model(llama, monkeypatch):
     Graph.model, Graph.made = copy.deepcopy(llama), []
     qaxis.enable(model, qaxis.Budget(0.2, 5), backend="reference")
 
-    def replays(inner, compiled=None):
-        return standing_in(inner, "forward", lambda forward: replaying.Replaying(inner, forward, compiled))
-
-    monkeypatch.setattr(generation, "replaying", replays)
+    monkeypatch.setattr(generation, "replaying", without_gpu())
     return model
 
 
@@ -225,10 +231,7 @@ def test_compiled_steps_that_are_too_far_from_the_model_are_not_used(model, monk
     Graph.twin = copy.deepcopy(Graph.model)
     qaxis.enable(Graph.twin, qaxis.Budget(0.2, 5), backend="reference")
 
-    def replays(inner, _=None):
-        return standing_in(inner, "forward", lambda forward: replaying.Replaying(inner, forward, Compiled()))
-
-    monkeypatch.setattr(generation, "replaying", replays)
+    monkeypatch.setattr(generation, "replaying", without_gpu(Compiled()))
     monkeypatch.setattr(Graph, "replay", lambda self, kwargs: setattr(self, "output", self.captured(**kwargs)))
     generate(model)
     assert len(Graph.made) == (1 if off < 0.1 else 2)
