@@ -15,6 +15,7 @@ EXP2_COEFFICIENTS = tuple(float(np.float32(math.log(2.0) ** j / math.factorial(j
 #: 1.5 * 2^23: adding and subtracting it rounds a float32 to the nearest integer with IEEE adds only.
 ROUND_MAGIC = 12582912.0
 LOG2_E = math.log2(math.e)
+ROOT_HALF = float(np.float32(math.sqrt(0.5)))
 
 #: elements of the products that are formed at once; bounds the memory of the tree on a laptop
 CHUNK_ELEMENTS = 1 << 24
@@ -76,6 +77,12 @@ def sort_key(score: torch.Tensor) -> torch.Tensor:
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     """2^e in float32 for int32 ``e`` in -126..127, exactly: the exponent field is written, not computed."""
     return ((exponent + 127) << 23).view(torch.float32)
+
+
+def roots_of(exponent: torch.Tensor) -> torch.Tensor:
+    """2^(-e/2) for int32 ``e`` in -126..127, rounded once: what a number is multiplied by to be divided by a root."""
+    odd = (exponent & 1).bool()
+    return power_of_two(-(exponent >> 1)) * torch.where(odd, ROOT_HALF, 1.0)
 
 
 def exp2(t: torch.Tensor) -> torch.Tensor:

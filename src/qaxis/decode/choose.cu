@@ -1,19 +1,19 @@
-// From scores to the output of a decode step, in five stages: cut, candidates, canonical scores, choice, attention.
+// From scores to the output of a decode step, in five stages: candidates, canonical scores, edge, choice, attention.
 //
 // A row is one query head; a cluster of programs works on it. Every sum that reaches the output has the order of
 // qaxis/arithmetic, so the bits are those of the Triton kernels and of the PyTorch reference. What only decides how
-// much is looked at may round as it likes: bins are monotone in the score. Too little room, or too many scores in one
-// bin, and a slower way that needs neither is taken.
+// much is looked at may round as it likes: bins are monotone in the score. Where the cut that the counts lead to was too high,
+// or there is too little room, or too many scores are in one bin, a slower way that needs none of that is taken.
 //
-// compiler.py puts hardware.cuh, canonical.cuh and seen.cuh before this and defines, besides what is said there: DIM_V, GROUP,
-// SUB (keys of a neighbourhood), CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED
-// (keys and values are an 8-bit cache), FORCED (some keys are always kept), LOGITS (0: scaled scores; 1: with a sink; 2: capped,
-// perhaps with a sink), PROFILE, SHARED (bytes).
+// compiler.py puts hardware.cuh, canonical.cuh, seen.cuh and tally.cuh before this and defines, besides what is said there:
+// DIM_V, GROUP, CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED (keys and values are an
+// 8-bit cache), FORCED (some keys are always kept), LOGITS (0: scaled scores; 1: with a sink; 2: capped, perhaps with a sink),
+// PROFILE, SHARED (bytes).
 //
 // A row sees keys [begin, end). Only blocks that hold some of them are looked at: positions count from the first of these
 // blocks, `base`, up to where indices are written.
 
-constexpr int WARPS = THREADS / 32, LANES = DIM / E, LANES_V = DIM_V / E, BINS = 1024, NEAR = 112;
+constexpr int WARPS = THREADS / 32, LANES = DIM / E, LANES_V = DIM_V / E, BINS = 1024, NEAR = 112, MARKS = 13;
 constexpr int WORDS = BLOCK / 32;  // of a bitmap, a block
 static_assert(!STORED || ELEM == 2);
 
@@ -186,142 +186,57 @@ __device__ __forceinline__ Found find_bin(const int* counts, int needed, int* sc
 
 // ---- bins and fast scores -------------------------------------------------------------------------------------------
 
-// Which of BINS bins between two scores; monotone in the score, whatever the two are.
+// Which of BINS bins above the score `base`, finer the nearer they are to it: the k_eff-th best key is near. Monotone.
 struct Bins {
-    float low, per;
-    __device__ Bins(float from, float to) : low(from) {
-        per = (float)(BINS - 1) / (to - from);
-        if (!(per > 0.0f && per < 3e38f)) per = 0.0f;
-    }
+    static constexpr int FINE = 6;  // bits of bins in an octave
+    float base, per;                // `per` of a score is the whole range, or 0: all are in one bin
+    __device__ __forceinline__ bool counts(float score) const { return per == 0.0f || score >= base; }
     __device__ __forceinline__ int of(float score) const {
-        return (int)fminf(fmaxf((score - low) * per, 0.0f), (float)(BINS - 1));
+        if (per == 0.0f) return 0;
+        const int octaves = BINS >> FINE, x = __float_as_int((score - base) * per) >> (23 - FINE);
+        return min(max(x - ((127 - octaves) << FINE), 0), BINS - 1);
     }
-    __device__ __forceinline__ float start(int bin) const { return per > 0.0f ? low + bin / per : low; }
 };
 
-// What stage 1 finds.
-struct Cut {
-    int least, highest;  // fast scores: of a candidate at least this; of all, the highest
-    Bins fine;           // for the canonical scores of the candidates
-    __device__ __forceinline__ bool passes(int w) const { return w >= least; }
-};
-
-// Fast scores are 16 bits with a proven error, made from codes, or canonical words. Of each kind: the score of nothing,
-// the extremes of what is read 16 bytes at a time, and bins between those, which lead to the cut.
+// Fast scores are 16-bit places with a proven error, made from codes, or canonical words.
 #if CODED
 typedef u16 Fast;
-constexpr int NO_FAST = 0;
-
-struct Extremes {
-    u32 low2 = ALL, high2 = 0;  // NO_FAST, less one, is the largest
-    __device__ __forceinline__ void extend(uint4 w) {
-        const u32 part[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) low2 = __viaddmin_u16x2(part[i], ALL, low2);
-        high2 = __vmaxu2(high2, __vmaxu2(__vmaxu2(w.x, w.y), __vmaxu2(w.z, w.w)));
-    }
-    __device__ __forceinline__ int low() const { return min(low2 & 0xffff, low2 >> 16) + 1; }
-    __device__ __forceinline__ int high() const { return max(high2 & 0xffff, high2 >> 16); }
-};
-
-struct FastBins {
-    int low, high, shift;
-    __device__ FastBins(int low, int high) : low(low), high(high) {
-        shift = low <= high ? max(0, 32 - __clz(high - low) - log2i(BINS)) : 0;
-    }
-    __device__ __forceinline__ int of(int w) const { return min(max((w - low) >> shift, 0), BINS - 1); }
-    // The k_eff-th canonical score is at most one error below that fast score, so a key more than two below cannot be
-    // among the best. `limits` (score_codes.cu): how much below that is, and units of the fast score in one of score.
-    __device__ __forceinline__ Cut cut(int bin, const float* limits) const {
-        const float margin = limits[0], units = limits[1];
-        const int found = bin <= 0 ? 0 : low + (bin << shift);
-        const int least = units > 0.0f && found > 0 ? (int)ceilf((float)found - margin) : -1;
-        const float unit = units > 0.0f ? 1.0f / units : 0.0f;
-        return {least, high, Bins(((float)found - 32768.0f - margin) * unit, ((float)high - 32768.0f + margin) * unit)};
-    }
-};
 #else
 typedef int Fast;
-constexpr int NO_FAST = NONE;
-
-struct Extremes {
-    u32 lowest = ALL;  // NONE, less its successor, is the largest
-    int highest = NONE;
-    __device__ __forceinline__ void extend(uint4 w) {
-        const u32 part[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            lowest = min(lowest, part[e] - (u32)(NONE + 1));
-            highest = max(highest, (int)part[e]);
-        }
-    }
-    __device__ __forceinline__ int low() const { return lowest == ALL ? 0x7fffffff : (int)(lowest + (u32)(NONE + 1)); }
-    __device__ __forceinline__ int high() const { return highest; }
-};
-
-struct FastBins {
-    int low, high;
-    Bins bins;
-    __device__ FastBins(int low, int high) : low(low), high(high), bins(score_of(low), score_of(high)) {}
-    __device__ __forceinline__ int of(int w) const { return bins.of(score_of(w)); }
-    // The first score of the cut's bin, and a little less for what the bins round.
-    __device__ __forceinline__ Cut cut(int bin, const float*) const {
-        const float spread = score_of(high) - score_of(low);
-        const int least = bin <= 0 ? NONE + 1 : word_of(bins.start(bin) - spread * 1e-5f) - 2;
-        return {least, high, Bins(score_of(max(least, low)), score_of(high))};
-    }
-};
 #endif
 
-constexpr int PACK = 16 / (int)sizeof(Fast);   // fast scores in 16 bytes
-constexpr int WIDE = SUB < PACK ? SUB : PACK;  // those of a neighbourhood that a lane reads at once
-constexpr int SHARE = SUB / WIDE;              // lanes a neighbourhood
-constexpr int A_BLOCK = BLOCK / SUB;           // neighbourhoods a block
-
-__device__ __forceinline__ void unpack(uint4 w, int* x) {
-    const u32 part[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-    for (int i = 0; i < PACK; i++)
-        x[i] = sizeof(Fast) == 4 ? (int)part[i] : (int)((part[i / 2] >> (16 * (i % 2))) & 65535);
-}
-
-// WIDE fast scores, packed.
-__device__ __forceinline__ uint4 load_fast(const Fast* p) {
-    constexpr int BYTES = WIDE * (int)sizeof(Fast);
-    uint4 w = {0, 0, 0, 0};
-    if constexpr (BYTES == 16) {
-        w = *(const uint4*)p;
-    } else if constexpr (BYTES == 8) {
-        const uint2 two = *(const uint2*)p;
-        w.x = two.x, w.y = two.y;
-    } else if constexpr (BYTES == 4) {
-        w.x = *(const u32*)p;
-    } else {
-        w.x = *(const u16*)p;
+// The place from which on canonical scores are of interest: a key that is no candidate is canonically below it.
+struct Cut {
+    float place, units;
+    __device__ __forceinline__ bool usable() const { return place > 0.0f && units > 0.0f; }
+    __device__ __forceinline__ Bins bins() const {
+        return {usable() ? (place - 32768.0f) / units : 0.0f, usable() ? units / PLACES : 0.0f};
     }
-    return w;
-}
+};
 
-// Which of the first COUNT packed scores pass, a bit each.
-template <int COUNT> __device__ __forceinline__ u32 passing(uint4 raw, const Cut& cut) {
-    int w[PACK];
-    unpack(raw, w);
-    u32 pass = 0;
-#pragma unroll
-    for (int e = 0; e < COUNT; e++) pass |= cut.passes(w[e]) ? 1u << e : 0u;
-    return pass;
-}
+// By how many places the fast scores of a row may be off: of every group of 128 keys.
+struct Limits {
+    const float* off;
+    // The least fast score of a candidate in the group of key j.
+    __device__ __forceinline__ int least(const Cut& cut, int j) const {
+        if (!cut.usable()) return CODED ? 0 : NONE + 1;
+        if (!CODED) return word_of(cut.bins().base);
+        // Who is below it is canonically a whole place below the cut.
+        return max((int)floorf(cut.place - off[j / 128]), 0);
+    }
+};
 
 // ---- what the stages share ------------------------------------------------------------------------------------------
 
 struct Shared {
-    int counts[BINS], candidates[BINS];  // of fast scores, of the canonical scores of candidates
+    int counts[TALLY];  // of keys, by their fast scores, by bytes of these; of candidates, by bins of canonical scores
     // Candidates near the edge, of every program; those of them that are chosen.
     int near_word[CLUSTER * NEAR], near_position[CLUSTER * NEAR], winner_word[NEAR], winner[NEAR];
+    int near[CLUSTER];  // how many of every program
     int scratch[WARPS + 4];
-    int low, high, highest;             // fast scores; the highest canonical word
-    int listed, found, nears, winners;  // lengths of lists
-    int full;                           // whether candidates were left out for lack of room
+    int highest;         // canonical word
+    int nears, winners;  // lengths of lists
+    int full;            // whether candidates were left out for lack of room
     float warp_numerators[WARPS][DIM_V], warp_denominators[WARPS];  // stage 5: of a warp, of a program
     float numerators[CLUSTER][DIM_V], denominators[CLUSTER];
 };
@@ -342,9 +257,8 @@ struct Program {
     int *position, *value;           // candidates, and their canonical words
     int *own_count, *before;         // chosen keys: of own blocks; of all blocks, then the sums before each
     u32* bitmap;                     // chosen keys, WORDS an own block
-    u16* staged;                     // own neighbourhoods that reach the cut
-    int *chosen_position, *chosen;   // of ranks [span rank, span (rank + 1)), when nothing is staged any more
-    const Fast *fast, *best;         // of the row, from `base` on
+    int *chosen_position, *chosen;   // of ranks [span rank, span (rank + 1))
+    const Fast* fast;                // of the row, from `base` on
     i64* marks;
     int rank, tid, lane, warp;       // of the program in its cluster, of the thread
     int row, b, h, g;                // one row is head h of batch b; its KV head
@@ -352,18 +266,16 @@ struct Program {
     int start, stop;                 // keys that have a fast score
     int first, last;                 // those before `first` and from `last` on are always kept
     int k_eff, turns;                // keys to choose; a power of two of turns of ranks, as few as do
-    int room, blocks, own, packs;    // of candidates; blocks of keys, own ones; bests in 16 bytes
+    int room, blocks, own;           // of candidates; blocks of keys, own ones
 
     __device__ __forceinline__ Program(
-        char* memory, const Sizes& most, const Seen& seen, const Fast* all_fast, const Fast* all_best, i64* marks,
-        int heads)
+        char* memory, const Sizes& most, const Seen& seen, const Fast* all_fast, i64* marks, int heads)
         : s(*(Shared*)memory), marks(marks), base(seen.base), k_eff(seen.k_eff), room(most.room) {
         rank = cluster_rank(), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
         row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP;
         begin = seen.begin - base, end = seen.end - base, start = seen.start - base, stop = seen.stop - base;
         first = seen.first - base, last = seen.last - base;
         blocks = whole_blocks(end) / BLOCK, own = (blocks + CLUSTER - 1) / CLUSTER;
-        packs = start < stop ? whole_blocks(stop) / SUB / PACK : 0;
         const int rounds = (k_eff - 1) / (TURN * CLUSTER);  // full ones, before the last
         turns = rounds > 0 ? 1 << (32 - __clz(rounds)) : 1;
         // Where things lie does not depend on the row.
@@ -371,11 +283,9 @@ struct Program {
         position = (int*)(memory + (sizeof(Shared) + 15) / 16 * 16), value = position + room;
         own_count = value + room, before = own_count + most_own;
         bitmap = (u32*)(before + most_blocks);
-        staged = (u16*)(bitmap + most_own * WORDS);
-        chosen_position = (int*)staged, chosen = chosen_position + most.span;
-        fast = all_fast + (i64)row * most.padded + base, best = all_best + ((i64)row * most.padded + base) / SUB;
+        chosen_position = (int*)(bitmap + most_own * WORDS), chosen = chosen_position + most.span;
+        fast = all_fast + (i64)row * most.padded + base;
     }
-    __device__ __forceinline__ uint4 bests(int i) const { return ((const uint4*)best)[i]; }
     __device__ __forceinline__ int span() const { return turns * TURN; }
     __device__ __forceinline__ bool forced(int j) const { return FORCED && (j < first || j >= last); }
     // How many of the others are chosen.
@@ -399,176 +309,108 @@ struct Program {
 __device__ __forceinline__ void mark(const Program& p, int i) {
     if constexpr (PROFILE) {
         __syncthreads();
-        if (p.tid == 0) p.marks[((i64)p.row * CLUSTER + p.rank) * 16 + i] = nanoseconds();
+        if (p.tid == 0) p.marks[((i64)p.row * CLUSTER + p.rank) * MARKS + i] = nanoseconds();
     }
 }
 
-// ---- 1. the cut -----------------------------------------------------------------------------------------------------
+// ---- 1. candidates --------------------------------------------------------------------------------------------------
 //
-// The k_eff-th largest of the bests of neighbourhoods, to the precision of a bin. These are scores of different keys,
-// so at least k_eff keys reach it, and what stays below it, by more than the error of fast scores, cannot be among the
-// best. Every program finds the cut for itself: that costs less than asking the others. A row that sees far fewer keys than
-// there is room for may have too few neighbourhoods: then it is the k_eff-th of all fast scores.
-
-constexpr int KEPT = CODED ? 2 : 4;  // 16 bytes of bests that a thread keeps from the first look to the second
+// Keys that may be among the best, in order: those of own blocks. Keys without a fast score are always candidates; so are those
+// that are kept in any case, whatever they score.
 
 __device__ __forceinline__ void clear(const Program& p) {
     Shared& s = p.s;
 #pragma unroll 1
-    for (int i = p.tid; i < BINS; i += THREADS) s.counts[i] = 0, s.candidates[i] = 0;
+    for (int i = p.tid; i < BINS; i += THREADS) s.counts[i] = 0;
 #pragma unroll 1
     for (int i = p.tid; i < p.own * WORDS; i += THREADS) p.bitmap[i] = 0;
 #pragma unroll 1
     for (int i = p.tid; i < p.own; i += THREADS) p.own_count[i] = 0;
-    if (p.tid == 0) {
-        s.low = 0x7fffffff, s.high = NONE, s.highest = NONE;
-        s.listed = 0, s.found = 0, s.nears = 0, s.winners = 0, s.full = 0;
-    }
+    if (p.tid == 0) s.highest = NONE, s.nears = 0, s.winners = 0, s.full = 0;
 }
 
-// All scores of `packs` packs: f(pack, what is in it).
-template <class F>
-__device__ __forceinline__ void look_at(const uint4* from, const uint4 (&kept)[KEPT], int packs, F f) {
-    const int tid = threadIdx.x;
+// Of 32 keys from j on, those in [from, to).
+__device__ __forceinline__ u32 between(int j, int from, int to) {
+    const int low = max(from - j, 0), high = min(to - j, 32);
+    return low < high ? ALL >> (32 - (high - low)) << low : 0;
+}
+
+// From one half of the bits to every second.
+__device__ __forceinline__ u32 spread(u32 x) {
+    x = (x | x << 8) & 0x00ff00ffu;
+    x = (x | x << 4) & 0x0f0f0f0fu;
+    x = (x | x << 2) & 0x33333333u;
+    return (x | x << 1) & 0x55555555u;
+}
+
+// Which of 32 fast scores are at least that, a bit each.
+__device__ __forceinline__ u32 reaching(const uint4* from, int least) {
+    u32 bits = 0;
+    if constexpr (CODED) {
+        // Two at a time: those below, of even places in the lower half, of odd ones in the upper.
+        const u32 both = (u32)least * 0x10001u;
 #pragma unroll
-    for (int u = 0; u < KEPT; u++)
-        if (tid + u * THREADS < packs) f(tid + u * THREADS, kept[u]);
-#pragma unroll 1
-    for (int i = tid + KEPT * THREADS; i < packs; i += THREADS) f(i, from[i]);
+        for (int i = 0; i < 4; i++) {
+            const uint4 w = from[i];
+            const u32 part[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) bits |= __vminu2(__vminu2(part[e], both) ^ both, 0x10001u) << (4 * i + e);
+        }
+        return ~(spread(bits & 0xffffu) | spread(bits >> 16) << 1);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const uint4 w = from[i];
+        const int part[4] = {(int)w.x, (int)w.y, (int)w.z, (int)w.w};
+#pragma unroll
+        for (int e = 0; e < 4; e++) bits |= part[e] >= least ? 1u << (4 * i + e) : 0u;
+    }
+    return bits;
 }
 
-__device__ __forceinline__ Cut find_cut(const Program& p, const float* limits) {
+// Which of 32 keys from j on may be among the best.
+__device__ __forceinline__ u32 candidates_of(const Program& p, const Limits& limits, const Cut& cut, int j) {
+    const u32 scored = between(j, p.start, p.stop), seen = between(j, p.begin, p.end);
+    return (reaching((const uint4*)(p.fast + j), limits.least(cut, j)) & scored) | (seen & ~scored);
+}
+
+// Lists them; returns how many of them are in the list.
+__device__ __forceinline__ int list_candidates(
+    const Program& p, const Limits& limits, const Cut& cut, int* count) {
+    constexpr int EACH = CODED ? 2 : 1;  // words of a thread at a time
     Shared& s = p.s;
-    const int needed = p.ranked();
-    const bool few = SUB > 1 && (p.stop - p.start) / SUB < needed + needed / 4;
-    const uint4* from = (const uint4*)(few ? p.fast : p.best);
-    const int packs = few ? p.packs * SUB : p.packs;
-    uint4 kept[KEPT];
-#pragma unroll
-    for (int u = 0; u < KEPT; u++) kept[u] = from[max(0, min(p.tid + u * THREADS, packs - 1))];
-    clear(p);
-    __syncthreads();
-    // First the range: of 16-bit scores about, as bins are clamped; the highest canonical score is exact.
-    Extremes extremes;
-    look_at(from, kept, packs, [&](int, uint4 raw) { extremes.extend(raw); });
-    const int low = __reduce_min_sync(ALL, extremes.low()), high = __reduce_max_sync(ALL, extremes.high());
-    if (p.lane == 0) atomicMin(&s.low, low), atomicMax(&s.high, high);
-    __syncthreads();
-    const FastBins bins(s.low, s.high);
-    mark(p, 1);
-    look_at(from, kept, packs, [&](int i, uint4 raw) {
-        int w[PACK];
-        unpack(raw, w);
-#pragma unroll
-        for (int e = 0; e < PACK; e++) {
-            // Words of keys that are not ranked lie among the fast scores, though not among the bests.
-            const bool apart = FORCED && !CODED && few && p.forced(i * PACK + e);
-            if (w[e] != NO_FAST && !apart) atomicAdd(&s.counts[bins.of(w[e])], 1);
-        }
-    });
-    __syncthreads();
-    mark(p, 2);
-    const Found at = find_bin<BINS, 1>(s.counts, needed, s.scratch);
-    Cut cut = bins.cut(at.bin, limits + p.row * 2);
-    if (FORCED && needed == 0) cut.least = 0x7fffffff;
-    return cut;
-}
-
-// ---- 2. candidates --------------------------------------------------------------------------------------------------
-//
-// Keys that reach the cut, in any order. Such a key's neighbourhood has a best that reaches it too, so only those are
-// looked into. Keys without a fast score are always candidates; so are those that are kept in any case, whatever they score.
-
-// Own neighbourhoods whose best passes.
-__device__ __forceinline__ void stage_neighbourhoods(const Program& p, const Cut& cut) {
-    constexpr int PACKS = A_BLOCK / PACK, DEEP = 2;
-    const int stretch = (p.own + WARPS - 1) / WARPS * PACKS;  // packs that a warp looks at
+    int before = 0;
 #pragma unroll 1
-    for (int i = 0; i < stretch; i += 32 * DEEP) {
-        uint4 raw[DEEP];
-        int at[DEEP];
-        bool is[DEEP];
+    for (int i = 0; i < p.own * WORDS; i += THREADS * EACH) {
+        u32 may[EACH];
+        const int at = i + p.tid * EACH, j = p.dealt<BLOCK>(at * 32);
+        int mine = 0;
 #pragma unroll
-        for (int u = 0; u < DEEP; u++) {
-            at[u] = p.warp * stretch + i + u * 32 + p.lane;
-            const int pack = p.dealt<PACKS>(at[u]);
-            is[u] = i + u * 32 + p.lane < stretch && at[u] < p.own * PACKS && pack < p.packs;
-            raw[u] = p.bests(is[u] ? pack : 0);
+        for (int u = 0; u < EACH; u++) {
+            may[u] = at < p.own * WORDS && j < p.end ? candidates_of(p, limits, cut, j + u * 32) : 0;
+            mine += __popc(may[u]);
         }
-        u32 pass = 0;
+        const int upto = sum_upto(mine, p.lane);
+        if (p.lane == 31) s.scratch[p.warp] = upto;
+        __syncthreads();
+        const Sums sums = over_warps(s.scratch, p.lane, p.warp);
+        int to = before + sums.before + upto - mine;
+        before += sums.all;
 #pragma unroll
-        for (int u = 0; u < DEEP; u++) pass |= is[u] ? passing<PACK>(raw[u], cut) << (u * PACK) : 0;
-        int to = reserve(&p.s.listed, __popc(pass), p.lane);
-        for (; pass; pass &= pass - 1) {
-            const int bit = __ffs(pass) - 1;
-            p.staged[to++] = (u16)((at[0] + bit / PACK * 32) * PACK + bit % PACK);
-        }
-    }
-}
-
-// Keys [start, stop) of the staged neighbourhoods that pass: SHARE lanes a neighbourhood, MORE of them at a time.
-__device__ __forceinline__ void look_into_neighbourhoods(const Program& p, const Cut& cut) {
-    constexpr int TEAMS = THREADS / SHARE, MORE = 3;
-    const int kept = p.s.listed;
-#pragma unroll 1
-    for (int i = 0; i < kept; i += TEAMS * MORE) {
-        auto first_of = [&](int u) {
-            const int at = p.staged[min(i + u * TEAMS + p.tid / SHARE, kept - 1)];
-            return p.dealt<A_BLOCK>(at) * SUB + p.lane % SHARE * WIDE;
-        };
-        uint4 raw[MORE];
-#pragma unroll
-        for (int u = 0; u < MORE; u++) raw[u] = load_fast(p.fast + first_of(u));
-        u64 takes = 0;
-#pragma unroll
-        for (int u = 0; u < MORE; u++) {
-            const int j = first_of(u);
-            const u64 pass = passing<WIDE>(raw[u], cut);
-            const u32 before_stop = (1u << min(max(p.stop - j, 0), WIDE)) - 1;
-            const u32 before_start = (1u << min(max(p.start - j, 0), WIDE)) - 1;
-            if (i + u * TEAMS + p.tid / SHARE < kept) takes |= (pass & before_stop & ~before_start) << (u * WIDE);
-        }
-        int at = reserve(&p.s.found, __popcll(takes), p.lane);
-        for (; takes; takes &= takes - 1, at++) {
-            const int bit = __ffsll(takes) - 1, j = first_of(bit / WIDE) + bit % WIDE;
-            if (at < p.room) {
-                p.position[at] = j;
-                if (!CODED) p.value[at] = p.fast[j];
+        for (int u = 0; u < EACH; u++)
+            for (; may[u]; may[u] &= may[u] - 1, to++) {
+                const int key = j + u * 32 + __ffs(may[u]) - 1;
+                if (to >= p.room) break;
+                p.position[to] = key;
+                if (!CODED) p.value[to] = p.fast[key];
             }
-        }
+        __syncthreads();
     }
+    if (p.tid == 0) s.full = before > p.room, count[p.row * CLUSTER + p.rank] = before;
+    return min(before, p.room);
 }
 
-// Own keys that the row sees outside [start, stop).
-__device__ __forceinline__ void list_unscored(const Program& p) {
-    const int before = p.start - p.begin, all = before + p.end - p.stop;
-#pragma unroll 1
-    for (int i = p.warp * 32; i < all; i += THREADS) {
-        const int at = i + p.lane, j = at < before ? p.begin + at : p.stop + at - before;
-        const bool is = at < all && p.owns(j);
-        const int to = reserve(&p.s.found, is, p.lane);
-        if (is && to < p.room) {
-            p.position[to] = j;
-            if (!CODED) p.value[to] = p.fast[j];
-        }
-    }
-}
-
-// Returns how many there are in the list.
-__device__ __forceinline__ int list_candidates(const Program& p, const Cut& cut, int* count) {
-    Shared& s = p.s;
-    stage_neighbourhoods(p, cut);
-    __syncthreads();
-    mark(p, 4);
-    look_into_neighbourhoods(p, cut);
-    if (CODED || FORCED) list_unscored(p);
-    __syncthreads();
-    const int found = min(s.found, p.room);
-    if (p.tid == 0) s.full = s.found > p.room, count[p.row * CLUSTER + p.rank] = s.found;
-    return found;
-}
-
-// ---- 3. canonical scores --------------------------------------------------------------------------------------------
+// ---- 2. canonical scores --------------------------------------------------------------------------------------------
 //
 // Of the candidates (rules 1 to 4): LANES lanes a key, DEEP keys at a time so that many loads are in flight. They are
 // counted in bins as they come. Nothing else is scored: what is among the best is a candidate. Fast scores that are
@@ -629,20 +471,98 @@ __device__ __forceinline__ void tell_highest(const Program& p, int highest) {
     if (p.lane == 0) atomicMax(&p.s.highest, highest);
 }
 
-__device__ __forceinline__ void score_candidates(const Program& p, const Scorer& scorer, const Bins& fine, int found) {
+__device__ __forceinline__ void score_candidates(const Program& p, const Scorer& scorer, const Bins& bins, int found) {
     int highest = NONE;
     auto count = [&](int i, int w) {
-        if (p.may_be_highest(p.position[i])) highest = max(highest, w);
-        if (!p.forced(p.position[i])) atomicAdd(&p.s.candidates[fine.of(score_of(w))], 1);
+        const int j = p.position[i];
+        if (p.may_be_highest(j)) highest = max(highest, w);
+        if (!p.forced(j) && bins.counts(score_of(w))) atomicAdd(&p.s.counts[bins.of(score_of(w))], 1);
     };
-    if (!CODED) {
+    if (CODED) {
+        scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) { p.value[i] = w, count(i, w); });
+    } else {
 #pragma unroll 1
         for (int i = p.tid; i < found; i += THREADS) count(i, p.value[i]);
-        if (!FORCED) return;
-    } else {
-        scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) { p.value[i] = w, count(i, w); });
     }
     tell_highest(p, highest);
+}
+
+// ---- 3. the edge ----------------------------------------------------------------------------------------------------
+//
+// Keys that are no candidates are canonically below the base of the bins. So if enough candidates are not, the best are among
+// them (the certificate), and the k_eff-th of them is in the bin at the edge.
+
+struct Edge {
+    Found at;
+    int found;  // candidates of this program
+    bool sure;
+};
+
+// Where nothing is to be chosen, as all keys are kept or all but those that are kept in any case are not.
+__device__ __forceinline__ bool takes_all(const Program& p) { return p.ranked() >= p.last - p.first; }
+
+__device__ __forceinline__ Edge find_edge(
+    const Program& p, const Scorer& scorer, const Limits& limits, const Cut& cut, int* count) {
+    Shared& s = p.s;
+    clear(p);
+    __syncthreads();
+    const int found = list_candidates(p, limits, cut, count);
+    mark(p, 2);
+    score_candidates(p, scorer, cut.bins(), found);
+    mark(p, 3);
+    cluster_sync();
+    mark(p, 4);
+    bool sure = true;
+#pragma unroll
+    for (int r = 0; r < CLUSTER; r++) sure &= pull(&s.full, r) == 0;
+    Found at = find_bin<BINS, CLUSTER>(s.counts, p.ranked(), s.scratch);
+    if (FORCED && p.ranked() == 0) at.bin = BINS, at.above = at.inside = 0;
+    else if (takes_all(p)) at.bin = -1, at.above = p.ranked(), at.inside = 0;
+    else sure &= at.bin >= 0 && at.inside <= NEAR;
+    mark(p, 5);
+    return {at, found, sure};
+}
+
+// The cut that the counts of the score kernels lead to. 0: all are candidates; -1: too few were counted.
+__device__ __forceinline__ float counted_cut(const Program& p, const int* tally) {
+    Shared& s = p.s;
+    if (takes_all(p) || p.stop <= p.start) return 0.0f;
+#pragma unroll 1
+    for (int i = p.tid * 4; i < TALLY; i += THREADS * 4) *(int4*)(s.counts + i) = *(const int4*)(tally + (i64)p.row * TALLY + i);
+    __syncthreads();
+    const int needed = p.ranked();
+    const Sample sample(needed, p.stop - p.start);
+    const Found at = find_bin<TALLY, 1>(s.counts, sample.wanted(needed), s.scratch);
+    if (at.bin > 0) return (float)(at.bin * EACH_TALLY);
+    // The lowest place: where all keys were counted and some are needed that have no fast score.
+    return sample.share >= 1.0f ? 1.0f : CODED ? -1.0f : 0.0f;
+}
+
+// Counts, over the cluster, own keys [start, stop) by a byte of the least place that they surely have, of those that have `above`
+// as upper bytes.
+__device__ __forceinline__ Found find_byte(const Program& p, const Limits& limits, int needed, int shift, int above) {
+    Shared& s = p.s;
+    cluster_sync();
+#pragma unroll 1
+    for (int i = p.tid; i < 256; i += THREADS) s.counts[i] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
+        const int j = p.dealt<BLOCK>(i);
+        const int w = j >= p.start && j < p.stop ? (int)floorf(p.fast[j] - limits.off[j / 128]) : 0;
+        if (w > 0 && w >> (shift + 8) == above) atomicAdd(&s.counts[w >> shift & 255], 1);
+    }
+    cluster_sync();
+    return find_bin<256, CLUSTER>(s.counts, needed, s.scratch);
+}
+
+// Where that failed: a place that k_eff keys surely reach.
+__device__ __forceinline__ Cut find_cut(const Program& p, const Limits& limits, float units) {
+    const Found upper = find_byte(p, limits, p.ranked(), 8, 0);
+    const Found lower = find_byte(p, limits, p.ranked() - upper.above, 0, max(upper.bin, 0));
+    cluster_sync();
+    const bool found = upper.bin >= 0 && lower.bin >= 0;
+    return {found ? (float)(upper.bin << 8 | lower.bin) - 1.0f : 0.0f, units};
 }
 
 // ---- 4. the choice --------------------------------------------------------------------------------------------------
@@ -655,6 +575,18 @@ __device__ __forceinline__ void score_candidates(const Program& p, const Scorer&
 __device__ __forceinline__ void gather_counts(const Program& p) {
 #pragma unroll 1
     for (int i = p.tid; i < p.blocks; i += THREADS) p.before[i] = pull(p.own_count + i / CLUSTER, i % CLUSTER);
+}
+// The same, told instead of asked for: there once the cluster has waited.
+__device__ __forceinline__ void tell_counts(const Program& p) {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = p.tid; i < p.own; i += THREADS) {
+        const int block = i * CLUSTER + p.rank;
+        if (block >= p.blocks) continue;
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) push(p.before + block, r, p.own_count[i]);
+    }
+    if (p.tid < CLUSTER) push(p.s.near + p.rank, p.tid, p.s.nears);
 }
 
 // A chosen key, once `before` has the sums before each block, to its rank. Winners have no bit.
@@ -673,11 +605,13 @@ __device__ __forceinline__ void send(const Program& p, int j, int w, int winners
 }
 
 // Bits for candidates above the edge; those near it are told to every program.
-__device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int found, int edge) {
+__device__ __forceinline__ void sort_out(const Program& p, const Bins& bins, int found, int edge) {
     Shared& s = p.s;
 #pragma unroll 1
     for (int i = p.tid; i < found; i += THREADS) {
-        const int j = p.position[i], bin = p.forced(j) ? BINS + 1 : fine.of(score_of(p.value[i]));
+        const int j = p.position[i];
+        const float score = score_of(p.value[i]);
+        const int bin = p.forced(j) ? BINS + 1 : bins.counts(score) ? bins.of(score) : -1;
         if (bin > edge) {
             atomicOr(p.bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
             atomicAdd(&p.own_count[p.own_block(j)], 1);
@@ -696,9 +630,7 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& fine, int
 // The `missing` best of the near ones (rule 4); every program finds them all.
 __device__ __forceinline__ void find_winners(const Program& p, int missing) {
     Shared& s = p.s;
-    int* near = s.counts;  // how many every program has; the counts of stage 1 are done with
-    if (p.tid < CLUSTER) near[p.tid] = pull(&s.nears, p.tid);
-    __syncthreads();
+    const int* near = s.near;
 #pragma unroll 1
     for (int i = p.tid; i < CLUSTER * NEAR; i += THREADS) {
         if (i % NEAR >= near[i / NEAR]) continue;
@@ -716,16 +648,17 @@ __device__ __forceinline__ void find_winners(const Program& p, int missing) {
     }
 }
 
-__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fine, int found, const Found& edge) {
+__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge) {
     Shared& s = p.s;
-    sort_out(p, fine, found, edge.bin);
-    mark(p, 9);
+    const int found = edge.found;
+    sort_out(p, bins, found, edge.at.bin);
+    tell_counts(p);
+    mark(p, 6);
     cluster_sync();
-    mark(p, 10);
-    gather_counts(p);
-    find_winners(p, p.ranked() - edge.above);
+    mark(p, 7);
+    find_winners(p, p.ranked() - edge.at.above);
     sums_before(p.before, p.blocks, s.scratch);
-    mark(p, 11);
+    mark(p, 8);
     const int winners = s.winners;
 #pragma unroll 1
     for (int i = p.tid; i < found; i += THREADS)
@@ -735,7 +668,7 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& fin
         if (p.owns(s.winner[i])) send(p, s.winner[i], s.winner_word[i], winners);
 }
 
-// Too many candidates, or too many near the edge: the k_eff-th word is found byte by byte, over all keys, which needs
+// Too many candidates, or too many near the edge, or a cut too high: the k_eff-th word is found byte by byte, over all keys, which needs
 // no room. Of ties the first are taken (rule 4). Words are unsigned numbers here, 0 for keys that do not reach the cut.
 struct WordSearch {
     const Program& p;
@@ -752,13 +685,13 @@ struct WordSearch {
     }
 
     // Canonical words, where there are none yet.
-    __device__ __forceinline__ void score(const Scorer& scorer, const Cut& cut) const {
+    __device__ __forceinline__ void score(const Scorer& scorer, const Limits& limits, const Cut& cut) const {
         if (p.tid == 0) p.s.highest = NONE;
         __syncthreads();
         int highest = NONE;
         scorer.score(p, p.own * BLOCK, [&](int i) { return min(key(i), p.end - 1); }, [&](int i, int w) {
             const int j = key(i);
-            const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || cut.passes(p.fast[j]));
+            const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || p.fast[j] >= limits.least(cut, j));
             if (j < p.end) words[j] = is ? w : NONE;
             if (is && p.may_be_highest(j)) highest = max(highest, w);
         });
@@ -797,9 +730,10 @@ struct WordSearch {
                 p.bitmap[i / 32] = above, equal[i / 32] = same;
                 if (same) atomicAdd(&p.own_count[i / BLOCK], __popc(same));
             }
-            if (kept) highest = max(highest, words[j]);
+            // Of fast scores that are canonical the list had room for some.
+            if (kept || (!CODED && w != 0 && p.ranked() > 0)) highest = max(highest, words[j]);
         }
-        if (FORCED) tell_highest(p, highest);
+        if (FORCED || !CODED) tell_highest(p, highest);
     }
     // The first of those that have the word, as many as are needed; own_count is of all chosen keys then.
     __device__ __forceinline__ void take_ties() const {
@@ -826,10 +760,11 @@ struct WordSearch {
     }
 };
 
-__device__ __forceinline__ void choose_by_words(const Program& p, const Scorer& scorer, const Cut& cut, int* words) {
+__device__ __forceinline__ void choose_by_words(
+    const Program& p, const Scorer& scorer, const Limits& limits, const Cut& cut, int* words) {
     WordSearch search(p, words);
     cluster_sync();
-    if (CODED) search.score(scorer, cut);
+    if (CODED) search.score(scorer, limits, cut);
     if (FORCED && search.needed == 0) search.word = ALL;
     else
 #pragma unroll 1
@@ -847,32 +782,40 @@ __device__ __forceinline__ void choose_by_words(const Program& p, const Scorer& 
 }
 
 // The highest canonical word of the row.
-__device__ __forceinline__ int highest_of_row(const Program& p, const Cut& cut) {
-    if (!CODED && !FORCED) return cut.highest;
-    int highest = CODED || p.ranked() == 0 ? NONE : cut.highest;
+__device__ __forceinline__ int highest_of_row(const Program& p) {
+    int highest = NONE;
 #pragma unroll
     for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
     return highest;
 }
 
 // Sends every chosen key and its word to its rank; returns the highest word.
-__device__ __forceinline__ int choose(const Program& p, const Scorer& scorer, const Cut& cut, int found, int* words) {
-    Shared& s = p.s;
-    bool slow = false;
-#pragma unroll
-    for (int r = 0; r < CLUSTER; r++) slow |= pull(&s.full, r) != 0;
-    int highest = highest_of_row(p, cut);
-    Found edge = find_bin<BINS, CLUSTER>(s.candidates, p.ranked(), s.scratch);
-    if (FORCED && p.ranked() == 0) edge.bin = BINS, edge.above = edge.inside = 0;
-    slow |= edge.bin < 0 || edge.inside > NEAR;
-    mark(p, 8);
-    if (!slow) {
-        choose_by_bins(p, cut.fine, found, edge);
-    } else {
-        choose_by_words(p, scorer, cut, words);
-        highest = highest_of_row(p, cut);
+__device__ __forceinline__ int choose(
+    const Program& p, const Scorer& scorer, const Limits& limits, const float* units, int* tally, int* words,
+    int* count) {
+    Cut cut = {counted_cut(p, tally), *units};
+    mark(p, 1);
+    __syncthreads();
+    Edge edge = {};
+#pragma unroll 1
+    for (int attempt = 0; attempt < (CODED ? 2 : 1) && !edge.sure; attempt++) {
+        if (attempt > 0) cut = find_cut(p, limits, *units);
+        if (cut.place >= 0.0f) edge = find_edge(p, scorer, limits, cut, count);
     }
-    return highest;
+    if (edge.sure) {
+        const int highest = highest_of_row(p);
+        choose_by_bins(p, cut.bins(), edge);
+        return highest;
+    }
+    choose_by_words(p, scorer, limits, cut, words);
+    return highest_of_row(p);
+}
+
+// The counts, and what warps of the score kernels have taken, as they were before a step.
+__device__ __forceinline__ void forget(const Program& p, int* tally, int* taken) {
+    if (p.tid == 0) taken[p.row / GROUP] = 0;
+#pragma unroll 1
+    for (int i = p.rank * THREADS + p.tid; i < TALLY; i += CLUSTER * THREADS) tally[(i64)p.row * TALLY + i] = 0;
 }
 
 // ---- 5. attention ---------------------------------------------------------------------------------------------------
@@ -1071,7 +1014,7 @@ __device__ __forceinline__ void attend(
     __syncthreads();
     sum_warp(p, values, live);
     __syncthreads();
-    mark(p, 14);
+    mark(p, 11);
     sum_program(p);
     cluster_sync();
     if (p.rank == 0) write_output(p, logits, top, out);
@@ -1088,32 +1031,25 @@ __device__ __forceinline__ void write_nothing(const Program& p, int most, void* 
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) choose_and_attend(
-    const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, const Fast* best, int* word,
-    const float* limits, void* out, i64* indices, int* count, i64* marks,
+    const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, int* word, const float* units_of, const float* off, int* tally, int* taken, void* out, i64* indices, int* count, i64* marks,
     int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
     int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h) {
     DYNAMIC_SHARED(memory);
     const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
-    const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
+    const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, marks, heads);
     if (p.k_eff == 0) return write_nothing(p, k_eff, out, indices, count);
     mark(p, 0);
-    const Cut cut = find_cut(p, limits);
-    mark(p, 3);
-    const int found = list_candidates(p, cut, count);
-    mark(p, 5);
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);
     const int whole = (p.base + p.end) / 128 * 128 - p.base;
     const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, p.base, whole, in_full), query};
-    score_candidates(p, scorer, cut.fine, found);
-    mark(p, 6);
+    const Limits limits = {off + ((i64)p.row * padded + p.base) / 128};
+    const int highest = choose(p, scorer, limits, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
+    mark(p, 9);
     cluster_sync();
-    mark(p, 7);
-    const int highest = choose(p, scorer, cut, found, word + (i64)p.row * padded + p.base);
-    mark(p, 12);
-    cluster_sync();
-    mark(p, 13);
+    mark(p, 10);
+    forget(p, tally, taken);
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
     attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);
-    mark(p, 15);
+    mark(p, 12);
 }

@@ -25,22 +25,25 @@ from ..storage.side import Stored
 from .form import Numbers
 from .index import KeyIndex
 
-SCORE_KEYS, SCORE_CODES, CHOOSE, SEEN = (
-    Path(__file__).with_name(name) for name in ("score_keys.cu", "score_codes.cu", "choose.cu", "seen.cuh")
+SCORE_KEYS, SCORE_CODES, CHOOSE, SEEN, TALLYING = (
+    Path(__file__).with_name(name)
+    for name in ("score_keys.cu", "score_codes.cu", "choose.cu", "seen.cuh", "tally.cuh")
 )
 #: dtypes of sink logits, as choose.cu numbers them
 SINKS = {**ELEMENTS, torch.float64: 3}
 #: needed by choose.cu
 CAPABILITY = (9, 0)
 #: as in choose.cu: keys of a block, whose chosen ones are counted together; bins of a histogram, against shared memory;
-#: keys in the bin of the last chosen one that are compared with each other, against the slower way
-BLOCK, BINS, NEAR = 512, 1024, 112
-#: neighbours whose best is kept, at most: more leave fewer bests to look through and more keys behind each of them
-MOST_NEIGHBOURS = 32
-#: times as many neighbourhoods as keys are kept: then their best ones lead close to the k_eff-th best key
-NEIGHBOURHOODS = 4
+#: keys in the bin of the last chosen one that are compared with each other, against the slower way; times of a profile
+BLOCK, BINS, NEAR, MARKS = 512, 1024, 112, 13
+#: as in tally.cuh: counts of a row's keys; keys that a warp scores at a time
+TALLY, TILE = 2048, 128
+#: candidates that there is room for, of the keys kept, and more: a fiftieth more, and what codes are off by
+CANDIDATES, MORE = 3, 1024
 #: programs of a row, at most: more share its work, and wait longer for each other; 8 run on every GPU with clusters
 MOST_PROGRAMS = 8
+PROGRAMS = 1
+THREADS_OF = lambda cluster: 1024 if cluster == 1 else 512
 #: chosen keys whose values a team of lanes loads at once: more loads in flight, more registers
 MOST_RANKS = 8
 #: query heads of a key head that the kernels have registers for
@@ -49,6 +52,8 @@ MOST_GROUP = 8
 SHARED_ROOM, MOST_ROOM = 4096, 20480
 #: keys from which on scores take so long that programs may wait for a multiprocessor to themselves
 LONG = 1 << 19
+#: as in score_codes.cu: products of 16 keys whose codes a warp has asked for
+AHEAD = 4
 #: score programs that a multiprocessor runs at the same time: of keys, of codes (registers allow no more)
 KEYS_AT_ONCE, CODES_AT_ONCE = 3, 4
 #: multiprocessors that the emulator pretends to have, as many as an H200
@@ -152,8 +157,6 @@ def _alike(k: Stored, v: Stored) -> bool:
 class Plan:
     """How the work of a step is cut; no value changes a bit of the result."""
 
-    #: neighbours whose best is kept
-    sub: int
     #: keys of a row, whole blocks
     padded: int
     #: programs of a row, and threads of each
@@ -175,27 +178,28 @@ class Plan:
 def _fixed_bytes(dim_v: int, cluster: int, threads: int) -> int:
     """Size of ``Shared`` in choose.cu."""
     warps = threads // 32
-    return 4 * (2 * BINS + 2 * NEAR * (cluster + 1) + warps + 4 + 8 + warps * (dim_v + 1) + cluster * (dim_v + 1))
+    return 4 * (TALLY + 2 * NEAR * (cluster + 1) + cluster + warps + 8 + (warps + cluster) * (dim_v + 1))
 
 
 def _room(shape: Shape, cluster: int, own: int) -> int:
     """Candidates that a program with ``own`` blocks has room for; more are looked for in a slower way."""
-    room = NEIGHBOURHOODS * shape.k_eff // cluster + 1024
+    room = CANDIDATES * shape.k_eff // cluster + MORE
     if room > SHARED_ROOM and cluster > 1:
-        # Less, so that two programs fit on a multiprocessor: more are candidates only if bests are far apart.
-        room = max(SHARED_ROOM, (6 if shape.coded else 3) * shape.k_eff // (2 * cluster) + 1024)
+        # Less, so that two programs fit on a multiprocessor: of many keys fewer more.
+        room = max(SHARED_ROOM, CANDIDATES * shape.k_eff // (2 * cluster) + MORE)
     return max(own * 8, min(own * BLOCK, room, MOST_ROOM))
 
 
-def _score_programs(shape: Shape, padded: int, multiprocessors: int) -> int:
-    """As many as run at the same time, fewer where as many rounds of work take no longer."""
+def _score_programs(shape: Shape, multiprocessors: int) -> int:
+    """As many as run at the same time, if each of their four warps has a tile of 128 keys."""
     at_once = CODES_AT_ONCE if shape.coded else KEYS_AT_ONCE
     most = max(1, at_once * multiprocessors // (shape.batch * shape.kv_heads))
-    # Keys of a warp at a time: as score_codes.cu and score_keys.cu have it.
-    columns = 32 * shape.each // shape.head_dim
-    loads = {1: 8, 2: 8, 4: 4}.get(next_power_of_two(shape.group), 2)
-    work = -(-shape.n // 128) if shape.coded else padded // max(32, loads * columns)
-    return -(-work // (4 * -(-work // (4 * most))))
+    return min(most, -(-shape.n // (4 * TILE)))
+
+
+def _ring(shape: Shape) -> int:
+    """Bytes of codes that the four warps of a program in score_codes.cu have asked for."""
+    return 4 * AHEAD * 16 * shape.head_dim
 
 
 def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
@@ -203,41 +207,37 @@ def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
     n, k_eff = shape.n, shape.k_eff
     padded = -(-n // BLOCK) * BLOCK
     blocks = padded // BLOCK
-    sub = min(MOST_NEIGHBOURS, 1 << max(0, (n // (NEIGHBOURHOODS * k_eff)).bit_length() - 1))
     # One program a multiprocessor.
-    cluster = min(MOST_PROGRAMS, 1 << max(0, (multiprocessors // shape.rows).bit_length() - 1))
+    cluster = min(MOST_PROGRAMS, 1 << max(0, (PROGRAMS * multiprocessors // shape.rows).bit_length() - 1))
     own = -(-blocks // cluster)
     # Two smaller programs a multiprocessor, as clusters of large ones do not fit on all of them.
-    threads = 1024 if cluster == 1 else 512
-    warps, teams = threads // 32, threads // (shape.dim_v // shape.each)
+    threads = THREADS_OF(cluster)
+    teams = threads // (shape.dim_v // shape.each)
     share = max(1, next_power_of_two(k_eff) // cluster // teams)
     ranks = min(MOST_RANKS, share)
     turns = max(1, share // ranks)
     span, room = turns * ranks * teams, _room(shape, cluster, own)
-    # What is staged before there are any chosen keys shares its bytes with them.
-    staged = 2 * warps * -(-own // warps) * (BLOCK // sub)
     fixed = _fixed_bytes(shape.dim_v, cluster, threads)
-    shared = -(-fixed // 16) * 16 + 4 * (2 * room + own + blocks + 16 * own) + max(8 * span, staged)
+    shared = -(-fixed // 16) * 16 + 4 * (2 * room + own + blocks + 16 * own + 2 * span)
     # Clusters of programs that fill a multiprocessor each do not all fit at once, and the last would wait for the
     # first: no matter where the scores take much longer than the rest.
     at_once = cluster == 1 or 2 * (shared + 1024) <= SHARED_LIMIT + 1024 or n >= LONG
-    # Staged places are 16-bit numbers.
-    if shared > SHARED_LIMIT or staged > 2 << 16 or span * cluster < k_eff or not at_once:
+    if shared > SHARED_LIMIT or span * cluster < k_eff or not at_once:
         return None
-    programs = _score_programs(shape, padded, multiprocessors)
-    return Plan(sub, padded, cluster, threads, room, ranks, turns, span, fixed, shared, programs)
+    programs = _score_programs(shape, multiprocessors)
+    return Plan(padded, cluster, threads, room, ranks, turns, span, fixed, shared, programs)
 
 
 def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     """The kernels that score and that choose and attend, or None if they cannot be compiled."""
-    common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group, "sub": plan.sub}
-    forced = {"forced": int(shape.forced)}
+    common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group}
+    forced, before = {"forced": int(shape.forced)}, (SEEN, TALLYING)
     if shape.coded:
-        score = compiler.compiled(SCORE_CODES, "score_codes", 0, shape.device, (SEEN,), **common)
+        score = compiler.compiled(SCORE_CODES, "score_codes", _ring(shape), shape.device, before, **common)
     else:
-        score = compiler.compiled(SCORE_KEYS, "score_keys", 0, shape.device, (SEEN,), **common, **forced)
+        score = compiler.compiled(SCORE_KEYS, "score_keys", 0, shape.device, before, **common, **forced)
     choose = compiler.compiled(
-        CHOOSE, "choose_and_attend", plan.shared, shape.device, (SEEN,), **common, **forced, dim_v=shape.dim_v,
+        CHOOSE, "choose_and_attend", plan.shared, shape.device, before, **common, **forced, dim_v=shape.dim_v,
         cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1,
         coded=int(shape.coded), stored=int(shape.stored), logits=shape.logits, profile=int(profile), shared=plan.fixed,
     )  # fmt: skip
@@ -253,10 +253,15 @@ class _Buffers:
 
         self.word = empty(shape.rows, plan.padded)
         self.fast = empty(shape.rows, plan.padded, dtype=torch.uint16) if shape.coded else self.word
-        self.best = empty(shape.rows, plan.padded // plan.sub, dtype=self.fast.dtype)
-        self.limits = empty(shape.rows, 2, dtype=torch.float32)
+        self.units = empty(shape.rows, dtype=torch.float32)
+        # By how many places the 16-bit scores of a group may be off.
+        self.off = empty(shape.rows, plan.padded // TILE if shape.coded else 0, dtype=torch.float32)
         self.count = empty(shape.rows, plan.cluster)
-        self.marks = empty(shape.rows, plan.cluster, 16, dtype=torch.int64) if profile else self.count
+        self.marks = empty(shape.rows, plan.cluster, MARKS, dtype=torch.int64) if profile else self.count
+        # Counts of keys, as tally.cuh has them: all 0 before a step, and after it.
+        self.tally = empty(shape.rows, TALLY).zero_()
+        # Tiles of a KV head that warps took beside their first: the same.
+        self.taken = empty(shape.batch * shape.kv_heads).zero_()
 
 
 class CudaStep:
@@ -265,7 +270,7 @@ class CudaStep:
     Args:
         shape, plan: what the step depends on, and how its work is cut.
         kernels: those that score, and that choose and attend.
-        profile: write the time of each phase to ``marks``, int64 ``[B * H, cluster, 16]``, nanoseconds.
+        profile: write the time of each phase to ``marks``, int64 ``[B * H, cluster, MARKS]``, nanoseconds.
     """
 
     def __init__(self, shape: Shape, plan: Plan, kernels: tuple[Any, Any], profile: bool) -> None:
@@ -290,16 +295,17 @@ class CudaStep:
         heads, strides = (shape.heads, shape.kv_heads), units(q, 1)[:2]
         if index.codes is not None:
             c = index.codes
+            left_out, left_out_strides = _left_out(index)
             self.score_kernel(grid, block, [
-                q, start_of(c.codes, q), start_of(c.scales, q), index.norm, index.residual, index.largest_scales, rows,
-                work.fast, work.best, work.limits, *heads, plan.padded, shape.n, shape.k_eff, c.first.shape[2], *always,
+                q, start_of(c.codes, q), start_of(c.scales, q), index.norm, left_out, index.largest_scales, rows,
+                work.fast, work.units, work.off, work.tally, work.taken, *heads, plan.padded, shape.n, shape.k_eff, c.first.shape[2], *always,
                 *strides, *units(c.codes, shape.each), *units(c.scales, shape.each),
-                fast_scores.rounding(shape.head_dim) * 3, fast_scores.SPLIT * shape.head_dim,
-            ])  # fmt: skip
+                *left_out_strides, int(left_out is index.scaled_residuals), fast_scores.rounding(shape.head_dim) * 3, fast_scores.SPLIT * shape.head_dim,
+            ], shared_mem=_ring(shape))  # fmt: skip
             return
         assert isinstance(k, torch.Tensor)
         self.score_kernel(grid, block, [
-            q, k, rows, work.word, work.best, *heads, plan.padded, shape.n, shape.k_eff, *always,
+            q, k, index.norm, rows, work.word, work.units, work.tally, work.taken, *heads, plan.padded, shape.n, shape.k_eff, *always,
             *strides, *units(k, shape.each),
         ])  # fmt: skip
 
@@ -313,8 +319,8 @@ class CudaStep:
         out = torch.empty(shape.batch, shape.heads, 1, shape.dim_v, dtype=shape.dtype, device=shape.device)
         in_full = 0 if index.codes is None else index.codes.first.shape[2]
         self.choose_kernel((plan.cluster, shape.rows, 1), (plan.threads, 1, 1), [
-            q, *self._side(k, q), *self._side(v, q), rows, work.fast, work.best, work.word,
-            work.limits, out, indices, work.count, work.marks,
+            q, *self._side(k, q), *self._side(v, q), rows, work.fast, work.word, work.units, work.off,
+            work.tally, work.taken, out, indices, work.count, work.marks,
             shape.heads, shape.n, plan.padded, shape.k_eff, plan.room, plan.span, in_full, *always,
             *units(q, 1)[:2], *_of_logits(logits, q),
         ], shared_mem=plan.shared)  # fmt: skip
@@ -326,6 +332,14 @@ class CudaStep:
         parts = [x.codes, x.scales, x.first, x.first if x.newest is None else x.newest]
         starts = (start_of(part, none) for part in parts)
         return [*starts, *(s for part in parts for s in units(part, self.shape.each))]
+
+
+def _left_out(index: KeyIndex) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """What codes leave out of any key of a group, and strides of batches, heads and groups; of a head where that is all."""
+    scaled = index.scaled_residuals
+    if scaled is None or not scaled.numel():
+        return index.residual, (index.residual.shape[1], 1, 0)
+    return scaled, scaled.stride()
 
 
 def _of_logits(logits: Logits, none: torch.Tensor) -> list[Any]:

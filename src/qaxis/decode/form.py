@@ -49,7 +49,7 @@ def _outline(x: object) -> object:
     if isinstance(x, Stored):
         return x.grid, x.dtype, x.dim, x.width, *map(_outline, (x.codes, x.scales, x.first, x.zeros, x.newest))
     if isinstance(x, KeyIndex):
-        return tuple(map(_outline, (x.norm, x.residual, x.largest_scales, x.codes)))
+        return tuple(map(_outline, (x.norm, x.residual, x.largest_scales, x.codes, x.scaled_residuals)))
     return type(x)
 
 

@@ -6,7 +6,8 @@ from functools import reduce
 
 import torch
 
-from ..arithmetic.fast_scores import UPWARD, largest_norm
+from ..arithmetic.fast_scores import UPWARD, largest_norm, norms
+from ..arithmetic.reference import roots_of
 from ..storage.grid import Grid
 from ..storage.key_index import GROUP_SIZES, KeyIndex, check_codes, largest_scales, whole_groups
 from ..storage.lazy import checked_tensor, stored_or_tensor
@@ -42,12 +43,16 @@ def index_keys(k: torch.Tensor, *, codes: bool = False) -> KeyIndex:
         side.prepare(part)()
     stored = side.stored()
     whole = stored.codes.shape[2]
-    residual = zero
+    residuals, scaled = (zero[:, :, None].repeat(1, 1, whole // stored.grid.tokens) for _ in range(2))
     for start in range(0, whole, AT_ONCE):
         some = slice(start, min(start + AT_ONCE, whole))
+        groups = slice(start // stored.grid.tokens, some.stop // stored.grid.tokens)
         left_out = k[:, :, some].float() - whole_groups(stored, some)
-        residual = torch.maximum(residual, largest_norm(left_out))
-    return KeyIndex((norm + residual) * UPWARD, residual, largest_scales(stored), stored)
+        shares = roots_of(stored.scales[:, :, groups].int()).repeat_interleave(stored.grid.tokens, 2)
+        for found, x in ((residuals, left_out), (scaled, left_out * shares)):
+            found[:, :, groups] = norms(x).unflatten(2, (-1, stored.grid.tokens)).amax(3)
+    residual = residuals.amax(2) if whole else zero
+    return KeyIndex((norm + residual) * UPWARD, residual, largest_scales(stored), stored, scaled)
 
 
 def index_cache(stored: Stored) -> KeyIndex:

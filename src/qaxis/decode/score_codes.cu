@@ -1,39 +1,57 @@
 // Fast scores from 8-bit codes, with a proven error (arithmetic/fast_scores.py).
 //
-// compiler.py puts hardware.cuh, canonical.cuh and seen.cuh before this and defines, besides what is said there: GROUP (query
-// heads of a key head), SUB (neighbours whose best is kept).
+// compiler.py puts hardware.cuh, canonical.cuh, seen.cuh and tally.cuh before this and defines, besides what is said there:
+// GROUP (query heads of a key head).
 
-// Steps of the 16-bit score in one unit of score; 0 where the range is not usable (as in arithmetic/triton.py).
-__device__ __forceinline__ float units_per_score(float norm_q, float norm_k) {
-    const float largest = norm_q * norm_k * 1.001f;
-    return largest > SMALLEST && largest < LARGEST ? UNITS / largest : 0.0f;
-}
-
+constexpr int AHEAD = 4;  // products whose codes a warp has asked for
 constexpr int QUARTER = DIM / 4, WORDS = DIM / 16, PARTS = GROUP > 4 ? 2 : 1;
 
-// 16-bit scores [rows, padded] and the best of every SUB neighbours, of groups of 128 tokens that share their steps; one
-// warp a group. The query, times the steps, is split into two 8-bit parts, which are the columns of an exact product. Whole
-// blocks are written: what of them a row does not see, or has no code, gets 0.
+// A lane's 16 of the 128 places of a head that a warp holds, packed; 0 stands for no score.
+__device__ __forceinline__ void unpack(const uint4& lower, const uint4& upper, int (&place)[16]) {
+    const u32 packed[8] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
+#pragma unroll
+    for (int i = 0; i < 16; i++) place[i] = (packed[i / 2] >> (16 * (i % 2))) & 65535;
+}
+
+// 16-bit scores [rows, padded] of groups of 128 tokens that share their steps, by how many places they may be off, and their counts; a warp takes one
+// at a time. The query, times the steps, is split into two 8-bit parts, which are the columns of an exact product. Whole groups
+// are written: what of them a row does not see, or has no code, gets the score 0.
 extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
-    const void* q, const char* codes, const char* scales, const float* norm, const float* residual, const float* steps,
-    const int* rows, u16* fast, u16* best, float* limits,
-    int heads, int kv_heads, int padded, int n, int k_eff, int in_full, int sinks, int recent, int q_b, int q_h,
-    int codes_b, int codes_h, int codes_n, int scales_b, int scales_h, int scales_n, double relative, double split) {
+    const void* q, const char* codes, const char* scales, const float* norm, const float* left_out, const float* steps,
+    const int* rows, u16* fast, float* units_of, float* off, int* tally, int* taken, int heads, int kv_heads, int padded, int n, int k_eff, int in_full, int sinks, int recent,
+    int q_b, int q_h, int codes_b, int codes_h, int codes_n, int scales_b, int scales_h, int scales_n,
+    int left_out_b, int left_out_h, int left_out_n, int scaled, double relative, double split) {
     const int lane = threadIdx.x % 32, t = lane % 4, row = lane / 4;
-    const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads;
+    const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads, first_row = b * heads + g * GROUP;
+    // What every group needs is asked for first: behind the codes it would wait for them. The numbers of a lane are 16 of every
+    // 64, those at 16 t; of head row / 2 of each part.
+    uint4 raw_query[PARTS][QUARTER / E], raw_step[QUARTER / 4];
+#pragma unroll
+    for (int i = 0; i < QUARTER; i += 4) {
+        const int d = i / 16 * 64 + t * 16 + i % 16;
+        raw_step[i / 4] = load16(steps + (i64)kv * DIM + d);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            if (i % E == 0)
+                raw_query[p][i / E] = load16(
+                    (const char*)q + ((i64)b * q_b + (i64)(g * GROUP + min(p * 4 + row / 2, GROUP - 1)) * q_h + d) * (16 / E));
+    }
+    const float longest = norm[kv];
     const Seen seen = Seen::of<true>(rows, b, Room{n, k_eff, in_full, sinks, recent});
-    const int begin = seen.base / 128 + blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    const int end = whole_blocks(seen.stop) / 128;
-    if (seen.k_eff == 0 || seen.start >= seen.stop || begin >= end) return;
-    codes += ((i64)b * codes_b + (i64)g * codes_h) * E + t * 16;
-    scales += ((i64)b * scales_b + (i64)g * scales_h) * E + t * 16;
+    const int from = seen.start / 128, end = (seen.stop + 127) / 128 - from, warps = gridDim.x * (blockDim.x / 32);
+    // The first two groups of a warp, counted from `from`; the others it takes as it comes to them, as not all are equally fast.
+    int group = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (seen.k_eff == 0 || seen.start >= seen.stop || group >= end) return;
+    int next = group + warps;
+    codes += ((i64)b * codes_b + (i64)g * codes_h + (i64)from * 128 * codes_n) * E + t * 16;
+    scales += ((i64)b * scales_b + (i64)g * scales_h + (i64)from * scales_n) * E + t * 16;
+    left_out += (i64)b * left_out_b + (i64)g * left_out_h + (i64)from * left_out_n;
     const i64 policy = read_once();
-    const int stride = gridDim.x * (blockDim.x / 32);
     // Row r of product m is token 16 m + r.
     __shared__ __align__(16) u16 turn[4][PARTS * 4][128 + 8];
-    constexpr int AHEAD = 4;  // products whose codes are asked for
-    __shared__ uint4 ring[4][AHEAD][2][DIM / 64][32];
-    auto& code = ring[threadIdx.x / 32];
+    DYNAMIC_SHARED(memory);
+    typedef uint4 Ring[AHEAD][2][DIM / 64][32];
+    Ring& code = ((Ring*)memory)[threadIdx.x / 32];
     uint4 next_exponents[DIM / 64];
     auto fetch = [&](int group, int m) {
 #pragma unroll
@@ -49,25 +67,23 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
 #pragma unroll
         for (int i = 0; i < DIM / 64; i++) next_exponents[i] = load16(scales + (i64)group * scales_n * E + i * 64);
     };
-    const int last = (seen.stop - 1) / 128;  // the last group that can be read
-    fetch_exponents(min(begin, last));
+    fetch_exponents(group);
 #pragma unroll
-    for (int m = 0; m < AHEAD; m++) fetch(min(begin, last), m);
-    // The numbers of a lane: 16 of every 64, those at 16 t.
+    for (int m = 0; m < AHEAD; m++) fetch(group, m);
     float query[PARTS][QUARTER], coarse[PARTS], fine[PARTS];
+    // Of this lane's head: places for a unit of what codes leave out times the query, the query's length, what else is off.
+    float each_off[PARTS], length[PARTS], others[PARTS];
 #pragma unroll
     for (int p = 0; p < PARTS; p++) {
         const int h = p * 4 + row / 2;
         float square = 0.0f, most = 0.0f;
 #pragma unroll
-        for (int i = 0; i < QUARTER; i += E) {
-            const int d = i / 16 * 64 + t * 16 + i % 16;
-            if (h < GROUP) load_query(q, (i64)b * q_b + (i64)(g * GROUP + h) * q_h + d, 0, query[p] + i);
-            float step[E];
+        for (int i = 0; i < QUARTER; i += 4) {
+            const float step[4] = {__uint_as_float(raw_step[i / 4].x), __uint_as_float(raw_step[i / 4].y),
+                                   __uint_as_float(raw_step[i / 4].z), __uint_as_float(raw_step[i / 4].w)};
+            if (i % E == 0) widen(raw_query[p][i / E], query[p] + i);
 #pragma unroll
-            for (int e = 0; e < E; e += 4) *(float4*)(step + e) = *(const float4*)(steps + (i64)kv * DIM + d + e);
-#pragma unroll
-            for (int e = 0; e < E; e++) {
+            for (int e = 0; e < 4; e++) {
                 if (h >= GROUP) query[p][i + e] = 0.0f;
                 const float x = query[p][i + e];
                 square += x * x;
@@ -80,26 +96,33 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
             most = fmaxf(most, __shfl_xor_sync(ALL, most, m));
         }
         most = fmaxf(most, 1e-30f);
-        const float units = units_per_score(sqrtf(square), norm[kv]), to = 127.0f / most;
-        if (blockIdx.x == 0 && threadIdx.x < 32 && lane % 8 == 0 && h < GROUP) {
-            // As _cut in triton.py: how far below the cut a key may be that is among the best, and one unit of score.
-            const float norm_q = sqrtf(square) * 1.001f, coarser = units_per_score(norm_q, norm[kv]);
-            const float error = norm_q * (residual[kv] + (float)relative * norm[kv]) + most * (float)split;
-            float* to_row = limits + ((i64)b * heads + g * GROUP + h) * 2;
-            to_row[0] = 2.0f * (error * coarser * 1.01f + 1.0f) + 1.0f, to_row[1] = coarser;
-        }
+        const float units = units_per_score(sqrtf(square), longest), to = 127.0f / most;
+        // A thousandth for lengths, which are summed in another order elsewhere, and a hundredth for all else; floor takes one.
+        each_off[p] = units * 1.011f, length[p] = sqrtf(square);
+        others[p] = each_off[p] * (length[p] * (float)relative * longest + most * (float)split) + 1.0f;
+        if (blockIdx.x == 0 && threadIdx.x < 32 && lane % 8 == 0 && h < GROUP) units_of[first_row + h] = units;
+        if (scaled) each_off[p] *= most / 127.0f;
 #pragma unroll
         for (int i = 0; i < QUARTER; i++) query[p][i] *= to;
         // The results of a lane are those of head t of each part: its factors are at the lanes of rows 2 t.
         coarse[p] = __shfl_sync(ALL, units * (most / 127.0f), t * 8);
         fine[p] = __shfl_sync(ALL, units * (most / (127.0f * 254.0f)), t * 8);
     }
-    for (int group = begin; group < end; group += stride) {
-        const int first = group * 128 + row - seen.start;
+    const int needed = seen.k_eff - (seen.first - seen.begin) - (seen.end - seen.last);
+    const Sample sample(needed, seen.stop - seen.start);
+    float counted[PARTS];
+    bool first = true;
+#pragma unroll 1
+    while (group < end) {
+        const int after = lane == 0 && next < end ? atomicAdd(taken + kv, 1) : end, ahead = min(next, end - 1);
+        const int first_key = (from + group) * 128 + row - seen.start;
         uint4 exponents[DIM / 64];
 #pragma unroll
         for (int i = 0; i < DIM / 64; i++) exponents[i] = next_exponents[i];
         u32 part[PARTS][WORDS];
+        // Lengths of what codes leave out and of the query, every channel over, or times, the root of its step (Cauchy-Schwarz).
+        float square[PARTS] = {};
+        const float rest = left_out[(i64)group * left_out_n];
 #pragma unroll
         for (int w = 0; w < WORDS; w++) {
             const uint4 four = exponents[w / 4];
@@ -112,11 +135,20 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
                     const float step = __uint_as_float((((e >> (8 * i)) & 255) << 23) - (1u << 23));
                     const float x = query[p][4 * w + i] * step, high = floorf(x + 0.5f);
                     const float low = fminf(fmaxf(floorf((x - high) * 254.0f + 0.5f), -128.0f), 127.0f);
+                    square[p] += query[p][4 * w + i] * x;
                     part[p][w] |= ((u32)(int)(row % 2 ? low : high) & 255) << (8 * i);
                 }
             }
         }
-        fetch_exponents(min(group + stride, last));
+        fetch_exponents(ahead);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            square[p] += __shfl_xor_sync(ALL, square[p], 1);
+            square[p] += __shfl_xor_sync(ALL, square[p], 2);
+            const float places = others[p] + each_off[p] * (scaled ? sqrtf(square[p]) : length[p]) * rest;
+            const int h = p * 4 + row / 2;
+            if (lane % 8 == 0 && h < GROUP) off[((i64)(first_row + h) * padded) / 128 + from + group] = places;
+        }
 #pragma unroll
         for (int m = 0; m < 8; m++) {
             await<AHEAD - 1>();
@@ -128,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
                     const uint4 w = code[m % AHEAD][half][i][lane];
                     a[half][4 * i] = w.x, a[half][4 * i + 1] = w.y, a[half][4 * i + 2] = w.z, a[half][4 * i + 3] = w.w;
                 }
-            fetch(min(m + AHEAD < 8 ? group : group + stride, last), (m + AHEAD) % 8);
+            fetch(m + AHEAD < 8 ? group : ahead, (m + AHEAD) % 8);
 #pragma unroll
             for (int p = 0; p < PARTS; p++) {
                 int c[4] = {0, 0, 0, 0};
@@ -139,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
                 for (int half = 0; half < 2; half++) {
                     const float score = (float)c[2 * half] * coarse[p] + (float)c[2 * half + 1] * fine[p];
                     int place = (int)fminf(fmaxf(floorf(score), -32768.0f), 32767.0f) + 32768;
-                    if ((u32)(first + 16 * m + 8 * half) >= (u32)(seen.stop - seen.start)) place = 0;
+                    if ((u32)(first_key + 16 * m + 8 * half) >= (u32)(seen.stop - seen.start)) place = 0;
                     turn[threadIdx.x / 32][p * 4 + t][16 * m + 8 * half + row] = (u16)place;
                 }
             }
@@ -147,28 +179,30 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
         __syncwarp();
 #pragma unroll
         for (int p = 0; p < PARTS; p++) {
-            const int h = p * 4 + t;
-            const bool writes = h < GROUP;
-            const i64 place = ((i64)b * heads + g * GROUP + h) * padded + group * 128 + 16 * row;
-            const uint4* from = (const uint4*)&turn[threadIdx.x / 32][h][16 * row];
-            const uint4 lower = from[0], upper = from[1];
+            const int h = min(p * 4 + t, GROUP - 1);
+            const bool writes = p * 4 + t < GROUP;
+            const uint4* own = (const uint4*)&turn[threadIdx.x / 32][p * 4 + t][16 * row];
+            int place[16];
+            unpack(own[0], own[1], place);
             if (writes) {
-                uint4* to = (uint4*)(fast + place);
-                to[0] = lower, to[1] = upper;
+                uint4* to = (uint4*)(fast + (i64)(first_row + h) * padded + (from + group) * 128 + 16 * row);
+                to[0] = own[0], to[1] = own[1];
             }
-            const u32 packed[8] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
-            u32 value[16];
+            if (first) {
+                Moments moments;
 #pragma unroll
-            for (int i = 0; i < 16; i++) value[i] = (packed[i / 2] >> (16 * (i % 2))) & 65535;
+                for (int i = 0; i < 16; i++)
+                    if (place[i] > 0) moments.add(place[i] - 32768.0f);
+                moments.gather(4);
+                counted[p] = writes ? fmaxf(moments.above(sample.share), 1.0f) : 2.0f * PLACES;
+            }
+            int* counts = tally + (i64)(first_row + h) * TALLY;
+            if (sample.holds((from + group) * 128 + 16 * row))
 #pragma unroll
-            for (int s = 1; s < SUB && s < 16; s *= 2)
-#pragma unroll
-                for (int i = 0; i < 16; i += 2 * s) value[i] = max(value[i], value[i + s]);
-            if (SUB > 16) value[0] = max(value[0], __shfl_xor_sync(ALL, value[0], 4));
-            if (writes && (SUB <= 16 || row % 2 == 0))
-#pragma unroll
-                for (int i = 0; i < 16; i += SUB) best[place / SUB + i / SUB] = (u16)value[i];
+                for (int i = 0; i < 16; i++)
+                    if (place[i] >= counted[p]) atomicAdd(counts + place[i] / EACH_TALLY, 1);
         }
         __syncwarp();
+        first = false, group = next, next = 2 * warps + __shfl_sync(ALL, after, 0);
     }
 }

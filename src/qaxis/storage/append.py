@@ -14,7 +14,7 @@ from ..arithmetic.fast_scores import LARGEST_NORM, SMALLEST_NORM, UPWARD
 from ..arithmetic.reference import ROUND_MAGIC, next_power_of_two
 from ..arithmetic.triton import INTERPRETED, check_device, jit, log2, row_and_block, tl, tree_last, widen
 from .bounds import GROUP
-from .triton import power_of_two
+from .triton import power_of_two, roots_of
 from .triton_window import first_held
 
 _GROUP, _LIMIT = tl.constexpr(GROUP), tl.constexpr(127)
@@ -85,7 +85,7 @@ def _quantized(
     new, stored, codes, scales, g, start, dim, new_m, new_d, largest_number,
     ROWS: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes of group ``g``, complete now; (bound on what they leave out, scales [DIM])."""
+    """Write the codes of group ``g``, complete now; (bounds on what they leave out, plain and scaled, scales [DIM])."""
     d = tl.arange(0, DIM).to(tl.int64)
     largest = tl.zeros((DIM,), tl.float32)
     for r in range(0, _GROUP, ROWS):
@@ -93,7 +93,8 @@ def _quantized(
         largest = tl.maximum(largest, tl.max(tl.abs(_whole(new, stored, t, start, d, dim, new_m, new_d)), 0))
     exponent = exponents_of(largest)
     tl.store(scales + g.to(tl.int64) * dim + d, exponent.to(tl.int8), mask=d < dim)
-    left_out = 0.0
+    left_out, scaled = 0.0, 0.0
+    shares = roots_of(exponent)[None, :]
     for r in range(0, _GROUP, ROWS):
         t = g * _GROUP + r + tl.arange(0, ROWS)
         x = _whole(new, stored, t, start, d, dim, new_m, new_d)
@@ -102,7 +103,8 @@ def _quantized(
         tl.store(place, code.to(tl.int32).to(tl.int8), mask=(d < dim)[None, :])
         rest = x - code * power_of_two(exponent)[None, :]
         left_out = tl.maximum(left_out, tl.max(norms_of(rest, ROWS, DIM, LOG_DIM), 0))
-    return left_out, power_of_two(exponent)
+        scaled = tl.maximum(scaled, tl.max(norms_of(rest * shares, ROWS, DIM, LOG_DIM), 0))
+    return left_out, scaled, power_of_two(exponent)
 
 
 @jit
@@ -125,7 +127,7 @@ def _raise_bounds(
 @jit
 def _append_kernel(
     clock, k_new, v_new, k, v, norms, longest, norm, residuals, residual, largest_scales, codes, scales,
-    m, heads, dim, dim_v, room, slots, largest_number,
+    scaled_residuals, m, heads, dim, dim_v, room, slots, largest_number,
     k_b, k_h, k_m, k_d, v_b, v_h, v_m, v_d,
     CODES: tl.constexpr, SLOTS: tl.constexpr, FINISH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     GROUP_ROWS: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr, DIM_V: tl.constexpr,
@@ -138,6 +140,7 @@ def _append_kernel(
     k_new, v_new = k_new + b * k_b + h * k_h, v_new + b * v_b + h * v_h
     k, v, codes = k + head * room * dim, v + head * room * dim_v, codes + head * room * dim
     norms, residuals, scales = norms + head * groups, residuals + head * groups, scales + head * groups * dim
+    scaled_residuals += head * groups
     d, dv = tl.arange(0, DIM).to(tl.int64), tl.arange(0, DIM_V).to(tl.int64)
     found = 0.0
     left_out = 0.0
@@ -156,10 +159,11 @@ def _append_kernel(
         found = tl.maximum(found, longest_here)
         if CODES:
             if (low < high) & (high == (g + 1) * _GROUP):
-                rest, scale = _quantized(
+                rest, scaled, scale = _quantized(
                     k_new, k, codes, scales, g, start, dim, k_m, k_d, largest_number, GROUP_ROWS, DIM, LOG_DIM
                 )
                 tl.store(residuals + g, rest)
+                tl.store(scaled_residuals + g, scaled)
                 left_out = tl.maximum(left_out, rest)
                 largest = tl.maximum(largest, scale)
     if FINISH:
@@ -273,7 +277,8 @@ def append(
     inside = 1 if m == 1 else 2
     slots = 1 if finish else (m - 1) // GROUP + 2
     index = {name: parts.get(name, parts["norm"]) for name in ("norms", "longest", "norm", "residuals", "residual",
-                                                              "largest_scales", "codes", "scales")}  # fmt: skip
+                                                              "largest_scales", "codes", "scales",
+                                                              "scaled_residuals")}  # fmt: skip
     with torch.cuda.device_of(k):
         _append_kernel[(batch * heads * slots,)](
             clock, k, v, parts["k"], parts["v"], *index.values(), m, heads, dim, dim_v, room, slots,

@@ -2,7 +2,7 @@
 
 Parts of ``[B, Hkv, room, D]`` keys: ``norms [B, Hkv, groups]``, of each group the longest key; ``longest [B, Hkv]``,
 of all; ``norm [B, Hkv]``, what the index says. With codes also ``codes``, ``scales``, and of what they leave out
-``residuals`` a group, ``residual`` a head; ``largest_scales [B, Hkv, D]``. Largest ones do not depend on the order in
+``residuals`` and ``scaled_residuals`` a group, ``residual`` a head; ``largest_scales [B, Hkv, D]``. Largest ones do not depend on the order in
 which tokens come, so an index that grew equals one that is made anew. A group gets its codes when it is complete.
 
 Here in PyTorch, for tokens whose places the host knows; ``append.py`` does the same on a GPU.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from ..arithmetic.fast_scores import UPWARD, norms
-from ..arithmetic.reference import power_of_two
+from ..arithmetic.reference import power_of_two, roots_of
 from .formats import EIGHT
 from .side import quantized
 
@@ -83,5 +83,7 @@ def _quantize(parts: Parts, first: int, end: int) -> None:
     left_out = tokens.float() - (codes.unflatten(2, (-1, GROUP)) * scales[:, :, :, None]).flatten(2, 3)
     residuals = _of_groups(norms(left_out), 0)
     parts["residuals"][:, :, first:end] = residuals
+    scaled = left_out * roots_of(exponents.int()).repeat_interleave(GROUP, 2)
+    parts["scaled_residuals"][:, :, first:end] = _of_groups(norms(scaled), 0)
     _raise(parts["residual"], residuals.amax(2))
     _raise(parts["largest_scales"], scales.amax(2))

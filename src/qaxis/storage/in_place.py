@@ -25,7 +25,7 @@ from .window import first_held, places_for
 LEAST, SHARE, BLOCK = 1024, 16, 512
 
 #: parts by their third dimension: places, groups of places, none (of a head)
-_OF_PLACES, _OF_GROUPS = ("k", "v", "codes"), ("norms", "residuals", "scales")
+_OF_PLACES, _OF_GROUPS = ("k", "v", "codes"), ("norms", "residuals", "scaled_residuals", "scales")
 
 
 class KeyValues:
@@ -216,13 +216,14 @@ class KeyValues:
         """Views as :meth:`views` has them, and the index of these keys; of all room while a graph is captured."""
         self._follow()
         parts, n = self.parts, self.room if is_captured(self.parts["k"]) else self.held
-        k, v, codes = parts["k"][:, :, :n], parts["v"][:, :, :n], None
+        k, v, codes, scaled = parts["k"][:, :, :n], parts["v"][:, :, :n], None, None
         if "codes" in parts:
             whole = n // bounds.GROUP
             coded, scales = parts["codes"][:, :, : whole * bounds.GROUP], parts["scales"][:, :, :whole]
             newest = k[:, :, whole * bounds.GROUP :]
             codes = Stored(EIGHT, k.dtype, k.shape[3], k.shape[3], coded, scales, k[:, :, :0], None, newest)
-        return k, v, KeyIndex(parts["norm"], parts["residual"], parts["largest_scales"], codes)
+            scaled = parts["scaled_residuals"][:, :, :whole]
+        return k, v, KeyIndex(parts["norm"], parts["residual"], parts["largest_scales"], codes, scaled)
 
     @torch.no_grad()
     def crop(self, length: int) -> None:
@@ -273,7 +274,8 @@ def _empty(k: torch.Tensor, v: torch.Tensor, coded: bool, places: int) -> dict[s
     if coded:
         sizes |= {
             "codes": ((*head, places, dim), torch.int8), "scales": ((*head, groups, dim), torch.int8),
-            "residuals": ((*head, groups), torch.float32), "longest": (head, torch.float32),
+            "residuals": ((*head, groups), torch.float32), "scaled_residuals": ((*head, groups), torch.float32),
+            "longest": (head, torch.float32),
         }  # fmt: skip
     with torch.inference_mode(False):
         return {name: torch.zeros(size, dtype=dtype, device=k.device) for name, (size, dtype) in sizes.items()}

@@ -23,6 +23,9 @@ class KeyIndex:
         residual: float32 ``[B, Hkv]``, at least the length of what the codes leave out of any key.
         largest_scales: float32 ``[B, Hkv, D]``, of every channel the largest scale.
         codes: the codes as the 8-bit cache stores them, or None.
+        scaled_residuals: float32 ``[B, Hkv, groups]``, of each whole group of tokens that share their scales: at least the
+            length of what the codes leave out of any key, every channel divided by the root of its scale. None where
+            ``residual`` says it all, as where the codes are the keys.
 
     Raises:
         ValueError: for a bound that is no tensor.
@@ -32,6 +35,7 @@ class KeyIndex:
     residual: torch.Tensor
     largest_scales: torch.Tensor
     codes: Stored | None = None
+    scaled_residuals: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("norm", "residual", "largest_scales"):
@@ -64,6 +68,21 @@ class KeyIndex:
             shape = tuple(k.shape)
             require(self.codes.shape == shape, "index.codes.shape", self.codes.shape, f"k's {shape}")
             require(self.codes.device == device, "index.codes.device", str(self.codes.device), f"k's device {device}")
+        if self.scaled_residuals is not None:
+            self._check_residuals(heads, device)
+
+    def _check_residuals(self, heads: tuple[int, ...], device: torch.device) -> None:
+        x, name = self.scaled_residuals, "index.scaled_residuals"
+        require(self.codes is not None, name, "given", "None where there are no codes")
+        require(isinstance(x, torch.Tensor), name, type(x).__name__, "a torch.Tensor, or None")
+        assert x is not None and self.codes is not None
+        check_memory(name, x)
+        shape = (*heads, self.codes.scales.shape[2])
+        require(tuple(x.shape) == shape, f"{name}.shape", tuple(x.shape), f"{shape}: one of every whole group")
+        require(x.dtype == torch.float32, f"{name}.dtype", x.dtype, "torch.float32")
+        require(x.device == device, f"{name}.device", str(x.device), f"k's device {device}")
+        # As kernels take them.
+        require(max(x.stride(), default=0) < 1 << 31, f"{name}.stride()", x.stride(), "strides below 2**31")
 
 
 def check_codes(name: str, stored: Stored) -> None:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..arithmetic.reference import next_power_of_two
+from ..arithmetic.reference import ROOT_HALF, next_power_of_two
 from ..arithmetic.triton import jit, row_and_block, tl, triton, widen
 from .side import Stored
+
+_ROOT_HALF = tl.constexpr(ROOT_HALF)
 
 #: tokens that a program of the dequantising kernel writes
 TOKENS = 64
@@ -29,6 +31,12 @@ def readable(*sides: torch.Tensor | Stored) -> bool:
 def power_of_two(exponent):
     """2^e in float32 for int32 ``e`` in -126..127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def roots_of(exponent):
+    """2^(-e/2), as the reference has it."""
+    return power_of_two(-(exponent >> 1)) * tl.where((exponent & 1) != 0, _ROOT_HALF, 1.0)
 
 
 @jit
