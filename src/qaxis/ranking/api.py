@@ -23,28 +23,34 @@ class TopK(NamedTuple):
     indices: torch.Tensor
 
 
+def captured(device: torch.device) -> bool:
+    """Whether what is launched there becomes part of a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 @torch.compiler.disable(reason="kernels of our own; where a NaN stands is asked for on the host")
-def topk(
-    scores: torch.Tensor, k: int, *, order: str = "position", nan: str = "raise", backend: str = "auto"
-) -> TopK:  # fmt: skip
+def topk(scores: torch.Tensor, k: int, *, order: str = "position", nan: str = "raise", backend: str = "auto") -> TopK:
     """The ``k`` highest of every row of ``scores``, of equal ones those at lower positions.
 
     The set is that of the first k of ``torch.sort(scores, dim=-1, descending=True, stable=True)``, and with
-    ``order="rank"`` so is the order: ``-0.0`` equals ``+0.0``. There is one right answer, bit for bit, so no launch, device, batch
-    or replay has another.
+    ``order="rank"`` so is the order: ``-0.0`` equals ``+0.0``. There is one right answer, bit for bit, so no launch, device,
+    batch or replay has another.
 
     Args:
         scores: float32 ``[..., N]`` on a CPU or GPU, any strides, N up to 2^31 - 1. Any numbers, infinities too.
         k: how many, 1 to N.
         order: of the results: ``"position"`` ascending, or ``"rank"``, the highest first.
-        nan: ``"raise"`` looks for NaN and so waits for the device; ``"last"`` waits for nothing, and ranks NaN below -inf, by
-            position (``torch.sort`` ranks it above inf). A CUDA graph is captured with ``nan="last"``, after one call like it
-            outside, which compiles.
-        backend: ``"reference"`` is PyTorch; ``"cuda"`` is CUDA C++, on a CPU emulated, slowly, for tests. ``"auto"`` is CUDA C++ on
-            GPUs of compute capability 9.0 and later, PyTorch elsewhere.
+        nan: ``"raise"`` looks for NaN and so waits for the device; ``"last"`` waits for nothing, and ranks NaN below -inf,
+            by position (``torch.sort`` ranks it above inf). A CUDA graph is captured with ``nan="last"``, after one call
+            like it outside, which compiles.
+        backend: ``"reference"`` is PyTorch; ``"cuda"`` is CUDA C++, on a CPU emulated, slowly, for tests. ``"auto"`` is
+            CUDA C++ on GPUs of compute capability 9.0 and later, PyTorch elsewhere.
 
     Returns:
-        float32 values and int64 indices, ``[..., k]``; values that gradients flow through to the scores, if these ask for them.
+        float32 values and int64 indices, ``[..., k]``. Gradients flow through the values to scores that ask for them.
 
     Raises:
         ValueError: for anything else, naming the argument; for NaN, naming where, or, while a CUDA graph is captured, for
@@ -59,9 +65,9 @@ def topk(
     require(order in ORDERS, "order", order, "'position' or 'rank'")
     require(nan in NANS, "nan", nan, "'raise' or 'last'")
     require(backend in BACKENDS, "backend", backend, "'auto', 'reference' or 'cuda'")
-    if nan == "raise" and scores.is_cuda:
-        captured = torch.cuda.is_current_stream_capturing()
-        require(not captured, "nan", nan, "nan='last' while a CUDA graph is captured: nothing can be raised there")
+    if nan == "raise":
+        allowed = "nan='last' while a CUDA graph is captured: nothing can be raised there"
+        require(not captured(scores.device), "nan", nan, allowed)
     values, indices = _selected(scores.detach(), k, order == "rank", nan == "raise", backend)
     shape = (*scores.shape[:-1], k)
     indices = indices.view(shape)
@@ -80,8 +86,9 @@ def _selected(
     selector = None
     if backend == "cuda" or (backend == "auto" and scores.is_cuda):
         selector = selector_of(rows, n, k, by_rank, scores.device)
-        needed = f"'auto' or 'reference': topk.cu needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, or a CPU with g++"
-        require(backend == "auto" or selector is not None, "backend", backend, needed)
+        needed = f"compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, or a CPU with g++"
+        allowed = f"'auto' or 'reference': topk.cu needs {needed}"
+        require(backend == "auto" or selector is not None, "backend", backend, allowed)
     flat = scores.reshape(rows, n)
     if selector is None:
         if refuse:

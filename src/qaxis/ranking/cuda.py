@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
 def fixed_bytes(threads: int) -> int:
     """Bytes of ``Shared``."""
-    return 4 * (BINS + threads // 32 + 4 + 5)
+    return 4 * (BINS + threads // 32 + 4 + 6)
 
 
 def _beside(threads: int, span: int) -> int:

@@ -27,7 +27,8 @@ __device__ __forceinline__ u32 ordered(u32 bits) {
 struct Shared {
     int counts[BINS];
     int scratch[WARPS + 4];
-    int listed, top, missing, chosen, tied;  // of this program; `missing`: whether something is no number
+    // Of this program: scores that reach what is listed and those above it, the highest, whether one is no number; what is taken.
+    int listed, over, top, missing, chosen, tied;
 };
 
 static_assert(sizeof(Shared) == SHARED, "cuda.py counts other bytes");
@@ -54,13 +55,29 @@ struct Stretch {
         }
         return there;
     }
+    // DEEP loads of every thread, all of them asked for before one is waited for.
+    __device__ __forceinline__ void load_deep(int start, u32 (&bits)[DEEP][4], u32 (&there)[DEEP]) const {
+        const int j = start + threadIdx.x;
+        if (start >= (before > 0) && start + DEEP * THREADS <= min(last, (int)(((u32)n + before) / 4))) {
+            uint4 four[DEEP];
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) four[u] = load16(base + (i64)(j + u * THREADS) * 4);
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) {
+                bits[u][0] = four[u].x, bits[u][1] = four[u].y, bits[u][2] = four[u].z, bits[u][3] = four[u].w;
+                there[u] = 15;
+            }
+        } else {
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) there[u] = load(j + u * THREADS, bits[u]);
+        }
+    }
     // f(bits, whether there is a score, its place in the stretch) for every score, by whole warps.
     template <class F> __device__ __forceinline__ void each(const F& f) const {
 #pragma unroll 1
         for (int start = first; start < last; start += DEEP * THREADS) {
             u32 bits[DEEP][4], there[DEEP];
-#pragma unroll
-            for (int u = 0; u < DEEP; u++) there[u] = load(start + u * THREADS + threadIdx.x, bits[u]);
+            load_deep(start, bits, there);
 #pragma unroll
             for (int u = 0; u < DEEP; u++)
 #pragma unroll
@@ -237,13 +254,12 @@ __device__ __forceinline__ u32 sampled_least(Shared& s, const Stretch& row, int 
 __device__ __forceinline__ void list_best(Shared& s, const Stretch& row, const Lists& lists, u32 least_bits) {
     const int lane = threadIdx.x % 32;
     const float least = __uint_as_float(least_bits);
-    int top = NONE;
+    int top = NONE, over = 0;
     bool missing = false;
 #pragma unroll 1
     for (int start = row.first; start < row.last; start += DEEP * THREADS) {
         u32 bits[DEEP][4], there[DEEP], reach = 0;
-#pragma unroll
-        for (int u = 0; u < DEEP; u++) there[u] = row.load(start + u * THREADS + threadIdx.x, bits[u]);
+        row.load_deep(start, bits, there);
 #pragma unroll
         for (int u = 0; u < DEEP; u++)
 #pragma unroll
@@ -266,11 +282,12 @@ __device__ __forceinline__ void list_best(Shared& s, const Stretch& row, const L
                         lists.bits[at] = bits[u][e];
                         lists.place[at] = (start - row.first + u * THREADS + (int)threadIdx.x) * 4 + e;
                     }
-                    top = max(top, (int)(ordered(bits[u][e]) ^ 0x80000000u)), at++;
+                    over += __uint_as_float(bits[u][e]) > least, at++;
+                    top = max(top, (int)(ordered(bits[u][e]) ^ 0x80000000u));
                 }
     }
-    top = __reduce_max_sync(ALL, top);
-    if (lane == 0) atomicMax(&s.top, top);
+    top = __reduce_max_sync(ALL, top), over = __reduce_add_sync(ALL, over);
+    if (lane == 0) atomicMax(&s.top, top), atomicAdd(&s.over, over);
     if (missing) s.missing = 1;
 }
 
@@ -389,7 +406,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     lists.words = span / 8, lists.capacity = capacity;
     lists.bitmap = (u32*)(memory + (sizeof(Shared) + 15) / 16 * 16), lists.before = (int*)(lists.bitmap + lists.words);
     lists.bits = (u32*)(lists.before + (lists.words + A_GROUP - 1) / A_GROUP), lists.place = (int*)(lists.bits + capacity);
-    if (threadIdx.x == 0) s.listed = 0, s.top = NONE, s.missing = 0;
+    if (threadIdx.x == 0) s.listed = 0, s.over = 0, s.top = NONE, s.missing = 0;
     __syncthreads();
 
     u32 least = 0;
@@ -404,18 +421,19 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         });
     }
     cluster_sync();
-    bool fits = how != READ;
-    int some = 0, top = NONE, any_missing = 0;
+    bool fits = true;
+    int reach = 0, over = 0, top = NONE, any_missing = 0;
 #pragma unroll
     for (int p = 0; p < CLUSTER; p++) {
         const int theirs = pull(&s.listed, p);
-        fits = fits && theirs <= capacity, some += min(theirs, capacity);
+        fits = fits && theirs <= capacity, reach += theirs, over += pull(&s.over, p);
         top = max(top, pull(&s.top, p)), any_missing |= pull(&s.missing, p);
     }
     if (cluster_rank() == 0 && threadIdx.x == 0) missing[r] = any_missing;
 
     const Output out = {values + r * k, indices + r * k};
-    if (how == ALL_LISTED || (fits && some >= k)) {
+    const bool enough = how == BEST_LISTED && reach >= k;
+    if (how == ALL_LISTED || (enough && fits)) {
         const u32 low = how == ALL_LISTED ? 0u : ordered(least);
         const int bits = how == ALL_LISTED ? 32 : 32 - __clz((int)(((u32)top ^ 0x80000000u) - low));
         const int listed = s.listed;
@@ -429,9 +447,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
         });
         write_listed(s, row, lists, cut, out);
     } else {
-        const Cut cut = find_cut<CLUSTER>(s, 0, 32, k, [&](auto f) {
-            row.each([&](u32 bits, bool is, int) { f(ordered(bits), is); });
-        });
+        // Where many tie, the last of the best is often what the sample led to.
+        Cut cut = {ordered(least), 0, k - over, reach == k};
+        if (!enough || over >= k)
+            cut = find_cut<CLUSTER>(s, 0, 32, k, [&](auto f) {
+                row.each([&](u32 bits, bool is, int) { f(ordered(bits), is); });
+            });
         write_read(s, row, cut, out);
     }
     // Others may still read this program's numbers.
