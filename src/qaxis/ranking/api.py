@@ -36,25 +36,25 @@ def topk(scores: torch.Tensor, k: int, *, order: str = "position", nan: str = "r
     """The ``k`` highest of every row of ``scores``, of equal ones those at lower positions.
 
     The set is that of the first k of ``torch.sort(scores, dim=-1, descending=True, stable=True)``, and with
-    ``order="rank"`` so is the order: ``-0.0`` equals ``+0.0``. There is one right answer, bit for bit, so no launch, device,
-    batch or replay has another.
+    ``order="rank"`` so is the order: ``-0.0`` equals ``+0.0``. There is one right answer, bit for bit, so no launch,
+    device, batch or replay has another.
 
     Args:
         scores: float32 ``[..., N]`` on a CPU or GPU, any strides, N up to 2^31 - 1. Any numbers, infinities too.
         k: how many, 1 to N.
         order: of the results: ``"position"`` ascending, or ``"rank"``, the highest first.
-        nan: ``"raise"`` looks for NaN and so waits for the device; ``"last"`` waits for nothing, and ranks NaN below -inf,
-            by position (``torch.sort`` ranks it above inf). A CUDA graph is captured with ``nan="last"``, after one call
-            like it outside, which compiles.
-        backend: ``"reference"`` is PyTorch; ``"cuda"`` is CUDA C++, on a CPU emulated, slowly, for tests. ``"auto"`` is
-            CUDA C++ on GPUs of compute capability 9.0 and later, PyTorch elsewhere.
+        nan: ``"raise"`` looks for NaN and so waits for the device; ``"last"`` waits for nothing, and ranks NaN below
+            -inf, by position (``torch.sort`` ranks it above inf). A CUDA graph is captured with ``nan="last"``, after
+            one call like it outside, which compiles.
+        backend: ``"reference"`` is PyTorch; ``"cuda"`` is CUDA C++, on a CPU emulated, slowly, for tests. ``"auto"``
+            is CUDA C++ on GPUs of compute capability 9.0 and later, PyTorch elsewhere.
 
     Returns:
         float32 values and int64 indices, ``[..., k]``. Gradients flow through the values to scores that ask for them.
 
     Raises:
-        ValueError: for anything else, naming the argument; for NaN, naming where, or, while a CUDA graph is captured, for
-            ``nan="raise"``, which cannot be asked for there.
+        ValueError: for anything else, naming the argument; for NaN, naming where, or, while a CUDA graph is captured,
+            for ``nan="raise"``, which cannot be asked for there.
     """
     check_memory("scores", scores)
     require(scores.dtype == torch.float32, "scores.dtype", scores.dtype, "torch.float32: call float()")
