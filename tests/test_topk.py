@@ -232,6 +232,12 @@ def test_every_plan_fits(multiprocessors):
     assert kinds == {kernels.ALL_LISTED, kernels.BEST_LISTED, kernels.READ}
 
 
+def test_few_rows_are_shared_by_more_programs():
+    shared = {rows: kernels.plan_of(rows, 131072, 2048, 132).cluster for rows in (1, 16, 17, 49, 50, 99, 100, 5000)}
+    assert shared == {1: 8, 16: 8, 17: 4, 49: 4, 50: 2, 99: 2, 100: 1, 5000: 1}
+    assert [kernels.plan_of(1, n, 9, 132).cluster for n in (8191, 8192, 16384, 32768)] == [1, 2, 4, 8]
+
+
 @needs_kernel
 def test_few_and_many_short_rows():
     assert kernels.plan_of(40, 50, 3, 8).threads == kernels.FEW_THREADS

@@ -71,11 +71,16 @@ def _sample(n: int, k: int, threads: int) -> tuple[int, int]:
     return rank, rounded_up(math.ceil(most), 32)
 
 
+def _most_programs(cluster: int, multiprocessors: int) -> int:
+    """So many are at work at once: two share a multiprocessor, but those of a cluster of eight; not all find room."""
+    return multiprocessors if cluster == 8 else 3 * multiprocessors // 2
+
+
 @lru_cache(maxsize=1024)
 def plan_of(rows: int, n: int, k: int, multiprocessors: int) -> Plan:
     """How ``rows`` of ``n`` scores are shared out."""
     cluster = 8
-    while cluster > 1 and (rows * cluster > 2 * multiprocessors or n < cluster * LEAST_SHARE):
+    while cluster > 1 and (rows * cluster > _most_programs(cluster, multiprocessors) or n < cluster * LEAST_SHARE):
         cluster //= 2
     few = cluster == 1 and n <= MOST_SHORT and rows > 4 * multiprocessors
     threads = FEW_THREADS if few else THREADS

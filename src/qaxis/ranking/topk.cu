@@ -10,7 +10,10 @@
 //
 // cuda/compiler.py puts hardware.cuh and canonical.cuh before this and defines CLUSTER, THREADS and SHARED (bytes).
 
-constexpr int WARPS = THREADS / 32, DEEP = 4, BIN_BITS = 11, BINS = 1 << BIN_BITS, EACH = BINS / THREADS;
+constexpr int WARPS = THREADS / 32, BIN_BITS = 11, BINS = 1 << BIN_BITS, EACH = BINS / THREADS;
+// Programs on a multiprocessor, and loads of a thread that are in flight: a cluster of eight is for rows so few that each program
+// has a multiprocessor to itself.
+constexpr int PROGRAMS_AT_ONCE = CLUSTER == 8 ? 1 : 1024 / THREADS, DEEP = CLUSTER == 8 ? 8 : 4;
 constexpr int SAMPLED = 2;     // loads of a thread that make the sample
 constexpr int A_GROUP = 8;     // words of the bitmap that are counted together
 constexpr u32 NOTHING = 0xff800000u;  // the bits of minus infinity, where there is no score
@@ -305,8 +308,10 @@ __device__ __forceinline__ void list_all(Shared& s, const Stretch& row, const Li
 struct Output {
     u32* values;
     i64* indices;
+    int k;
+    // Scores that somebody changes meanwhile lead nowhere else.
     __device__ __forceinline__ void write(int at, u32 bits, u32 position) const {
-        values[at] = bits, indices[at] = position;
+        if ((u32)at < (u32)k) values[at] = bits, indices[at] = position;
     }
 };
 
@@ -324,7 +329,7 @@ __device__ __forceinline__ int chosen_before(Shared& s, int chosen) {
 }
 
 __device__ __forceinline__ void write_listed(Shared& s, const Stretch& row, const Lists& lists, const Cut& cut, const Output& out) {
-    const int listed = s.listed;
+    const int listed = min(s.listed, lists.capacity);
     lists.clear();
     __syncthreads();
     if (!cut.all) {
@@ -393,7 +398,7 @@ __device__ __forceinline__ void write_read(Shared& s, const Stretch& row, const 
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Of row r: scores[r * stride + i]. A program has `span` loads. `missing[r]` becomes whether something in it is no number.
-extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) select_rows(
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) select_rows(
     const u32* scores, u32* values, i64* indices, int* missing, int n, int k, int stride, int span, int how, int capacity, int rank) {
     DYNAMIC_SHARED(memory);
     Shared& s = *(Shared*)memory;
@@ -431,12 +436,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     }
     if (cluster_rank() == 0 && threadIdx.x == 0) missing[r] = any_missing;
 
-    const Output out = {values + r * k, indices + r * k};
+    const Output out = {values + r * k, indices + r * k, k};
     const bool enough = how == BEST_LISTED && reach >= k;
     if (how == ALL_LISTED || (enough && fits)) {
         const u32 low = how == ALL_LISTED ? 0u : ordered(least);
         const int bits = how == ALL_LISTED ? 32 : 32 - __clz((int)(((u32)top ^ 0x80000000u) - low));
-        const int listed = s.listed;
+        const int listed = min(s.listed, capacity);
         const Cut cut = find_cut<CLUSTER>(s, low, bits, k, [&](auto f) {
 #pragma unroll 1
             for (int start = 0; start < listed; start += THREADS) {
