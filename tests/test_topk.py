@@ -105,7 +105,7 @@ PLANS += [(n, k, 1, 128, *way) for n, k in ((3, 2), (700, 33)) for way in WAYS[:
 
 
 @needs_kernel
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(map(str, plan)))
 def test_no_plan_changes_the_selection(plan):
     n, k, cluster, threads, how, capacity, rank = plan
     rows = hard_rows(n)
