@@ -106,9 +106,12 @@ def flashinfer_ways(k: int) -> dict[str, Way]:
 
     ways: dict[str, Way] = {"flashinfer": lambda x: flashinfer.top_k(x, k)[1]}
     ways["flashinfer deterministic"] = lambda x: flashinfer.top_k(x, k, deterministic=True)[1]
-    kinds = getattr(flashinfer, "TopKTieBreak", None) or getattr(flashinfer.topk, "TopKTieBreak", None)
-    if kinds is not None:
-        ways["flashinfer lower first"] = lambda x: flashinfer.top_k(x, k, deterministic=True, tie_break=kinds.SMALL)[1]
+    try:
+        from flashinfer.topk import TopKTieBreak
+    except ImportError:
+        return ways
+    small = TopKTieBreak.SMALL
+    ways["flashinfer lower first"] = lambda x: flashinfer.top_k(x, k, deterministic=True, tie_break=small)[1]
     return ways
 
 
