@@ -41,38 +41,30 @@ struct Stretch {
     const u32* base;
     int before, n, first, last;
     __device__ __forceinline__ u32 position(int j) const { return (u32)j * 4 - before; }
-    // Four scores, and a bit for each that belongs to the row.
-    __device__ __forceinline__ u32 load(int j, u32* bits) const {
+    __device__ __forceinline__ bool whole(int j) const {
         const int at = (int)position(j);
-        if (j < last && at >= 0 && at <= n - 4) {
-            const uint4 four = load16(base + (i64)j * 4);
-            bits[0] = four.x, bits[1] = four.y, bits[2] = four.z, bits[3] = four.w;
-            return 15;
-        }
+        return j < last && at >= 0 && at <= n - 4;
+    }
+    // Where a load is not whole: what there is, and a bit for each.
+    __device__ __forceinline__ u32 edge(int j, u32* bits) const {
         u32 there = 0;
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const bool is = j < last && (u32)at + e < (u32)n;
-            bits[e] = is ? base[(i64)j * 4 + e] : NOTHING;
-            there |= is ? 1u << e : 0u;
-        }
+        for (int e = 0; e < 4; e++)
+            if (j < last && position(j) + e < (u32)n) bits[e] = base[(i64)j * 4 + e], there |= 1u << e;
         return there;
     }
-    // DEEP loads of every thread, all of them asked for before one is waited for.
-    __device__ __forceinline__ void load_deep(int start, u32 (&bits)[DEEP][4], u32 (&there)[DEEP]) const {
-        const int j = start + threadIdx.x;
-        if (start >= (before > 0) && start + DEEP * THREADS <= min(last, (int)(((u32)n + before) / 4))) {
-            uint4 four[DEEP];
+    // Loads j, j + THREADS and so on, all of them asked for before one is waited for; of each a bit for every score of the row.
+    template <int LOADS> __device__ __forceinline__ void load(int j, u32 (&bits)[LOADS][4], u32 (&there)[LOADS]) const {
+        uint4 four[LOADS];
 #pragma unroll
-            for (int u = 0; u < DEEP; u++) four[u] = load16(base + (i64)(j + u * THREADS) * 4);
+        for (int u = 0; u < LOADS; u++) {
+            four[u] = make_uint4(NOTHING, NOTHING, NOTHING, NOTHING);
+            if (whole(j + u * THREADS)) four[u] = load16(base + (i64)(j + u * THREADS) * 4);
+        }
 #pragma unroll
-            for (int u = 0; u < DEEP; u++) {
-                bits[u][0] = four[u].x, bits[u][1] = four[u].y, bits[u][2] = four[u].z, bits[u][3] = four[u].w;
-                there[u] = 15;
-            }
-        } else {
-#pragma unroll
-            for (int u = 0; u < DEEP; u++) there[u] = load(j + u * THREADS, bits[u]);
+        for (int u = 0; u < LOADS; u++) {
+            bits[u][0] = four[u].x, bits[u][1] = four[u].y, bits[u][2] = four[u].z, bits[u][3] = four[u].w;
+            there[u] = whole(j + u * THREADS) ? 15 : edge(j + u * THREADS, bits[u]);
         }
     }
     // f(bits, whether there is a score, its place in the stretch) for every score, by whole warps.
@@ -80,7 +72,7 @@ struct Stretch {
 #pragma unroll 1
         for (int start = first; start < last; start += DEEP * THREADS) {
             u32 bits[DEEP][4], there[DEEP];
-            load_deep(start, bits, there);
+            load(start + threadIdx.x, bits, there);
 #pragma unroll
             for (int u = 0; u < DEEP; u++)
 #pragma unroll
@@ -233,22 +225,23 @@ struct Lists {
 };
 
 // Where the `rank` best of a sample begin, as bits; of minus infinity if that is below all numbers.
-__device__ __forceinline__ u32 sampled_least(Shared& s, const Stretch& row, int loads, int rank) {
-    u32 word[SAMPLED][4], there[SAMPLED];
+__device__ __forceinline__ u32 sampled_least(Shared& s, const u32* base, int loads, int rank) {
+    u32 word[SAMPLED][4];
     const int apart = (loads - 2) / (SAMPLED * THREADS);
 #pragma unroll
     for (int u = 0; u < SAMPLED; u++) {
         // Scores may repeat at a distance: not all from the same place of what each stands for.
         const int i = u * THREADS + threadIdx.x, aside = (int)(((u32)i * 2654435761u >> 12) % (u32)apart);
-        there[u] = row.load(1 + i * apart + aside, word[u]);
-#pragma unroll
-        for (int e = 0; e < 4; e++) word[u][e] = ordered(word[u][e]);
+        // Not at an edge: whole.
+        const uint4 four = load16(base + (i64)(1 + i * apart + aside) * 4);
+        word[u][0] = ordered(four.x), word[u][1] = ordered(four.y);
+        word[u][2] = ordered(four.z), word[u][3] = ordered(four.w);
     }
     const Cut cut = find_cut<1>(s, 0, 32, rank, [&](auto f) {
 #pragma unroll
         for (int u = 0; u < SAMPLED; u++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) f(word[u][e], there[u] >> e & 1);
+            for (int e = 0; e < 4; e++) f(word[u][e], true);
     });
     return __float_as_uint(score_of((int)(max(cut.low, LEAST) ^ 0x80000000u)));
 }
@@ -262,7 +255,7 @@ __device__ __forceinline__ void list_best(Shared& s, const Stretch& row, const L
 #pragma unroll 1
     for (int start = row.first; start < row.last; start += DEEP * THREADS) {
         u32 bits[DEEP][4], there[DEEP], reach = 0;
-        row.load_deep(start, bits, there);
+        row.load(start + threadIdx.x, bits, there);
 #pragma unroll
         for (int u = 0; u < DEEP; u++)
 #pragma unroll
@@ -370,12 +363,11 @@ __device__ __forceinline__ void write_read(Shared& s, const Stretch& row, const 
 #pragma unroll 1
     for (int start = row.first; start < row.last; start += THREADS) {
         const int j = start + threadIdx.x;
-        u32 bits[4];
-        const u32 there = row.load(j, bits);
-        u32 over = 0, equal = 0;
+        u32 bits[1][4], there[1], over = 0, equal = 0;
+        row.load(j, bits, there);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const u32 word = ordered(bits[e]), is = there >> e & 1;
+            const u32 word = ordered(bits[0][e]), is = there[0] >> e & 1;
             over |= cut.above(word) ? is << e : 0u, equal |= cut.ties(word) ? is << e : 0u;
         }
         // Both numbers, of at most 4 THREADS, in one sum.
@@ -385,7 +377,7 @@ __device__ __forceinline__ void write_read(Shared& s, const Stretch& row, const 
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const bool tie = equal >> e & 1;
-            if (over >> e & 1 || (tie && rank < taken)) out.write(to++, bits[e], row.position(j) + e);
+            if (over >> e & 1 || (tie && rank < taken)) out.write(to++, bits[0][e], row.position(j) + e);
             rank += tie;
         }
         const int ties_after = ties_before + (sums.all >> 16);
@@ -416,7 +408,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, PROGRAMS_AT_ONCE
 
     u32 least = 0;
     if (how == BEST_LISTED) {
-        least = sampled_least(s, Stretch{row.base, before, n, 0, loads}, loads, rank);
+        least = sampled_least(s, row.base, loads, rank);
         list_best(s, row, lists, least);
     } else if (how == ALL_LISTED) {
         list_all(s, row, lists);
