@@ -117,6 +117,7 @@ ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "pape
 SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
 SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, NATIVE = "src/qaxis/decode/triton.py", "src/qaxis/decode/choose.cu"
+TOPK, TOPK_KERNEL = "test_topk.py::", "src/qaxis/ranking/topk.cu"
 
 MUTANTS = (
     # Which way attention goes
@@ -288,6 +289,27 @@ MUTANTS = (
     Mutant("test_prefill_seen.py::test_logits_change_outputs_not_the_selection", "sinks are left out of the softmax", "src/qaxis/prefill/triton_attend.py", "weight = tl.exp2(sink - behind)", "weight = weight * 1.0"),
     Mutant("test_prefill_seen.py::test_windows_of_later_stretches_have_an_origin_of_their_own", "bits of a stretch handed over from its first word on", "src/qaxis/prefill/attention.py", "slice(stretch.start, stretch.start + stretch.rows), stretch.origin // 32", "slice(stretch.start, stretch.start + stretch.rows), 0"),
     Mutant("prefill", "one key too few of the list", "src/qaxis/prefill/select.cu", "if (better < missing)", "if (better < missing - 1)"),
+    Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-2-512-1-64-200]", "lists that overflow are used as they are", TOPK_KERNEL, "fits = fits && theirs <= capacity", "fits = fits && theirs >= 0"),
+    Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-2-512-1-4096-3]", "too short a list is used as it is", TOPK_KERNEL, "how == BEST_LISTED && reach >= k", "how == BEST_LISTED"),
+    Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-2-512-1-4096-200]", "ties of a program before are not counted", TOPK_KERNEL, "cut.needed - over_programs(&s.tied).before", "cut.needed - 0"),
+    Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-2-512-1-4096-200]", "programs write over each other", TOPK_KERNEL, "return over_programs(&s.chosen).before;", "return 0;"),
+    Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-2-512-1-4096-200]", "one tie too many of a list", TOPK_KERNEL, "lists.rank(lists.place[i]) >= taken", "lists.rank(lists.place[i]) > taken"),
+    Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-1-512-2-0-0]", "ties of a row that is read again are forgotten from chunk to chunk", TOPK_KERNEL, "ties_before = ties_after;", ""),
+    Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-2-512-1-64-200]", "the sample decides whatever is above it", TOPK_KERNEL, "if (!enough || over >= k)", "if (!enough)"),
+    Mutant(TOPK + "test_hard_rows", "NaN ranks by its bits", TOPK_KERNEL, "return is_number(bits) ? (u32)word_of(__uint_as_float(bits)) ^ 0x80000000u : 0u;", "return (u32)word_of(__uint_as_float(bits)) ^ 0x80000000u;"),
+    Mutant(TOPK + "test_hard_rows", "ties are ranked by the higher position", TOPK_KERNEL, "<< 32 | (u32)i : ~0ull;", "<< 32 | (u32)(k - 1 - i) : ~0ull;"),
+    Mutant(TOPK + "test_hard_rows", "NaN of the reference ranks by its bits", "src/qaxis/ranking/reference.py", "torch.where(torch.isnan(scores), NO_NUMBER, sort_key(scores))", "sort_key(scores)"),
+    Mutant(TOPK + "test_hard_rows", "ties of the reference go to the higher position", "src/qaxis/ranking/reference.py", "lowest_first = n - 1 - torch.arange(n, device=scores.device)", "lowest_first = torch.arange(n, device=scores.device)"),
+    Mutant(TOPK + "test_kernels_read_no_byte_beside_the_rows", "what lies beside a row is part of it", TOPK_KERNEL, "if (j < last && position(j) + e < (u32)n)", "if (j < last && (position(j) >> 31 || position(j) < (u32)n))"),
+    Mutant(TOPK + "test_kernels_read_no_byte_beside_the_rows", "whole loads begin before the row", TOPK_KERNEL, "return j < last && at >= 0 && at <= n - 4;", "return j < last && at <= n - 4;"),
+    Mutant(TOPK + "test_nan_is_refused_by_its_place", "a NaN of a long row is not seen", TOPK_KERNEL, "if (missing) s.missing = 1;", ""),
+    Mutant(TOPK + "test_what_a_capture_cannot_do_is_refused_in_it", "a capture is not asked about", "src/qaxis/ranking/api.py", "require(not captured(scores.device), \"nan\", nan, allowed)", "pass"),
+    Mutant(TOPK + "test_with_nan_last_nothing_waits_for_the_device", "NaN is looked for where nobody asked", "src/qaxis/ranking/api.py", "if refuse and bool(missing.any()):", "if bool(missing.any()) and refuse:"),
+    Mutant(TOPK + "test_gradients_are_those_of_torch", "gradients stop at the values", "src/qaxis/ranking/api.py", "if values is None or scores.requires_grad or", "if values is None or"),
+    Mutant(TOPK + "test_forward_gradients_too", "forward gradients stop at the values", "src/qaxis/ranking/api.py", " or forward_ad.unpack_dual(scores).tangent is not None", ""),
+    Mutant(TOPK + "test_any_strides", "kernels take any stride for one", "src/qaxis/ranking/cuda.py", "(n > 1 and scores.stride(1) != 1) or ", ""),
+    Mutant(TOPK + "test_more_rows_than_a_grid_is_high", "rows go along the short side of the grid", "src/qaxis/ranking/cuda.py", "(rows * plan.cluster, 1, 1), (plan.threads, 1, 1),", "(plan.cluster, rows, 1), (plan.threads, 1, 1),"),
+    Mutant(TOPK + "test_every_plan_fits", "a row that begins off 16 bytes is cut off", "src/qaxis/ranking/cuda.py", "span = rounded_up(-(-((n + 6) // 4) // cluster), 8)", "span = rounded_up(-(-(n // 4) // cluster), 8)"),
     # Theorem 1
     Mutant("thm1", "coordinate loses its sign", THEOREM, "1 if axis >= 0 else -1", "1"),
     Mutant("thm1", "cosine instead of inner product", THEOREM, "axis * axis / dot(q, q)", "axis * axis / (dot(k, k) or 1)"),

@@ -89,6 +89,10 @@ def everything(dtype: torch.dtype) -> list[torch.Tensor]:
     for backend in ("reference", "triton"):
         out += qaxis.topk_attention(q, k, v, 20, backend=backend)
         out += [qaxis.topk_indices(q, k, 20, backend=backend)]
+    for order in ("position", "rank"):
+        out += qaxis.topk(out[0], 20, order=order)
+        if emulator.available():
+            out += qaxis.topk(out[0], 20, order=order, backend="cuda")
     index = index_keys(k, codes=True)
     out += [index_keys(k).norm, index.norm, index.residual, index.largest_scales]
     out += TritonStep(1, 2, 150, 64, 20, "cpu")(q, k, v, index)[:2]
@@ -325,6 +329,8 @@ def test_tensors_that_no_kernel_could_read_are_refused(kind):
     for call in calls(*all_strange):
         with pytest.raises(ValueError, match=r"^(q|k)\b.*allowed is"):
             call()
+    with pytest.raises(ValueError, match=r"^scores\b.*allowed is"):
+        qaxis.topk(all_strange[0], 9)
     for place in range(3):
         mixed = [*good[:place], all_strange[place], *good[place + 1 :]]
         for step in (TritonStep(1, 2, 150, 64, 9, "cpu"), Decoder(1, 2, 150, 64, 9, "cpu")):
@@ -336,6 +342,8 @@ def test_tensors_inside_a_transform_are_refused():
     q, k, _ = tensors()
     with pytest.raises(ValueError, match="memory"):
         torch.vmap(lambda x: qaxis.canonical_scores(x, k))(q[None])
+    with pytest.raises(ValueError, match="memory"):
+        torch.vmap(lambda x: qaxis.topk(x, 3).values)(q[0])
 
 
 @pytest.mark.parametrize(

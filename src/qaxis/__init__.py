@@ -11,6 +11,7 @@ from .models.cache import Cache, Int8Cache
 from .models.enable import disable, enable, sparse
 from .models.observing import observe_attention
 from .models.recording import Recording, record
+from .ranking.api import TopK, topk
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Int8Cache",
     "PerplexityChange",
     "Recording",
+    "TopK",
     "TopKAttention",
     "attention_entropy",
     "canonical_scores",
@@ -33,6 +35,7 @@ __all__ = [
     "record",
     "sparse",
     "token_losses",
+    "topk",
     "topk_attention",
     "topk_indices",
     "unit_query",
