@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,20 +109,35 @@ def drawn(cosine: float, tokens: int, kv_heads: int = 4, group: int = 4, dim: in
 class Codes:
     """Keys ``[N, D]`` of a head, about ``integers * steps + centres``, the latter ``[groups, D]`` of 128 tokens.
 
-    ``residuals [N]`` bounds the length of what is left out of each key; all float64.
+    ``residuals [N]`` bounds the length of what is left out of each key, ``weighted [N]`` and ``own [N]`` the same with
+    channels divided by ``weights [D]`` and by ``own_weights [groups, D]``; all float64.
     """
 
     integers: torch.Tensor
     steps: torch.Tensor
     centres: torch.Tensor
     residuals: torch.Tensor
+    weighted: torch.Tensor
+    own: torch.Tensor
+
+    @property
+    def own_weights(self) -> torch.Tensor:
+        """Any weights give a proven bound. Where steps are large codes leave out more: their roots give a small one."""
+        return self.steps.sqrt()
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """One for each channel of a head."""
+        return self.own_weights.amax(0)
 
 
 def _codes(k: torch.Tensor, integers: torch.Tensor, steps: torch.Tensor, centres: torch.Tensor) -> Codes:
     left_out = k - (integers * steps[:, None] + centres[:, None])
+    codes = Codes(integers.flatten(0, 1), steps, centres, *[torch.empty(0)] * 3)
     # In float64 all but exact; what is not is far below how much a bound is rounded up.
-    residuals = torch.linalg.vector_norm(left_out, dim=-1) * fast_scores.UPWARD
-    return Codes(integers.flatten(0, 1), steps, centres, residuals.flatten())
+    by = (left_out, left_out / codes.weights, left_out / codes.own_weights[:, None])
+    bounds = (torch.linalg.vector_norm(x, dim=-1).flatten() * fast_scores.UPWARD for x in by)
+    return Codes(codes.integers, steps, centres, *bounds)
 
 
 def powers_of_two(k: torch.Tensor, bits: int) -> Codes:
@@ -163,13 +179,35 @@ CODES = {
 }
 
 
-def bounds(codes: Codes) -> dict[str, torch.Tensor]:
-    """By name: for every key a bound on what is left out of it, float64 ``[N]``, from one a head to one a key."""
-    key = codes.residuals
-    group = key.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP)
+def grouped(residuals: torch.Tensor) -> torch.Tensor:
+    """For every key the largest of its group."""
+    return residuals.unflatten(0, (-1, GROUP)).amax(1).repeat_interleave(GROUP)
+
+
+def bounds(q: torch.Tensor, codes: Codes) -> dict[str, torch.Tensor]:
+    """By name: what q ``[R, D]`` makes of what is left out of every key at most, float64 ``[R, N]`` (Cauchy-Schwarz).
+
+    ``|<q, r>| <= |q| |r|``, with one bound on ``|r|`` a head, a group or a key; or ``|q w| |r / w|``, of which a head,
+    or a group, has its own weights.
+    """
+
+    def length(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(x, dim=-1) * 1.001
+
+    plain, weighted = length(q)[:, None], length(q * codes.weights)[:, None]
+    own = length(q[:, None] * codes.own_weights).repeat_interleave(GROUP, 1)
     # One byte: exponents of an eighth, rounded up.
-    byte = torch.exp2(torch.ceil(torch.log2(key.clamp(min=2.0**-126)) * 8) / 8)
-    return {"head": key.amax().expand_as(key), "group": group, "byte": byte, "key": key}
+    byte = torch.exp2(torch.ceil(torch.log2(codes.residuals.clamp(min=2.0**-126)) * 8) / 8)
+    return {
+        "head": plain * codes.residuals.amax().expand_as(byte),
+        "group": plain * grouped(codes.residuals),
+        "byte": plain * byte,
+        "key": plain * codes.residuals,
+        "weighted head": weighted * codes.weighted.amax().expand_as(byte),
+        "weighted group": weighted * grouped(codes.weighted),
+        "weighted key": weighted * codes.weighted,
+        "own weights, group": own * grouped(codes.own),
+    }
 
 
 @dataclass(frozen=True)
@@ -203,8 +241,8 @@ def fast(q: torch.Tensor, k: torch.Tensor, codes: Codes, seen: torch.Tensor) -> 
     scores = torch.floor(product * units).clamp(-32768, 32767).masked_fill(~seen, -torch.inf)
     split = most * (fast_scores.SPLIT / 128 * codes.integers.abs().amax() * dim)
     errors = {
-        name: (norm_q * (bound + fast_scores.rounding(dim) * norm_k) + split) * units * 1.01 + 1
-        for name, bound in bounds(codes).items()
+        name: (bound + norm_q * fast_scores.rounding(dim) * norm_k + split) * units * 1.01 + 1
+        for name, bound in bounds(q, codes).items()
     }
     upper = {name: scores + error for name, error in errors.items()}
     return Fast(scores, errors, upper, units, ordered(scores))
@@ -334,8 +372,12 @@ class Rules:
         samples = {(every, run): Sample.of(eight, rows, every, run) for every in SAMPLES for run in RUNS}
         for share in SHARES:
             k = kept(rows.n, share)
-            cut = eight.ranked.gather(1, k - 1) - (2 * eight.errors["head"] + 1)
-            self.surely(share, "today: one bound a head", eight.scores >= cut)
+            for name, bound in (
+                ("today: one bound a head", "head"),
+                ("today's rule, one weighted bound", "weighted head"),
+            ):
+                cut = eight.ranked.gather(1, k - 1) - (2 * eight.errors[bound] + 1)
+                self.surely(share, name, eight.scores >= cut)
             for bound, lowest in certain.items():
                 scored = eight.upper[bound] >= lowest.gather(1, k - 1)
                 self.surely(share, f"proven cut, one bound a {bound}", scored)
@@ -355,7 +397,7 @@ class Rules:
                     threshold = (rows.mean + (past - less) * rows.deviation) * eight.units
                     self.perhaps(share, f"from {which}, less {less:g}", threshold, eight, "group")
             for name in list(CODES)[1:]:
-                for bound in ("group", "byte", "key"):
+                for bound in ("group", "byte", "key", *WEIGHTED):
                     f = self.found[name]
                     self.perhaps(share, f"{name}, {bound}", ahead(f, k, MARGIN), f, bound)
 
@@ -415,7 +457,9 @@ def measure(source: Iterator[Inputs], name: str) -> Results:
             for kind, (make, bits) in CODES.items():
                 f = found[kind] = fast(some, wide, make(wide.unflatten(0, (-1, GROUP)), bits), rows.seen)
                 far = (rows.canonical * f.units - f.scores).abs()[rows.seen]
-                assert bool((far <= f.errors["key"].expand_as(f.scores)[rows.seen]).all()), f"{kind}: a bound is none"
+                assert bool((far <= reduce(torch.minimum, f.errors.values())[rows.seen]).all()), (
+                    f"{kind}: a bound is none"
+                )
                 results.bounded += far.numel()
             results.rows += len(rows.n)
             Rules(results, layer, rows, found).apply()
@@ -425,17 +469,20 @@ def measure(source: Iterator[Inputs], name: str) -> Results:
 # What is said of it.
 
 
+#: bounds with weights
+WEIGHTED = ("weighted head", "weighted group", "weighted key", "own weights, group")
 #: rules of the table; the others are in candidates.json
 SHOWN = (
     "today: one bound a head",
+    "today's rule, one weighted bound",
     *(f"proven cut, one bound a {bound}" for bound in ("group", "key")),
     *(f"counted, group, margin {margin} %" for margin in (2, 5, 13, 30)),
-    *(f"counted, {bound}, margin 5 %" for bound in ("head", "byte", "key")),
+    *(f"counted, {bound}, margin 5 %" for bound in ("head", "byte", "key", *WEIGHTED)),
     *(f"sampled, 1 in {every} runs of 128, z = {z}" for every in (2, 8) for z in (0, 3.5)),
     *(f"sampled, 1 in {every} runs of 16, z = {z}" for every in (2, 4, 8) for z in (2, 3.5)),
     "sampled, 1 in 32 runs of 16, z = 3.5",
     *(f"from {which}, less {less}" for which in ("the last step", "the lowest of 4 steps") for less in (0.15, 0.3)),
-    *(f"{name}, {bound}" for name in list(CODES)[1:] for bound in ("group", "byte", "key")),
+    *(f"{name}, {bound}" for name in list(CODES)[1:] for bound in ("group", "byte", "weighted head", WEIGHTED[-1])),
     *(f"keys {name} by a group over the sum of its heads" for name in ("scored", "kept")),
 )  # fmt: skip
 
@@ -471,6 +518,13 @@ def plain(results: Results) -> dict[str, object]:
         for name, ratios in results.unions[share].items():
             of[f"keys {name} by a group over the sum of its heads"] = {"mean": round(sum(ratios) / len(ratios), 4)}
     return {"rows": results.rows, "certain": results.certain, "bounds": results.bounded, "keys": keys}
+
+
+def dumped(x: object, depth: int) -> str:
+    """JSON of which what is deeper than ``depth`` is one line: a rule."""
+    if depth == 0 or not isinstance(x, dict):
+        return json.dumps(x)
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {dumped(value, depth - 1)}" for key, value in x.items()) + "\n}"
 
 
 @click.command()
@@ -509,7 +563,7 @@ def main(sources: str, articles: int | None, tokens: int, keys: int, keep: Path 
             f"missing; {results.bounded} bounds held"
         )
         if write:
-            path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+            path.write_text(dumped(written, 4) + "\n", encoding="utf-8")
     print(table(written))
 
 
