@@ -161,7 +161,12 @@ def runnable(way: Way, scores: torch.Tensor) -> tuple[Callable[[], object], bool
     if scores.is_cuda:
         try:
             graph = capture(lambda: way(scores))
-            return graph.replay, True
+
+            def replay(read: torch.Tensor = scores) -> None:
+                # The scores live as long as the graph that reads them.
+                graph.replay()
+
+            return replay, True
         except Exception:
             torch.cuda.synchronize()
     return lambda: way(scores), False

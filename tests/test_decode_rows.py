@@ -188,14 +188,14 @@ def test_rows_of_an_8_bit_cache(sinks):
 @pytest.mark.parametrize("always", [NONE, Always(2, 300)], ids=["plain", "always"])
 @pytest.mark.parametrize("codes", [False, True])
 def test_rows_that_see_little_of_the_room(codes, always):
-    # Neighbours share a best, as for 9000 keys: of 1500 there are fewer bests than keys to keep.
+    # Far fewer keys than there is room for, hardly more than are kept, one.
     q, k, v = (bell(1, h, n, 64, seed=h + n, dtype=torch.bfloat16) for h, n in ((2, 1), (1, 9000), (1, 9000)))
     decoder, index = decode.Decoder(1, 2, 9000, 64, 520, "cpu"), decode.index_keys(k, codes=codes)
     for row in [(0, 9000, 520), (3300, 4800, 520), (0, 521, 520), (8999, 9000, 1), (100, 3000, 303)]:
         fewer = always if row[2] > sum(always) else NONE
         step = check(decoder, q, k, v, index, [row], fewer)
         made = decoder.cuda_step(q, k, v, index, fewer)
-        assert made is not None and made.plan.sub > 1
+        assert made is not None
         # Keys are told apart by their own scores then: of all there are hardly more candidates than are kept.
         assert codes or row[1] - row[0] > 1500 or int(step.rescored.sum(-1).max()) <= 1.2 * row[2]
 
@@ -229,7 +229,7 @@ def recorded(step: cuda.CudaStep) -> list[Any]:
 
         return call
 
-    step.score_kernel, step.choose_kernel = around(step.score_kernel, ()), around(step.choose_kernel, (38, 39))
+    step.score_kernel, step.choose_kernel = around(step.score_kernel, ()), around(step.choose_kernel, (40, 41))
     return launched
 
 
@@ -259,7 +259,9 @@ def test_what_is_launched_does_not_depend_on_how_many_tokens_there_are(form):
     launched: list[Any] = []
     for n in (1, 127, 128, 130, 511):
         codes = None if index.codes is None else cut(keys if form == "cache" else index.codes, k, n)
-        now = decode.KeyIndex(index.norm, index.residual, index.largest_scales, codes)
+        scaled = index.scaled_residuals
+        scaled = None if scaled is None else scaled[:, :, : n // 128]
+        now = decode.KeyIndex(index.norm, index.residual, index.largest_scales, codes, scaled)
         given = (codes, cut(values, v, n)) if form == "cache" else (k[:, :, :n], v[:, :, :n])
         assert decoder.engine(q, *given, now) == ("cuda", "")
         (made,) = decoder.steps.values()

@@ -31,7 +31,7 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 #: batch, N, k_eff; bfloat16
 SHAPES = ((1, 131072, 2048), (4, 32768, 2048), (1, 32768, 2048), (1, 1048576, 2048), (1, 131072, 13108))
 #: the marks of choose.cu after which its stages end
-MARKS = {"cut": 3, "compact": 5, "rescore": 6, "choose": 13, "attend": 15}
+MARKS = {"cut": 1, "compact": 2, "rescore": 3, "choose": 10, "attend": 12}
 
 
 @torch.inference_mode()
@@ -108,8 +108,8 @@ class _Way:
     read: float
     exact: bool
     stages: dict[str, float] = field(default_factory=dict)
-    #: of choose.cu, measured as one: the share of each stage
-    shares: dict[str, float] = field(default_factory=dict)
+    #: of choose.cu, by its own clock
+    inside: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -151,9 +151,9 @@ class _Timed:
 
         for way in ways:
             way.stages = of(way.name)
-            if way.shares:
-                rest = way.stages.pop("rest")
-                way.stages |= {stage: rest * share for stage, share in way.shares.items()}
+            if way.inside:
+                # The kernels hand counts to each other, so none can be repeated by itself.
+                way.stages |= {"score": way.stages["all"] - sum(way.inside.values()), **way.inside}
         rows = [
             {"name": rival.name, "recall": approximate_decoding.recall(rival.choose(self.q), self.exact.indices),
              "share": rival.share, "took": of("peer")[rival.name]}
@@ -177,12 +177,12 @@ class _Timed:
         # and the values of what is kept, by every query head.
         item, again = 1 if name == "cache" else 2, 0.0 if name == "keys" and fast is not None else rescored
         read = KV_HEADS * self.n * (2 if name == "keys" else 1) + HEADS * (again + self.k_eff) * item
-        parts, shares = _stages(fast, other, q, keys, values, index)
+        parts, inside = _stages(fast, other, q, keys, values, index)
         if fast is not None:
             parts |= {"all": partial(decoder, q, keys, values, index), "triton": partial(other, q, keys, values, index)}
         self.graphs.update({f"{name}/{part}": capture(f) for part, f in parts.items()})
         self.alive.append((decoder, other, keys, values, index, parts))
-        return _Way(name, rescored, self.batch * DIM * read, same, shares=shares)
+        return _Way(name, rescored, self.batch * DIM * read, same, inside=inside)
 
     def _coded(self, keys: Stored, values: Stored) -> None:
         """Dense steps over the 8-bit cache, compared with attention over what it stands for."""
@@ -206,21 +206,16 @@ def _approximate(
 def _stages(
     fast: CudaStep | None, slow: TritonStep, q: torch.Tensor, keys: Any, values: Any, index: KeyIndex
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """What of a step can be repeated by itself, and of choose.cu ("rest") the share of each stage, by its own clock."""
+    """What of a step can be repeated by itself, and of choose.cu the microseconds of each stage, by its own clock."""
     batch, heads = q.shape[:2]
     rows, logits = slow.full, Logits(q.shape[3] ** -0.5)
     if fast is not None:
         profiled = cast(CudaStep, step_for(q, keys, values, index, fast.shape.k_eff, profile=True))
         for _ in range(3):
             profiled.run(q, keys, values, index, rows, logits)
-        took = profiled.marks.double().diff(dim=-1).flatten(0, 1).mean(0).tolist()
+        took = (profiled.marks.double().diff(dim=-1).flatten(0, 1).mean(0) / 1000).tolist()
         ends = itertools.pairwise([0, *MARKS.values()])
-        shares = {stage: sum(took[a:b]) / sum(took) for stage, (a, b) in zip(MARKS, ends, strict=True)}
-        fast.score(q, keys, index, rows)
-        return {
-            "score": partial(fast.score, q, keys, index, rows),
-            "rest": partial(fast.choose, q, keys, values, index, rows, logits),
-        }, shares
+        return {}, {stage: sum(took[a:b]) for stage, (a, b) in zip(MARKS, ends, strict=True)}
     indices, logit = slow.select(q, keys, index, rows, logits)
     return {
         "all": lambda: slow(q, keys, values, index)[:2],

@@ -178,6 +178,7 @@ inline void run_cluster(int first, int y, int programs, int dynamic) {
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static

@@ -209,6 +209,11 @@ typedef int Fast;
 struct Cut {
     float place, units;
     __device__ __forceinline__ bool usable() const { return place > 0.0f && units > 0.0f; }
+    // The least fast score of a candidate, where places are off by so much: who is below it is canonically a whole place below.
+    __device__ __forceinline__ int least(float off) const {
+        if (!usable()) return CODED ? 0 : NONE + 1;
+        return CODED ? max((int)floorf(place - off), 0) : word_of(bins().base);
+    }
     __device__ __forceinline__ Bins bins() const {
         return {usable() ? (place - 32768.0f) / units : 0.0f, usable() ? units / PLACES : 0.0f};
     }
@@ -217,13 +222,6 @@ struct Cut {
 // By how many places the fast scores of a row may be off: of every group of 128 keys.
 struct Limits {
     const float* off;
-    // The least fast score of a candidate in the group of key j.
-    __device__ __forceinline__ int least(const Cut& cut, int j) const {
-        if (!cut.usable()) return CODED ? 0 : NONE + 1;
-        if (!CODED) return word_of(cut.bins().base);
-        // Who is below it is canonically a whole place below the cut.
-        return max((int)floorf(cut.place - off[j / 128]), 0);
-    }
 };
 
 // ---- what the stages share ------------------------------------------------------------------------------------------
@@ -258,7 +256,7 @@ struct Program {
     int *own_count, *before;         // chosen keys: of own blocks; of all blocks, then the sums before each
     u32* bitmap;                     // chosen keys, WORDS an own block
     int *chosen_position, *chosen;   // of ranks [span rank, span (rank + 1))
-    const Fast* fast;                // of the row, from `base` on
+    const Fast *fast, *best;         // of the row, from `base` on
     i64* marks;
     int rank, tid, lane, warp;       // of the program in its cluster, of the thread
     int row, b, h, g;                // one row is head h of batch b; its KV head
@@ -269,7 +267,8 @@ struct Program {
     int room, blocks, own;           // of candidates; blocks of keys, own ones
 
     __device__ __forceinline__ Program(
-        char* memory, const Sizes& most, const Seen& seen, const Fast* all_fast, i64* marks, int heads)
+        char* memory, const Sizes& most, const Seen& seen, const Fast* all_fast, const Fast* all_best, i64* marks,
+        int heads)
         : s(*(Shared*)memory), marks(marks), base(seen.base), k_eff(seen.k_eff), room(most.room) {
         rank = cluster_rank(), tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
         row = blockIdx.y, b = row / heads, h = row % heads, g = h / GROUP;
@@ -284,7 +283,7 @@ struct Program {
         own_count = value + room, before = own_count + most_own;
         bitmap = (u32*)(before + most_blocks);
         chosen_position = (int*)(bitmap + most_own * WORDS), chosen = chosen_position + most.span;
-        fast = all_fast + (i64)row * most.padded + base;
+        fast = all_fast + (i64)row * most.padded + base, best = all_best + ((i64)row * most.padded + base) / SUB;
     }
     __device__ __forceinline__ int span() const { return turns * TURN; }
     __device__ __forceinline__ bool forced(int j) const { return FORCED && (j < first || j >= last); }
@@ -329,81 +328,99 @@ __device__ __forceinline__ void clear(const Program& p) {
     if (p.tid == 0) s.highest = NONE, s.nears = 0, s.winners = 0, s.full = 0;
 }
 
-// Of 32 keys from j on, those in [from, to).
+// Of 16 keys from j on, those in [from, to).
 __device__ __forceinline__ u32 between(int j, int from, int to) {
-    const int low = max(from - j, 0), high = min(to - j, 32);
-    return low < high ? ALL >> (32 - (high - low)) << low : 0;
+    const int low = max(from - j, 0), high = min(to - j, 16);
+    return low < high ? (ALL >> (32 - (high - low))) << low : 0;
 }
 
-// From one half of the bits to every second.
+// From the lower bits to every second.
 __device__ __forceinline__ u32 spread(u32 x) {
-    x = (x | x << 8) & 0x00ff00ffu;
     x = (x | x << 4) & 0x0f0f0f0fu;
     x = (x | x << 2) & 0x33333333u;
     return (x | x << 1) & 0x55555555u;
 }
 
-// Which of 32 fast scores are at least that, a bit each.
-__device__ __forceinline__ u32 reaching(const uint4* from, int least) {
+static_assert(SUB == 16 && 32 * SUB == BLOCK);
+constexpr int PACKS = SUB * (int)sizeof(Fast) / 16;  // 16 bytes each
+
+// Which of 16 fast scores are at least that, a bit each.
+__device__ __forceinline__ u32 reaching(const uint4 (&raw)[PACKS], int least) {
     u32 bits = 0;
-    if constexpr (CODED) {
-        // Two at a time: those below, of even places in the lower half, of odd ones in the upper.
-        const u32 both = (u32)least * 0x10001u;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint4 w = from[i];
-            const u32 part[4] = {w.x, w.y, w.z, w.w};
+    for (int i = 0; i < PACKS; i++) {
+        const u32 part[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
 #pragma unroll
-            for (int e = 0; e < 4; e++) bits |= __vminu2(__vminu2(part[e], both) ^ both, 0x10001u) << (4 * i + e);
+        for (int e = 0; e < 4; e++) {
+            // Two at a time: those below, of even places in the lower half, of odd ones in the upper.
+            const u32 both = (u32)least * 0x10001u;
+            if (CODED) bits |= __vminu2(__vminu2(part[e], both) ^ both, 0x10001u) << (4 * i + e);
+            else bits |= (int)part[e] >= least ? 1u << (4 * i + e) : 0u;
         }
-        return ~(spread(bits & 0xffffu) | spread(bits >> 16) << 1);
     }
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint4 w = from[i];
-        const int part[4] = {(int)w.x, (int)w.y, (int)w.z, (int)w.w};
-#pragma unroll
-        for (int e = 0; e < 4; e++) bits |= part[e] >= least ? 1u << (4 * i + e) : 0u;
-    }
-    return bits;
+    return CODED ? ~(spread(bits & 0xffu) | spread(bits >> 16) << 1) : bits;
 }
 
-// Which of 32 keys from j on may be among the best.
-__device__ __forceinline__ u32 candidates_of(const Program& p, const Limits& limits, const Cut& cut, int j) {
-    const u32 scored = between(j, p.start, p.stop), seen = between(j, p.begin, p.end);
-    return (reaching((const uint4*)(p.fast + j), limits.least(cut, j)) & scored) | (seen & ~scored);
-}
-
-// Lists them; returns how many of them are in the list.
-__device__ __forceinline__ int list_candidates(
-    const Program& p, const Limits& limits, const Cut& cut, int* count) {
-    constexpr int EACH = CODED ? 2 : 1;  // words of a thread at a time
-    Shared& s = p.s;
-    int before = 0;
-#pragma unroll 1
-    for (int i = 0; i < p.own * WORDS; i += THREADS * EACH) {
-        u32 may[EACH];
-        const int at = i + p.tid * EACH, j = p.dealt<BLOCK>(at * 32);
-        int mine = 0;
+// What is looked at first, of own blocks: a warp takes two neighbouring ones, a lane SUB keys of each.
+struct Glance {
+    static constexpr int EACH = STORED ? 1 : 2, STEP = WARPS * EACH;
+    int best[EACH];
+    float off[EACH];
+    static __device__ __forceinline__ int key(const Program& p, int first, int u) {
+        return ((first + p.warp * EACH + u) * CLUSTER + p.rank) * BLOCK + p.lane * SUB;
+    }
+    __device__ __forceinline__ Glance(const Program& p, const Limits& limits, int first) {
 #pragma unroll
         for (int u = 0; u < EACH; u++) {
-            may[u] = at < p.own * WORDS && j < p.end ? candidates_of(p, limits, cut, j + u * 32) : 0;
-            mine += __popc(may[u]);
+            const int j = key(p, first, u);
+            const bool scored = j < p.stop && j + SUB > p.start;
+            best[u] = scored ? (int)p.best[j / SUB] : 0, off[u] = CODED && scored ? limits.off[j / 128] : 0.0f;
         }
-        const int upto = sum_upto(mine, p.lane);
-        if (p.lane == 31) s.scratch[p.warp] = upto;
+    }
+};
+
+// Lists them; returns how many of them are in the list. Keys are looked at if the best of their neighbours may be one.
+__device__ __forceinline__ int list_candidates(const Program& p, const Limits& limits, const Cut& cut, int* count) {
+    constexpr int EACH = Glance::EACH;
+    Shared& s = p.s;
+    Glance next(p, limits, 0);
+    int before = 0;
+#pragma unroll 1
+    for (int first = 0; first < p.own; first += Glance::STEP) {
+        const Glance now = next;
+        next = Glance(p, limits, first + Glance::STEP);
+        u32 may[EACH], scored[EACH];
+        int least[EACH], upto[EACH], all = 0;
+        uint4 raw[EACH][PACKS];
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            const int j = Glance::key(p, first, u);
+            scored[u] = between(j, p.start, p.stop), may[u] = between(j, p.begin, p.end) & ~scored[u];
+            least[u] = cut.least(now.off[u]);
+            if (now.best[u] < least[u]) scored[u] = 0;
+#pragma unroll
+            for (int i = 0; i < PACKS; i++)
+                if (scored[u]) raw[u][i] = ((const uint4*)(p.fast + j))[i];
+        }
+#pragma unroll
+        for (int u = 0; u < EACH; u++) {
+            if (scored[u]) may[u] |= reaching(raw[u], least[u]) & scored[u];
+            upto[u] = all + sum_upto(__popc(may[u]), p.lane);
+            all = __shfl_sync(ALL, upto[u], 31);
+        }
+        if (p.lane == 31) s.scratch[p.warp] = all;
         __syncthreads();
         const Sums sums = over_warps(s.scratch, p.lane, p.warp);
-        int to = before + sums.before + upto - mine;
-        before += sums.all;
 #pragma unroll
-        for (int u = 0; u < EACH; u++)
-            for (; may[u]; may[u] &= may[u] - 1, to++) {
-                const int key = j + u * 32 + __ffs(may[u]) - 1;
-                if (to >= p.room) break;
-                p.position[to] = key;
-                if (!CODED) p.value[to] = p.fast[key];
+        for (int u = 0; u < EACH; u++) {
+            int to = before + sums.before + upto[u] - __popc(may[u]);
+            for (; may[u] && to < p.room; may[u] &= may[u] - 1, to++) {
+                const int j = Glance::key(p, first, u) + __ffs(may[u]) - 1;
+                p.position[to] = j;
+                if (!CODED) p.value[to] = p.fast[j];
             }
+        }
+        before += sums.all;
         __syncthreads();
     }
     if (p.tid == 0) s.full = before > p.room, count[p.row * CLUSTER + p.rank] = before;
@@ -691,7 +708,7 @@ struct WordSearch {
         int highest = NONE;
         scorer.score(p, p.own * BLOCK, [&](int i) { return min(key(i), p.end - 1); }, [&](int i, int w) {
             const int j = key(i);
-            const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || p.fast[j] >= limits.least(cut, j));
+            const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || p.fast[j] >= cut.least(limits.off[j / 128]));
             if (j < p.end) words[j] = is ? w : NONE;
             if (is && p.may_be_highest(j)) highest = max(highest, w);
         });
@@ -789,31 +806,37 @@ __device__ __forceinline__ int highest_of_row(const Program& p) {
     return highest;
 }
 
+struct Look {
+    Cut cut;
+    Edge edge;
+};
+
+// A second look, seldom needed: not inlined, so that it takes no registers from the first.
+__device__ __noinline__ Look look_again(
+    const Program p, const Scorer scorer, const Limits limits, const float* units, int* count) {
+    const Cut cut = find_cut(p, limits, *units);
+    return {cut, find_edge(p, scorer, limits, cut, count)};
+}
+
 // Sends every chosen key and its word to its rank; returns the highest word.
 __device__ __forceinline__ int choose(
-    const Program& p, const Scorer& scorer, const Limits& limits, const float* units, int* tally, int* words,
-    int* count) {
-    Cut cut = {counted_cut(p, tally), *units};
+    const Program& p, const Scorer& scorer, const Limits& limits, const float* units, int* tally, int* words, int* count) {
+    Look look = {{counted_cut(p, tally), *units}, {}};
     mark(p, 1);
     __syncthreads();
-    Edge edge = {};
-#pragma unroll 1
-    for (int attempt = 0; attempt < (CODED ? 2 : 1) && !edge.sure; attempt++) {
-        if (attempt > 0) cut = find_cut(p, limits, *units);
-        if (cut.place >= 0.0f) edge = find_edge(p, scorer, limits, cut, count);
-    }
-    if (edge.sure) {
+    if (look.cut.place >= 0.0f) look.edge = find_edge(p, scorer, limits, look.cut, count);
+    if (CODED && !look.edge.sure) look = look_again(p, scorer, limits, units, count);
+    if (look.edge.sure) {
         const int highest = highest_of_row(p);
-        choose_by_bins(p, cut.bins(), edge);
+        choose_by_bins(p, look.cut.bins(), look.edge);
         return highest;
     }
-    choose_by_words(p, scorer, limits, cut, words);
+    choose_by_words(p, scorer, limits, look.cut, words);
     return highest_of_row(p);
 }
 
-// The counts, and what warps of the score kernels have taken, as they were before a step.
-__device__ __forceinline__ void forget(const Program& p, int* tally, int* taken) {
-    if (p.tid == 0) taken[p.row / GROUP] = 0;
+// The counts as they were before a step.
+__device__ __forceinline__ void forget(const Program& p, int* tally) {
 #pragma unroll 1
     for (int i = p.rank * THREADS + p.tid; i < TALLY; i += CLUSTER * THREADS) tally[(i64)p.row * TALLY + i] = 0;
 }
@@ -1031,12 +1054,13 @@ __device__ __forceinline__ void write_nothing(const Program& p, int most, void* 
 // ---------------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) choose_and_attend(
-    const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, int* word, const float* units_of, const float* off, int* tally, int* taken, void* out, i64* indices, int* count, i64* marks,
+    const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, const Fast* best, int* word,
+    const float* units_of, const float* off, int* tally, void* out, i64* indices, int* count, i64* marks,
     int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
     int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h) {
     DYNAMIC_SHARED(memory);
     const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
-    const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, marks, heads);
+    const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
     if (p.k_eff == 0) return write_nothing(p, k_eff, out, indices, count);
     mark(p, 0);
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);
@@ -1047,7 +1071,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     mark(p, 9);
     cluster_sync();
     mark(p, 10);
-    forget(p, tally, taken);
+    forget(p, tally);
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
     attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);

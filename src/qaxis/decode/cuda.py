@@ -26,8 +26,7 @@ from .form import Numbers
 from .index import KeyIndex
 
 SCORE_KEYS, SCORE_CODES, CHOOSE, SEEN, TALLYING = (
-    Path(__file__).with_name(name)
-    for name in ("score_keys.cu", "score_codes.cu", "choose.cu", "seen.cuh", "tally.cuh")
+    Path(__file__).with_name(name) for name in ("score_keys.cu", "score_codes.cu", "choose.cu", "seen.cuh", "tally.cuh")
 )
 #: dtypes of sink logits, as choose.cu numbers them
 SINKS = {**ELEMENTS, torch.float64: 3}
@@ -36,14 +35,14 @@ CAPABILITY = (9, 0)
 #: as in choose.cu: keys of a block, whose chosen ones are counted together; bins of a histogram, against shared memory;
 #: keys in the bin of the last chosen one that are compared with each other, against the slower way; times of a profile
 BLOCK, BINS, NEAR, MARKS = 512, 1024, 112, 13
-#: as in tally.cuh: counts of a row's keys; keys that a warp scores at a time
-TALLY, TILE = 2048, 128
+#: as in tally.cuh: counts of a row's keys; neighbours whose best is kept
+TALLY, SUB = 2048, 16
+#: keys of a group of codes
+TILE = 128
 #: candidates that there is room for, of the keys kept, and more: a fiftieth more, and what codes are off by
 CANDIDATES, MORE = 3, 1024
 #: programs of a row, at most: more share its work, and wait longer for each other; 8 run on every GPU with clusters
 MOST_PROGRAMS = 8
-PROGRAMS = 1
-THREADS_OF = lambda cluster: 1024 if cluster == 1 else 512
 #: chosen keys whose values a team of lanes loads at once: more loads in flight, more registers
 MOST_RANKS = 8
 #: query heads of a key head that the kernels have registers for
@@ -191,10 +190,11 @@ def _room(shape: Shape, cluster: int, own: int) -> int:
 
 
 def _score_programs(shape: Shape, multiprocessors: int) -> int:
-    """As many as run at the same time, if each of their four warps has a tile of 128 keys."""
+    """As many as run at the same time, if each of their four warps has some keys."""
     at_once = CODES_AT_ONCE if shape.coded else KEYS_AT_ONCE
     most = max(1, at_once * multiprocessors // (shape.batch * shape.kv_heads))
-    return min(most, -(-shape.n // (4 * TILE)))
+    tile = TILE if shape.coded else 16 * 32 * shape.each // shape.head_dim
+    return min(most, -(-shape.n // (4 * tile)))
 
 
 def _ring(shape: Shape) -> int:
@@ -208,10 +208,10 @@ def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
     padded = -(-n // BLOCK) * BLOCK
     blocks = padded // BLOCK
     # One program a multiprocessor.
-    cluster = min(MOST_PROGRAMS, 1 << max(0, (PROGRAMS * multiprocessors // shape.rows).bit_length() - 1))
+    cluster = min(MOST_PROGRAMS, 1 << max(0, (multiprocessors // shape.rows).bit_length() - 1))
     own = -(-blocks // cluster)
     # Two smaller programs a multiprocessor, as clusters of large ones do not fit on all of them.
-    threads = THREADS_OF(cluster)
+    threads = 1024 if cluster == 1 else 512
     teams = threads // (shape.dim_v // shape.each)
     share = max(1, next_power_of_two(k_eff) // cluster // teams)
     ranks = min(MOST_RANKS, share)
@@ -253,6 +253,7 @@ class _Buffers:
 
         self.word = empty(shape.rows, plan.padded)
         self.fast = empty(shape.rows, plan.padded, dtype=torch.uint16) if shape.coded else self.word
+        self.best = empty(shape.rows, plan.padded // SUB, dtype=self.fast.dtype)
         self.units = empty(shape.rows, dtype=torch.float32)
         # By how many places the 16-bit scores of a group may be off.
         self.off = empty(shape.rows, plan.padded // TILE if shape.coded else 0, dtype=torch.float32)
@@ -260,8 +261,6 @@ class _Buffers:
         self.marks = empty(shape.rows, plan.cluster, MARKS, dtype=torch.int64) if profile else self.count
         # Counts of keys, as tally.cuh has them: all 0 before a step, and after it.
         self.tally = empty(shape.rows, TALLY).zero_()
-        # Tiles of a KV head that warps took beside their first: the same.
-        self.taken = empty(shape.batch * shape.kv_heads).zero_()
 
 
 class CudaStep:
@@ -292,20 +291,21 @@ class CudaStep:
         """Scores of every key that ``rows`` see, canonical ones or fast ones by codes."""
         shape, plan, work = self.shape, self.plan, self.buffers
         grid, block = (plan.score_programs, shape.batch * shape.kv_heads, 1), (128, 1, 1)
-        heads, strides = (shape.heads, shape.kv_heads), units(q, 1)[:2]
+        sizes = (shape.heads, shape.kv_heads, plan.padded, shape.n, shape.k_eff)
+        strides = units(q, 1)[:2]
         if index.codes is not None:
             c = index.codes
-            left_out, left_out_strides = _left_out(index)
+            left_out, strides_of_left_out = _left_out(index)
             self.score_kernel(grid, block, [
                 q, start_of(c.codes, q), start_of(c.scales, q), index.norm, left_out, index.largest_scales, rows,
-                work.fast, work.units, work.off, work.tally, work.taken, *heads, plan.padded, shape.n, shape.k_eff, c.first.shape[2], *always,
+                work.fast, work.best, work.units, work.off, work.tally, *sizes, c.first.shape[2], *always,
                 *strides, *units(c.codes, shape.each), *units(c.scales, shape.each),
-                *left_out_strides, int(left_out is index.scaled_residuals), fast_scores.rounding(shape.head_dim) * 3, fast_scores.SPLIT * shape.head_dim,
+                *strides_of_left_out, fast_scores.rounding(shape.head_dim) * 3, fast_scores.SPLIT * shape.head_dim,
             ], shared_mem=_ring(shape))  # fmt: skip
             return
         assert isinstance(k, torch.Tensor)
         self.score_kernel(grid, block, [
-            q, k, index.norm, rows, work.word, work.units, work.tally, work.taken, *heads, plan.padded, shape.n, shape.k_eff, *always,
+            q, k, index.norm, rows, work.word, work.best, work.units, work.tally, *sizes, *always,
             *strides, *units(k, shape.each),
         ])  # fmt: skip
 
@@ -319,8 +319,8 @@ class CudaStep:
         out = torch.empty(shape.batch, shape.heads, 1, shape.dim_v, dtype=shape.dtype, device=shape.device)
         in_full = 0 if index.codes is None else index.codes.first.shape[2]
         self.choose_kernel((plan.cluster, shape.rows, 1), (plan.threads, 1, 1), [
-            q, *self._side(k, q), *self._side(v, q), rows, work.fast, work.word, work.units, work.off,
-            work.tally, work.taken, out, indices, work.count, work.marks,
+            q, *self._side(k, q), *self._side(v, q), rows, work.fast, work.best, work.word, work.units, work.off,
+            work.tally, out, indices, work.count, work.marks,
             shape.heads, shape.n, plan.padded, shape.k_eff, plan.room, plan.span, in_full, *always,
             *units(q, 1)[:2], *_of_logits(logits, q),
         ], shared_mem=plan.shared)  # fmt: skip
@@ -334,12 +334,12 @@ class CudaStep:
         return [*starts, *(s for part in parts for s in units(part, self.shape.each))]
 
 
-def _left_out(index: KeyIndex) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """What codes leave out of any key of a group, and strides of batches, heads and groups; of a head where that is all."""
+def _left_out(index: KeyIndex) -> tuple[torch.Tensor, list[int]]:
+    """What codes leave out of any key of a group, or of a head; strides of batches, heads, groups; whether it is scaled."""
     scaled = index.scaled_residuals
-    if scaled is None or not scaled.numel():
-        return index.residual, (index.residual.shape[1], 1, 0)
-    return scaled, scaled.stride()
+    if scaled is None:
+        return index.residual, [index.residual.shape[1], 1, 0, 0]
+    return start_of(scaled, index.residual), [*scaled.stride(), 1]
 
 
 def _of_logits(logits: Logits, none: torch.Tensor) -> list[Any]:

@@ -13,12 +13,13 @@ __device__ __forceinline__ void unpack(const uint4& lower, const uint4& upper, i
     for (int i = 0; i < 16; i++) place[i] = (packed[i / 2] >> (16 * (i % 2))) & 65535;
 }
 
-// 16-bit scores [rows, padded] of groups of 128 tokens that share their steps, by how many places they may be off, and their counts; a warp takes one
+// 16-bit scores [rows, padded] of groups of 128 tokens that share their steps, by how many places they may be off, the best of every SUB
+// neighbours, and counts; a warp takes one
 // at a time. The query, times the steps, is split into two 8-bit parts, which are the columns of an exact product. Whole groups
 // are written: what of them a row does not see, or has no code, gets the score 0.
 extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
     const void* q, const char* codes, const char* scales, const float* norm, const float* left_out, const float* steps,
-    const int* rows, u16* fast, float* units_of, float* off, int* tally, int* taken, int heads, int kv_heads, int padded, int n, int k_eff, int in_full, int sinks, int recent,
+    const int* rows, u16* fast, u16* best, float* units_of, float* off, int* tally, int heads, int kv_heads, int padded, int n, int k_eff, int in_full, int sinks, int recent,
     int q_b, int q_h, int codes_b, int codes_h, int codes_n, int scales_b, int scales_h, int scales_n,
     int left_out_b, int left_out_h, int left_out_n, int scaled, double relative, double split) {
     const int lane = threadIdx.x % 32, t = lane % 4, row = lane / 4;
@@ -39,10 +40,8 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
     const float longest = norm[kv];
     const Seen seen = Seen::of<true>(rows, b, Room{n, k_eff, in_full, sinks, recent});
     const int from = seen.start / 128, end = (seen.stop + 127) / 128 - from, warps = gridDim.x * (blockDim.x / 32);
-    // The first two groups of a warp, counted from `from`; the others it takes as it comes to them, as not all are equally fast.
     int group = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (seen.k_eff == 0 || seen.start >= seen.stop || group >= end) return;
-    int next = group + warps;
     codes += ((i64)b * codes_b + (i64)g * codes_h + (i64)from * 128 * codes_n) * E + t * 16;
     scales += ((i64)b * scales_b + (i64)g * scales_h + (i64)from * scales_n) * E + t * 16;
     left_out += (i64)b * left_out_b + (i64)g * left_out_h + (i64)from * left_out_n;
@@ -114,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
     bool first = true;
 #pragma unroll 1
     while (group < end) {
-        const int after = lane == 0 && next < end ? atomicAdd(taken + kv, 1) : end, ahead = min(next, end - 1);
+        const int ahead = min(group + warps, end - 1);
         const int first_key = (from + group) * 128 + row - seen.start;
         uint4 exponents[DIM / 64];
 #pragma unroll
@@ -187,6 +186,9 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
             if (writes) {
                 uint4* to = (uint4*)(fast + (i64)(first_row + h) * padded + (from + group) * 128 + 16 * row);
                 to[0] = own[0], to[1] = own[1];
+                const u32 lower = __vmaxu2(__vmaxu2(own[0].x, own[0].y), __vmaxu2(own[0].z, own[0].w));
+                const u32 both = __vmaxu2(lower, __vmaxu2(__vmaxu2(own[1].x, own[1].y), __vmaxu2(own[1].z, own[1].w)));
+                best[(i64)(first_row + h) * padded / SUB + (from + group) * 8 + row] = (u16)max(both & 0xffff, both >> 16);
             }
             if (first) {
                 Moments moments;
@@ -203,6 +205,6 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
                     if (place[i] >= counted[p]) atomicAdd(counts + place[i] / EACH_TALLY, 1);
         }
         __syncwarp();
-        first = false, group = next, next = 2 * warps + __shfl_sync(ALL, after, 0);
+        first = false, group += warps;
     }
 }

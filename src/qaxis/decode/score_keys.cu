@@ -5,28 +5,28 @@
 
 constexpr int HEADS = pow2(GROUP), LANES = DIM / E, COLUMNS = 32 / LANES;
 constexpr int LOADS = HEADS >= 8 ? 2 : HEADS == 4 ? 4 : 8, SUMS = HEADS * LOADS;
-constexpr int CHUNK = LOADS * COLUMNS, TILE = 128, CHUNKS = TILE / CHUNK;  // keys at a time
-constexpr int STAGES = 16 / LOADS, LEFT = SUMS > LANES ? SUMS / LANES : 1;
+// Keys at once; of a tile, all of whose chunks are asked for before the first is done with.
+constexpr int CHUNK = LOADS * COLUMNS, STAGES = 16 / LOADS, TILE = CHUNK * STAGES;
+constexpr int LEFT = SUMS > LANES ? SUMS / LANES : 1;
 
 __device__ __forceinline__ float place_of(int word, float units) {
     return fminf(fmaxf(floorf(score_of(word) * units), -32768.0f), 32767.0f) + 32768.0f;
 }
 
-// Words [rows, padded], and counts of ranked keys. A warp takes a tile of keys at a time, CHUNK of them at once, for all heads
+// Words [rows, padded], the best of every SUB neighbours that are ranked, and counts of those. A warp takes a tile of keys at a time, CHUNK of them at once, for all heads
 // of a group; what of the others counts it learns from its first tile. What of a tile a row does not see gets NONE. The loop is
 // not unrolled: its instructions would not fit into the cache that holds them.
 extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
-    const void* q, const void* k, const float* norm, const int* rows, int* word, float* units_of, int* tally,
-    int* taken, int heads, int kv_heads, int padded, int n, int k_eff, int sinks, int recent, int q_b, int q_h, int k_b, int k_h, int k_n) {
+    const void* q, const void* k, const float* norm, const int* rows, int* word, int* best,
+    float* units_of, int* tally, int heads, int kv_heads, int padded, int n, int k_eff, int sinks, int recent,
+    int q_b, int q_h, int k_b, int k_h, int k_n) {
     const int lane = threadIdx.x % 32, part = lane % LANES, column = lane / LANES;
     const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads, first_row = b * heads + g * GROUP;
     const float longest = norm[kv];
     const Seen seen = Seen::of<false>(rows, b, Room{n, k_eff, 0, sinks, recent});
     const int tiles = (seen.end - seen.base + TILE - 1) / TILE, warps = gridDim.x * (blockDim.x / 32);
-    // The first two tiles of a warp; the others it takes as it comes to them, as not all are equally fast.
     int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (seen.k_eff == 0 || tile >= tiles) return;
-    int next = tile + warps;
     // Heads lie in the slots where tree_over_lanes wants them; loads do not, so that the lanes of a key read one row.
     const int first = first_sum<SUMS, LANES>(lane), first_head = first / LOADS;
     const bool mine = writes_sum<SUMS, LANES>(lane);
@@ -43,65 +43,75 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     const i64 policy = read_once();
     __shared__ uint4 ring[4][STAGES][LOADS][32];
     auto& mine_of = ring[threadIdx.x / 32];
-    auto fetch = [&](int tile, int chunk) {  // chunks of tiles follow each other in the ring, as STAGES divides CHUNKS
-        const int j = seen.base + tile * TILE + chunk * CHUNK + column;
+    auto fetch = [&](int from, int stage) {
+        const int j = from + column;
 #pragma unroll
         for (int u = 0; u < LOADS; u++)
-            request16(&mine_of[chunk % STAGES][u][lane], rows_of + (i64)min(j + u * COLUMNS, seen.end - 1) * bytes, policy);
+            request16(&mine_of[stage][u][lane], rows_of + (i64)min(j + u * COLUMNS, seen.end - 1) * bytes, policy);
         end_request();
     };
-    static_assert(CHUNKS % STAGES == 0 && STAGES > 1);
     // Of this lane's sums: units, and the word from which on keys are counted; before that is known, none are.
-    float units[LEFT];
+    float units[LEFT], square[SUMS];
     int counted[LEFT];
 #pragma unroll
-    for (int i = 0; i < LEFT; i++) units[i] = 0.0f, counted[i] = 0x7fffffff;
+    for (int slot = 0; slot < HEADS; slot++) {
+        float all = 0.0f;
+#pragma unroll
+        for (int e = 0; e < E; e++) all += query[slot][e] * query[slot][e];
+#pragma unroll
+        for (int u = 0; u < LOADS; u++) square[slot * LOADS + u] = all;
+    }
+    tree_over_lanes<SUMS, LANES, log2i(HEADS)>(square, lane);
+#pragma unroll
+    for (int i = 0; i < LEFT; i++) {
+        const int h = (first + i) / LOADS;
+        units[i] = units_per_score(sqrtf(square[i]), longest), counted[i] = 0x7fffffff;
+        if (tile == 0 && mine && h < GROUP) units_of[first_row + h] = units[i];
+    }
     const int needed = seen.k_eff - (seen.first - seen.begin) - (seen.end - seen.last);
     const Sample sample(needed, seen.stop - seen.start);
-    auto count_first = [&]() {
-        __syncwarp();
-#pragma unroll 1
-        for (int h = 0; h < GROUP; h++) {
-            float x[E], square = 0.0f;
-            load_query(q, (i64)b * q_b + (i64)(g * GROUP + h) * q_h, part, x);
+    Moments moments[LEFT];
+    // Of key j + c, its own place among the sums.
+    auto count = [&](int i, int key, int w) {
+        const int h = (first + i) / LOADS;
+        const bool ranked = (u32)(key - seen.start) < (u32)(seen.stop - seen.start);
+        if (mine && h < GROUP && ranked && w >= counted[i] && sample.holds(key))
+            atomicAdd(tally + (i64)(first_row + h) * TALLY + (int)place_of(w, units[i]) / EACH_TALLY, 1);
+    };
+    // Once a tile is done with: what of it counts.
+    auto count_first = [&](int from) {
+        constexpr int SPAN = LEFT < LOADS ? LEFT : LOADS;  // sums of one head
 #pragma unroll
-            for (int e = 0; e < E; e++) square += x[e] * x[e];
+        for (int i = 0; i < LEFT; i++) {
+            if (i % SPAN == 0) {
 #pragma unroll
-            for (int m = 1; m < LANES; m *= 2) square += __shfl_xor_sync(ALL, square, m);
-            const float per = units_per_score(sqrtf(square), longest);
-            if (tile == 0 && lane == 0) units_of[first_row + h] = per;
-            const int first_key = seen.base + tile * TILE, *own = word + (i64)(first_row + h) * padded + first_key;
-            auto ranked = [&](int i) { return first_key + i >= seen.start && first_key + i < seen.stop; };
-            Moments moments;
-            for (int i = lane; i < TILE; i += 32)
-                if (ranked(i)) moments.add(place_of(own[i], per) - 32768.0f);
-            moments.gather(1);
-            const float from = moments.above(sample.share);
-            int* counts = tally + (i64)(first_row + h) * TALLY;
-            for (int i = lane; i < TILE; i += 32)
-                if (ranked(i) && sample.holds(first_key + i) && place_of(own[i], per) >= from)
-                    atomicAdd(counts + (int)place_of(own[i], per) / EACH_TALLY, 1);
-#pragma unroll
-            for (int i = 0; i < LEFT; i++)
-                if ((first + i) / LOADS == h) {
-                    units[i] = per;
-                    counted[i] = sample.share >= 1.0f || per == 0.0f ? NONE + 1 : word_of((from - 32768.0f) / per);
-                }
+                for (int o = 1; o < SPAN; o++) moments[i].add(moments[i + o]);
+                moments[i].gather(HEADS < LANES ? HEADS : LANES);
+            }
+            const float least = moments[i / SPAN * SPAN].above(sample.share) - 32768.0f;
+            counted[i] = sample.share >= 1.0f || units[i] == 0.0f ? NONE + 1 : word_of(least / units[i]);
         }
+#pragma unroll 1
+        for (int chunk = 0; chunk < STAGES; chunk++)
+#pragma unroll
+            for (int i = 0; i < LEFT; i++) {
+                const int h = (first + i) / LOADS, key = from + chunk * CHUNK + (first + i) % LOADS * COLUMNS + column;
+                if (mine && h < GROUP) count(i, key, word[(i64)(first_row + h) * padded + key]);
+            }
     };
     bool first_tile = true;
+    int ahead = seen.base + tile * TILE, highest[LEFT];
 #pragma unroll
-    for (int chunk = 0; chunk < STAGES - 1; chunk++) fetch(tile, chunk);
-    int after = 0;
+    for (int chunk = 0; chunk < STAGES - 1; chunk++, ahead += CHUNK) fetch(ahead, chunk);
 #pragma unroll 1
-    for (int chunk = 0; tile < tiles; chunk++) {
-        if (chunk == 0) after = lane == 0 && next < tiles ? atomicAdd(taken + kv, 1) : tiles;
-        const int j = seen.base + tile * TILE + chunk * CHUNK, ahead = chunk + STAGES - 1;
-        fetch(ahead < CHUNKS ? tile : min(next, tiles - 1), ahead % CHUNKS);
+    for (int chunk = 0; tile < tiles; chunk++, ahead += CHUNK) {
+        if (chunk == 1) ahead = seen.base + min(tile + warps, tiles - 1) * TILE;
+        const int j = seen.base + tile * TILE + chunk * CHUNK;
+        fetch(ahead, (chunk + STAGES - 1) % STAGES);
         await<STAGES - 1>();
         uint4 now[LOADS];
 #pragma unroll
-        for (int u = 0; u < LOADS; u++) now[u] = mine_of[chunk % STAGES][u][lane];
+        for (int u = 0; u < LOADS; u++) now[u] = mine_of[chunk][u][lane];
         float sum[SUMS];
 #pragma unroll
         for (int u = 0; u < LOADS; u++) {
@@ -111,21 +121,43 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
             for (int h = 0; h < HEADS; h++) sum[h * LOADS + u] = product(query[h], x);
         }
         tree_over_lanes<SUMS, LANES, log2i(HEADS)>(sum, lane);
+        const bool opens = SUB <= CHUNK || j % SUB == 0, closes = SUB <= CHUNK || (j + CHUNK) % SUB == 0;
 #pragma unroll
         for (int i = 0; i < LEFT; i++) {
             const int h = (first + i) / LOADS, c = (first + i) % LOADS * COLUMNS + column;
             const bool ranked = (u32)(j + c - seen.start) < (u32)(seen.stop - seen.start);
             const bool sees = FORCED ? j + c >= seen.begin && j + c < seen.end : ranked;
-            const int w = word_of(sum[i]);
-            const i64 at = (i64)(first_row + h) * padded + j + c;
-            if (mine && h < GROUP) word[at] = sees ? w : NONE;
-            if (mine && h < GROUP && ranked && w >= counted[i] && sample.holds(j + c))
-                atomicAdd(tally + (i64)(first_row + h) * TALLY + (int)place_of(w, units[i]) / EACH_TALLY, 1);
+            const int any = word_of(sum[i]), w = ranked ? any : NONE;
+            if (mine && h < GROUP) word[(i64)(first_row + h) * padded + j + c] = sees ? any : NONE;
+            if (w >= counted[i]) count(i, j + c, w);
+            if (first_tile && ranked) moments[i].add(sum[i] * units[i]);
+            highest[i] = opens ? w : max(highest[i], w);
         }
-        if (chunk == CHUNKS - 1) {
-            if (first_tile) count_first();
+        if (closes) {
+            // A key's number is its load's, then its place in the load: bits that lie in the lane or in `first`.
+#pragma unroll
+            for (int bit = 0; (1 << bit) < SUB && (1 << bit) < CHUNK; bit++) {
+                const int low = bit - log2i(COLUMNS), s = log2i(SUMS) - 1 - low;
+                int other[LEFT];
+#pragma unroll
+                for (int i = 0; i < LEFT; i++) {
+                    if (bit < log2i(COLUMNS)) other[i] = __shfl_xor_sync(ALL, highest[i], LANES << bit);
+                    else if (low < log2i(LEFT)) other[i] = highest[i ^ (1 << low)];
+                    else other[i] = __shfl_xor_sync(ALL, highest[i], 1 << s);
+                }
+#pragma unroll
+                for (int i = 0; i < LEFT; i++) highest[i] = max(highest[i], other[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < LEFT; i++) {
+                const int h = (first + i) / LOADS, c = (first + i) % LOADS * COLUMNS + column;
+                if (mine && h < GROUP && c % SUB == 0) best[((i64)(first_row + h) * padded + j + c) / SUB] = highest[i];
+            }
+        }
+        if (chunk == STAGES - 1) {
+            if (first_tile) count_first(j - chunk * CHUNK);
             first_tile = false, chunk = -1;
-            tile = next, next = 2 * warps + __shfl_sync(ALL, after, 0);
+            tile += warps;
         }
     }
 }

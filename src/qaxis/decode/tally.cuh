@@ -4,6 +4,7 @@
 // they say the choice is exact. Put after seen.cuh by compiler.py. Fast scores are 16-bit places; canonical ones are turned
 // into such.
 
+constexpr int SUB = 16;  // neighbours whose best fast score is kept, as choose.cu looks at it first
 constexpr int PLACES = 65536, TALLY = 2048, EACH_TALLY = PLACES / TALLY;
 
 // Steps of a place in one unit of score; 0 where the range is not usable (as in arithmetic/triton.py).
@@ -41,6 +42,7 @@ struct Sample {
 struct Moments {
     float sum = 0.0f, square = 0.0f, many = 0.0f;
     __device__ __forceinline__ void add(float x) { sum += x, square += x * x, many += 1.0f; }
+    __device__ __forceinline__ void add(const Moments& more) { sum += more.sum, square += more.square, many += more.many; }
     // Of the lanes whose numbers differ by multiples of `from`.
     __device__ __forceinline__ void gather(int from) {
 #pragma unroll

@@ -2,8 +2,9 @@
 
 Parts of ``[B, Hkv, room, D]`` keys: ``norms [B, Hkv, groups]``, of each group the longest key; ``longest [B, Hkv]``,
 of all; ``norm [B, Hkv]``, what the index says. With codes also ``codes``, ``scales``, and of what they leave out
-``residuals`` and ``scaled_residuals`` a group, ``residual`` a head; ``largest_scales [B, Hkv, D]``. Largest ones do not depend on the order in
-which tokens come, so an index that grew equals one that is made anew. A group gets its codes when it is complete.
+``residuals`` a group, ``residual`` a head, and ``scaled_residuals`` a group, where every channel is divided by the root
+of its scale; ``largest_scales [B, Hkv, D]``. Largest ones do not depend on the order in which tokens come, so an index
+that grew equals one that is made anew. A group gets its codes when it is complete.
 
 Here in PyTorch, for tokens whose places the host knows; ``append.py`` does the same on a GPU.
 """

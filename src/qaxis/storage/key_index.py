@@ -23,9 +23,9 @@ class KeyIndex:
         residual: float32 ``[B, Hkv]``, at least the length of what the codes leave out of any key.
         largest_scales: float32 ``[B, Hkv, D]``, of every channel the largest scale.
         codes: the codes as the 8-bit cache stores them, or None.
-        scaled_residuals: float32 ``[B, Hkv, groups]``, of each whole group of tokens that share their scales: at least the
-            length of what the codes leave out of any key, every channel divided by the root of its scale. None where
-            ``residual`` says it all, as where the codes are the keys.
+        scaled_residuals: float32 ``[B, Hkv, groups]``, of each whole group of tokens that share their scales: at
+            least the length of what the codes leave out of any key, every channel divided by the root of its scale.
+            None where ``residual`` says it all, as where the codes are the keys.
 
     Raises:
         ValueError: for a bound that is no tensor.
