@@ -335,7 +335,7 @@ class CudaStep:
 
 
 def _left_out(index: KeyIndex) -> tuple[torch.Tensor, list[int]]:
-    """What codes leave out of any key of a group, or of a head; strides of batches, heads, groups; whether it is scaled."""
+    """What codes leave out of any key of a group or a head, strides of batches, heads, groups, whether it is scaled."""
     scaled = index.scaled_residuals
     if scaled is None:
         return index.residual, [index.residual.shape[1], 1, 0, 0]
