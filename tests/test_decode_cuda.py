@@ -231,3 +231,105 @@ def test_a_thread_that_waits_for_ever_is_named():
 def test_what_the_compiler_says_is_passed_on():
     with pytest.raises(RuntimeError, match="nowhere"):
         emulator.compiled('extern "C" __global__ void f(int* p) { *p = nowhere; }', "f", [])
+
+
+# ---- the cut that counts of a sample lead to --------------------------------------------------------------------------
+
+
+def uneven(kind: str, n: int, dim: int, k_eff: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, keys and values of two heads over one KV head, whose scores mislead what is counted of them."""
+    q, k, v = (bell(1, h, m, dim, seed=h + m, dtype=torch.bfloat16) for h, m in ((2, 1), (1, n), (1, n)))
+    toward = q[:, :1]
+    j = torch.arange(n)
+    if kind == "one low key in 16":
+        # Mean and spread of a warp's first keys put the place above all of them: nothing is counted.
+        k[:, :, j % 16 == 5] = -200 * toward
+    if kind == "a run of the best":
+        k[:, :, n // 3 : n // 3 + k_eff + 9] += 2 * toward
+    if kind == "the best outside the sample":
+        k[:, :, (j // 16 ^ j // 128) % 8 != 0] += toward
+    if kind == "the best inside the sample":
+        k[:, :, (j // 16 ^ j // 128) % 8 == 0] += toward
+    if kind == "channels of all sizes":
+        # As in models: what is large in keys is small in queries.
+        size = torch.logspace(-1, 1, dim)[torch.randperm(dim, generator=torch.Generator().manual_seed(1))].to(k.dtype)
+        q, k = q / size, k * size
+    return q, k, v
+
+
+KINDS = [
+    "one low key in 16", "a run of the best", "the best outside the sample", "the best inside the sample",
+    "channels of all sizes",
+]  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("codes", [False, True])
+def test_counts_that_mislead_cost_time_and_no_key(kind, codes):
+    n, k_eff = 6000, 1100
+    q, k, v = uneven(kind, n, 64, k_eff)
+    decoder, index = decode.Decoder(1, 2, n, 64, k_eff, "cpu"), decode.index_keys(k, codes=codes)
+    for _ in range(2):
+        # Twice: a step leaves the counts as it found them.
+        check(decoder(q, k, v, index), q, k, v, k_eff)
+    made = decoder.cuda_step(q, k, v, index)
+    assert made is not None and not made.buffers.tally.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "channels of all sizes"])
+def test_fast_scores_are_off_by_no_more_than_they_say(kind, scaled):
+    n, groups = 3000, 3000 // 128
+    q, k, v = uneven(kind, n, 64, 100)
+    index = decode.index_keys(k, codes=True)
+    index = index if scaled else dataclasses.replace(index, scaled_residuals=None)
+    decoder = decode.Decoder(1, 2, n, 64, 100, "cpu")
+    check(decoder(q, k, v, index), q, k, v, 100)
+    made = decoder.cuda_step(q, k, v, index)
+    assert made is not None
+    work = made.buffers
+    right = qaxis.canonical_scores(q, k)[0, :, 0, : groups * 128].double() * work.units[:, None].double()
+    off = (work.fast[:, : groups * 128].double() - 32768 - right).abs().unflatten(1, (groups, 128)).amax(2)
+    assert bool((off <= work.off[:, :groups]).all())
+    # And not by much less, but for the slack of Cauchy-Schwarz.
+    assert bool((off >= work.off[:, :groups] / (40 if scaled else 400)).all())
+
+
+@needs_compiler
+def test_uneven_channels_do_not_make_more_candidates():
+    n, k_eff = 6000, 100
+    q, k, v = uneven("channels of all sizes", n, 64, k_eff)
+    index = decode.index_keys(k, codes=True)
+    # By one length for all channels, as an index without the scaled ones has it, most keys are candidates.
+    plain = decode.KeyIndex(index.norm, index.residual, index.largest_scales, index.codes)
+    found = {}
+    for name, used in (("scaled", index), ("plain", plain)):
+        step = decode.Decoder(1, 2, n, 64, k_eff, "cpu")(q, k, v, used)
+        check(step, q, k, v, k_eff)
+        found[name] = int(step.rescored.sum(-1).max())
+    assert found["scaled"] <= 4 * k_eff and found["plain"] > 2 * found["scaled"], found
+
+
+@needs_compiler
+def test_all_keys_are_kept_without_a_second_look():
+    # More than are compared with each other: no bin of scores has an edge then.
+    q, k, v = uneven("plain", 3000, 64, 3000)
+    for codes in (False, True):
+        step = decode.Decoder(1, 2, 3000, 64, 3000, "cpu")(q, k, v, decode.index_keys(k, codes=codes))
+        check(step, q, k, v, 3000)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "codes"])
+def test_scaled_residuals_that_do_not_fit_are_named(change):
+    q, k = bell(1, 2, 1, 64), bell(1, 1, 300, 64)
+    index = decode.index_keys(k, codes=True)
+    assert index.scaled_residuals is not None and index.scaled_residuals.shape == (1, 1, 2)
+    given = {
+        "shape": dataclasses.replace(index, scaled_residuals=index.scaled_residuals[:, :, :1]),
+        "dtype": dataclasses.replace(index, scaled_residuals=index.scaled_residuals.double()),
+        "codes": dataclasses.replace(index, codes=None),
+    }[change]
+    with pytest.raises(ValueError, match=r"^index\.scaled_residuals"):
+        decode.Decoder(1, 2, 300, 64, 9, "cpu")(q, k, k, given)

@@ -40,6 +40,10 @@ def same_index(a: KeyIndex, b: KeyIndex) -> bool:
     if a.codes is None or b.codes is None:
         return equal and a.codes is b.codes
     parts = ("codes", "scales", "first", "newest")
+    if a.scaled_residuals is None or b.scaled_residuals is None:
+        equal &= a.scaled_residuals is b.scaled_residuals
+    else:
+        equal &= torch.equal(a.scaled_residuals, b.scaled_residuals)
     return equal and all(torch.equal(getattr(a.codes, name), getattr(b.codes, name)) for name in parts)
 
 

@@ -94,7 +94,8 @@ def everything(dtype: torch.dtype) -> list[torch.Tensor]:
         if emulator.available():
             out += qaxis.topk(out[0], 20, order=order, backend="cuda")
     index = index_keys(k, codes=True)
-    out += [index_keys(k).norm, index.norm, index.residual, index.largest_scales]
+    assert index.scaled_residuals is not None
+    out += [index_keys(k).norm, index.norm, index.residual, index.largest_scales, index.scaled_residuals]
     out += TritonStep(1, 2, 150, 64, 20, "cpu")(q, k, v, index)[:2]
     many, *_ = tensors(m=2, dtype=dtype)
     prefill = prefill_attention(many, k, v, qaxis.Budget(0.1), selection=True, backend="triton", tuning=TUNING)

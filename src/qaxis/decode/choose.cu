@@ -233,7 +233,7 @@ struct Shared {
     int near[CLUSTER];  // how many of every program
     int scratch[WARPS + 4];
     int highest;         // canonical word
-    int nears, winners;  // lengths of lists
+    int found, nears, winners;  // lengths of lists
     int full;            // whether candidates were left out for lack of room
     float warp_numerators[WARPS][DIM_V], warp_denominators[WARPS];  // stage 5: of a warp, of a program
     float numerators[CLUSTER][DIM_V], denominators[CLUSTER];
@@ -314,7 +314,7 @@ __device__ __forceinline__ void mark(const Program& p, int i) {
 
 // ---- 1. candidates --------------------------------------------------------------------------------------------------
 //
-// Keys that may be among the best, in order: those of own blocks. Keys without a fast score are always candidates; so are those
+// Keys of own blocks that may be among the best, in any order. Keys without a fast score are always candidates; so are those
 // that are kept in any case, whatever they score.
 
 __device__ __forceinline__ void clear(const Program& p) {
@@ -325,7 +325,7 @@ __device__ __forceinline__ void clear(const Program& p) {
     for (int i = p.tid; i < p.own * WORDS; i += THREADS) p.bitmap[i] = 0;
 #pragma unroll 1
     for (int i = p.tid; i < p.own; i += THREADS) p.own_count[i] = 0;
-    if (p.tid == 0) s.highest = NONE, s.nears = 0, s.winners = 0, s.full = 0;
+    if (p.tid == 0) s.highest = NONE, s.found = 0, s.nears = 0, s.winners = 0, s.full = 0;
 }
 
 // Of 16 keys from j on, those in [from, to).
@@ -384,13 +384,12 @@ __device__ __forceinline__ int list_candidates(const Program& p, const Limits& l
     constexpr int EACH = Glance::EACH;
     Shared& s = p.s;
     Glance next(p, limits, 0);
-    int before = 0;
 #pragma unroll 1
     for (int first = 0; first < p.own; first += Glance::STEP) {
         const Glance now = next;
         next = Glance(p, limits, first + Glance::STEP);
         u32 may[EACH], scored[EACH];
-        int least[EACH], upto[EACH], all = 0;
+        int least[EACH], mine = 0;
         uint4 raw[EACH][PACKS];
 #pragma unroll
         for (int u = 0; u < EACH; u++) {
@@ -405,26 +404,20 @@ __device__ __forceinline__ int list_candidates(const Program& p, const Limits& l
 #pragma unroll
         for (int u = 0; u < EACH; u++) {
             if (scored[u]) may[u] |= reaching(raw[u], least[u]) & scored[u];
-            upto[u] = all + sum_upto(__popc(may[u]), p.lane);
-            all = __shfl_sync(ALL, upto[u], 31);
+            mine += __popc(may[u]);
         }
-        if (p.lane == 31) s.scratch[p.warp] = all;
-        __syncthreads();
-        const Sums sums = over_warps(s.scratch, p.lane, p.warp);
+        int to = reserve(&s.found, mine, p.lane);
 #pragma unroll
-        for (int u = 0; u < EACH; u++) {
-            int to = before + sums.before + upto[u] - __popc(may[u]);
+        for (int u = 0; u < EACH; u++)
             for (; may[u] && to < p.room; may[u] &= may[u] - 1, to++) {
                 const int j = Glance::key(p, first, u) + __ffs(may[u]) - 1;
                 p.position[to] = j;
                 if (!CODED) p.value[to] = p.fast[j];
             }
-        }
-        before += sums.all;
-        __syncthreads();
     }
-    if (p.tid == 0) s.full = before > p.room, count[p.row * CLUSTER + p.rank] = before;
-    return min(before, p.room);
+    __syncthreads();
+    if (p.tid == 0) s.full = s.found > p.room, count[p.row * CLUSTER + p.rank] = s.found;
+    return min(s.found, p.room);
 }
 
 // ---- 2. canonical scores --------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ class Plan:
 def _fixed_bytes(dim_v: int, cluster: int, threads: int) -> int:
     """Size of ``Shared`` in choose.cu."""
     warps = threads // 32
-    return 4 * (TALLY + 2 * NEAR * (cluster + 1) + cluster + warps + 8 + (warps + cluster) * (dim_v + 1))
+    return 4 * (TALLY + 2 * NEAR * (cluster + 1) + cluster + warps + 9 + (warps + cluster) * (dim_v + 1))
 
 
 def _room(shape: Shape, cluster: int, own: int) -> int:

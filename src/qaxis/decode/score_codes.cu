@@ -13,28 +13,30 @@ __device__ __forceinline__ void unpack(const uint4& lower, const uint4& upper, i
     for (int i = 0; i < 16; i++) place[i] = (packed[i / 2] >> (16 * (i % 2))) & 65535;
 }
 
-// 16-bit scores [rows, padded] of groups of 128 tokens that share their steps, by how many places they may be off, the best of every SUB
-// neighbours, and counts; a warp takes one
-// at a time. The query, times the steps, is split into two 8-bit parts, which are the columns of an exact product. Whole groups
-// are written: what of them a row does not see, or has no code, gets the score 0.
+// 16-bit scores [rows, padded] of groups of 128 tokens that share their steps, by how many places they may be off, the best of
+// every SUB neighbours, and counts; a warp takes one group at a time. The query, times the steps, is split into two 8-bit
+// parts, which are the columns of an exact product. Whole groups are written: what of them a row does not see, or has no code,
+// gets the score 0. `left_out` is a length for every group: scaled, of what codes leave out over the roots of their steps, so
+// that channels whose steps are large do not widen the error of the others.
 extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
     const void* q, const char* codes, const char* scales, const float* norm, const float* left_out, const float* steps,
-    const int* rows, u16* fast, u16* best, float* units_of, float* off, int* tally, int heads, int kv_heads, int padded, int n, int k_eff, int in_full, int sinks, int recent,
-    int q_b, int q_h, int codes_b, int codes_h, int codes_n, int scales_b, int scales_h, int scales_n,
-    int left_out_b, int left_out_h, int left_out_n, int scaled, double relative, double split) {
+    const int* rows, u16* fast, u16* best, float* units_of, float* off, int* tally, int heads, int kv_heads, int padded,
+    int n, int k_eff, int in_full, int sinks, int recent, int q_b, int q_h, int codes_b, int codes_h, int codes_n,
+    int scales_b, int scales_h, int scales_n, int left_out_b, int left_out_h, int left_out_n, int scaled,
+    double relative, double split) {
     const int lane = threadIdx.x % 32, t = lane % 4, row = lane / 4;
     const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads, first_row = b * heads + g * GROUP;
-    // What every group needs is asked for first: behind the codes it would wait for them. The numbers of a lane are 16 of every
-    // 64, those at 16 t; of head row / 2 of each part.
+    // What every group needs is asked for first: behind the codes it would wait for them. Many warps want the same, so it goes
+    // through the L1 cache. The numbers of a lane are 16 of every 64, those at 16 t; of head row / 2 of each part.
     uint4 raw_query[PARTS][QUARTER / E], raw_step[QUARTER / 4];
 #pragma unroll
     for (int i = 0; i < QUARTER; i += 4) {
         const int d = i / 16 * 64 + t * 16 + i % 16;
-        raw_step[i / 4] = load16(steps + (i64)kv * DIM + d);
+        raw_step[i / 4] = *(const uint4*)(steps + (i64)kv * DIM + d);
 #pragma unroll
         for (int p = 0; p < PARTS; p++)
             if (i % E == 0)
-                raw_query[p][i / E] = load16(
+                raw_query[p][i / E] = *(const uint4*)(
                     (const char*)q + ((i64)b * q_b + (i64)(g * GROUP + min(p * 4 + row / 2, GROUP - 1)) * q_h + d) * (16 / E));
     }
     const float longest = norm[kv];
@@ -148,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
             const int h = p * 4 + row / 2;
             if (lane % 8 == 0 && h < GROUP) off[((i64)(first_row + h) * padded) / 128 + from + group] = places;
         }
-#pragma unroll
+#pragma unroll 1
         for (int m = 0; m < 8; m++) {
             await<AHEAD - 1>();
             u32 a[2][WORDS];
