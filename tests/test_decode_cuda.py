@@ -233,7 +233,7 @@ def test_what_the_compiler_says_is_passed_on():
         emulator.compiled('extern "C" __global__ void f(int* p) { *p = nowhere; }', "f", [])
 
 
-# ---- the cut that counts of a sample lead to --------------------------------------------------------------------------
+# ---- the cut that counts of a sample lead to ------------------------------------------------------------------------
 
 
 def uneven(kind: str, n: int, dim: int, k_eff: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -30,11 +30,11 @@ struct Sample {
         share = fmaxf(4.0f * needed / max(keys, 1), 0.03125f);
     }
     __device__ __forceinline__ bool holds(int key) const { return ((key / 16 ^ key / 128) & mask) == 0; }
-    // How many of the sample should reach the cut, if `needed` keys are to: a fiftieth more, for what fast scores are off by,
-    // and three deviations.
+    // How many of the sample should reach the cut, if `needed` keys are to: somewhat more, for what fast scores are off by, and
+    // three deviations.
     __device__ __forceinline__ int wanted(int needed) const {
         const float mean = (float)needed / (mask + 1), deviation = sqrtf(mean * mask / (mask + 1));
-        return (int)ceilf(1.02f * mean + 3.0f * deviation) + 2;
+        return (int)ceilf(1.03f * mean + 3.0f * deviation) + 4;
     }
 };
 
