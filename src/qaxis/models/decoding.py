@@ -112,8 +112,9 @@ def _held(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Held:
     return Held(k, v, index_keys(k), shared, shared.clock, room, 0, why)
 
 
-def _decoder(q: torch.Tensor, held: Held, budget: Budget, triton: bool) -> Any:
-    """The decoder, or with ``triton`` its Triton step alone, of such queries."""
+def _decoder(q: torch.Tensor, held: Held, budget: Budget, backend: str) -> Any:
+    """The decoder of such queries, or for ``"triton"`` its Triton step alone."""
+    triton = backend == "triton"
     shape = (q.shape[0], q.shape[1], held.room, q.shape[3], budget.k_eff(held.room))
     key = (held.room, "triton" if triton else "decoder", q.dtype, q.device, *shape)
     if key not in held.shared.workspace:
@@ -213,9 +214,9 @@ def attend(
     if budget is None:
         return Attended(_dense(q, k, held, shown, logits), None, "dense")
     if settings.backend == "triton":
-        step, engine, reason = _decoder(q, held, budget, True), "triton", "backend='triton'"
+        step, engine, reason = _decoder(q, held, budget, "triton"), "triton", "backend='triton'"
     else:
-        step = _decoder(q, held, budget, False)
+        step = _decoder(q, held, budget, "auto")
         engine, reason = step.engine(one, held.keys, held.values, held.index, settings.always, logits)
     done = []
     for i in range(m):

@@ -19,8 +19,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache import Cache
+from .captured import CACHE, MASK
 from .compiled import CompiledForward
 from .holding import HoldingLayer, holds_nothing
+from .model_state import collects
 from .replaying import replaying
 from .settings import settings_of
 from .stand_in import standing_in
@@ -31,9 +33,9 @@ LONG_PROMPT, CHUNK = 16384, 2048
 #: tokens beyond the prompt that a cache has room for at once, of all rows and of one at least: answers may end long
 #: before they must
 MOST_ROOM, LEAST_ROOM = 4096, 256
-_GENERATE, _PREPARE, _CACHE = "generate", "_prepare_cache_for_generation", "past_key_values"
+_GENERATE, _PREPARE = "generate", "_prepare_cache_for_generation"
 #: arguments of a model that can be cut into chunks, or do not tell one token from another
-_IN_CHUNKS = {_CACHE, "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
+_IN_CHUNKS = {CACHE, MASK, "position_ids", "cache_position", "use_cache", "logits_to_keep"}
 #: models whose ``generate`` is ours
 _ours: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
@@ -91,7 +93,7 @@ def _given_caches(model: PreTrainedModel) -> Iterator[None]:
         def prepared(*args: Any, **kwargs: Any) -> Any:
             told = signature.bind(*args, **kwargs).arguments
             inputs, config = told["model_kwargs"], told["generation_config"]
-            passed = inputs.get(_CACHE)
+            passed = inputs.get(CACHE)
             result = prepare(*args, **kwargs)
             why = _no_cache(passed, inputs, config)
             if not why:
@@ -108,7 +110,7 @@ def _given_caches(model: PreTrainedModel) -> Iterator[None]:
 
 def _no_cache(passed: Any, inputs: dict[str, Any], config: Any) -> str:
     """Why what transformers prepared is left as it is; empty if it is not."""
-    made = inputs.get(_CACHE)
+    made = inputs.get(CACHE)
     if made is None:
         return "it makes none"
     if made is passed:
@@ -139,7 +141,7 @@ def _give_cache(model: PreTrainedModel, told: dict[str, Any]) -> str:
     if config.is_assistant:
         # What an assistant drafts is taken back.
         cache.activate_past_recording()
-    inputs[_CACHE] = cache
+    inputs[CACHE] = cache
     if prompt > LONG_PROMPT and config.prefill_chunk_size is None:
         whole = _not_in_chunks(model, cache, inputs, config)
         if whole:
@@ -161,13 +163,9 @@ def _not_in_chunks(model: PreTrainedModel, cache: Cache, inputs: dict[str, Any],
         return f"{strange[0]} is passed"
     if model.main_input_name != "input_ids":
         return f"its input is {model.main_input_name}"
-    asked = (
-        getattr(of, name, None)
-        for of in (config, model.config)
-        for name in ("output_hidden_states", "output_attentions")
-    )
-    if any(asked):
-        return "hidden states or attentions of every token are asked for"
+    why = collects(model, [config])
+    if why:
+        return why
     for module in model.modules():
         kind = getattr(module, "rope_type", "default")
         for each in kind.values() if isinstance(kind, dict) else (kind,):

@@ -6,7 +6,7 @@ qaxis or autocast that came since would be passed by. All of that lies in the at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
+from transformers import PreTrainedModel
 
 from .settings import CALLS, is_ours
+
+#: what a call may be asked to collect beside logits, of every layer and token
+_COLLECTED = ("output_hidden_states", "output_attentions")
 
 #: whose hooks stay on a model that was once asked for hidden states, and do nothing where nobody asks for them
 _COLLECTING = "transformers.utils.output_capturing"
@@ -86,3 +90,15 @@ def _lies_somewhere(x: torch.Tensor) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
+
+
+def collects(model: PreTrainedModel, asked: Iterable[Any]) -> str:
+    """Why a call has to run as it is, if hidden states or attentions are asked for; empty if none are.
+
+    Args:
+        model: whose configuration asks too.
+        asked: keyword arguments, or configurations, of the call.
+    """
+    asking = [*asked, model.config]
+    found = (x.get(n) if isinstance(x, dict) else getattr(x, n, False) for x in asking for n in _COLLECTED)
+    return "hidden states or attentions of every token are asked for" if any(found) else ""

@@ -30,7 +30,7 @@ from .cache import Cache, InPlaceCache, Int8Cache
 from .captured import CACHE, MASK, CapturedStep, capturing, distance, fresh, is_of_tokens, same, take_back, taken_back
 from .compiled import CompiledForward
 from .masks import left_pads
-from .model_state import ModelState, foreign_hooks
+from .model_state import ModelState, collects, foreign_hooks
 from .settings import Settings, settings_of
 from .stand_in import standing_in
 
@@ -48,7 +48,6 @@ MOST_CHANGES = 3
 #: tokens before a step is captured: by then a cache has all that it keeps in full of the first ones
 LEAST = 128
 _PROMPT = "a prompt"
-_COLLECTED = ("output_hidden_states", "output_attentions")
 #: threads that are generating, by device, once for every call
 _generating: dict[torch.device, list[int]] = {}
 #: of a layer that attends by itself
@@ -112,8 +111,9 @@ class Replaying:
             return f"{CACHE} is a {type(cache).__name__}"
         if not is_of_tokens(kwargs.get(MASK), cache.get_seq_length() + 1):
             return "attention_mask is not one number a token"
-        if any(kwargs.get(name) or getattr(self.model.config, name, False) for name in _COLLECTED):
-            return "hidden states or attentions of every token are asked for"
+        why = collects(self.model, [kwargs])
+        if why:
+            return why
         if recorders.current() or observing.anybody():
             return "a recording or an observer sees every call"
         if not self.settings:
@@ -143,6 +143,9 @@ class Replaying:
         if foreign_hooks(self.model):
             self.failed = "a module has hooks"
             return False
+        if self._others_generate():
+            return False
+        # This waits for the device.
         pads = left_pads(kwargs.get(MASK), 0, cache.get_seq_length() + 1)
         if isinstance(pads, bool):
             self.failed = "padding is not on the left"
@@ -157,13 +160,16 @@ class Replaying:
         self.step, self.state, self.key = None, None, key
         self.proofs, self.warm = 0, min(self.warm, WARM - 1)
 
+    def _others_generate(self) -> bool:
+        """Whether random numbers that another thread draws could raise there while a step is captured here."""
+        others = bool(set(_generating.get(self.model.device, ())) - {get_ident()})
+        if others:
+            self._log_once("another thread generates on this device; one is captured once it does not")
+        return others
+
     def _captured(self, kwargs: dict[str, Any], pads: torch.Tensor | None) -> bool:
         with capturing:
-            # Random numbers that another thread draws while a step is captured raise there.
-            if set(_generating.get(self.model.device, ())) - {get_ident()}:
-                self._log_once("another thread generates on this device; one is captured once it does not")
-                return False
-            return self._captured_alone(kwargs, pads)
+            return not self._others_generate() and self._captured_alone(kwargs, pads)
 
     def _captured_alone(self, kwargs: dict[str, Any], pads: torch.Tensor | None) -> bool:
         try:
