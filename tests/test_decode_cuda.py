@@ -46,6 +46,19 @@ def test_a_step_has_the_canonical_bits(codes):
 
 
 @needs_compiler
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_codes_of_every_head_dim_and_group(dim, group):
+    q, k, v = (bell(1, h, n, dim, seed=h + n, dtype=torch.bfloat16) for h, n in ((group, 1), (1, 900), (1, 900)))
+    decoder, index = decode.Decoder(1, group, 900, dim, 40, "cpu"), decode.index_keys(k, codes=True)
+    assert decoder.engine(q, k, v, index) == ("cuda", "")
+    step = decoder(q, k, v, index)
+    check(step, q, k, v, 40)
+    # Codes told most keys apart.
+    assert int(step.rescored.sum(-1).max()) < 400
+
+
+@needs_compiler
 def test_ties_beyond_any_room_go_to_the_lower_positions():
     q, v = bell(1, 2, 1, 32), bell(1, 1, 12000, 32, seed=2)
     k = bell(1, 1, 1, 32, seed=1).expand(1, 1, 12000, 32).contiguous()

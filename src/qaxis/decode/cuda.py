@@ -53,8 +53,8 @@ SHARED_ROOM, MOST_ROOM = 4096, 20480
 LONG = 1 << 19
 #: as in score_codes.cu: products of 16 keys whose codes a warp has asked for
 AHEAD = 4
-#: score programs that a multiprocessor runs at the same time: of keys, of codes (registers allow no more)
-KEYS_AT_ONCE, CODES_AT_ONCE = 3, 4
+#: score programs that a multiprocessor runs at the same time: of keys, of codes by head_dim (registers allow no more)
+KEYS_AT_ONCE, CODES_AT_ONCE = 3, {64: 4, 128: 4, 256: 2}
 #: multiprocessors that the emulator pretends to have, as many as an H200
 EMULATED_MULTIPROCESSORS = 132
 
@@ -136,8 +136,8 @@ def refusal(q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex) -> str:
     else:
         parts += [k, v]
     if index.codes is not None:
-        if q.shape[3] not in (64, 128):
-            return f"codes of head_dim {q.shape[3]}, not 64 or 128"
+        if q.shape[3] not in CODES_AT_ONCE:
+            return f"codes of head_dim {q.shape[3]}, not {', '.join(map(str, CODES_AT_ONCE))}"
         if index.codes.grid != EIGHT or index.largest_scales.data_ptr() % 16:
             return "codes that are not 8 bits in groups of 128, or bounds that are not aligned"
         parts += [index.codes.codes, index.codes.scales]
@@ -191,7 +191,7 @@ def _room(shape: Shape, cluster: int, own: int) -> int:
 
 def _score_programs(shape: Shape, multiprocessors: int) -> int:
     """As many as run at the same time, if each of their four warps has some keys."""
-    at_once = CODES_AT_ONCE if shape.coded else KEYS_AT_ONCE
+    at_once = CODES_AT_ONCE[shape.head_dim] if shape.coded else KEYS_AT_ONCE
     most = max(1, at_once * multiprocessors // (shape.batch * shape.kv_heads))
     tile = TILE if shape.coded else 16 * 32 * shape.each // shape.head_dim
     return min(most, -(-shape.n // (4 * tile)))

@@ -18,7 +18,7 @@ __device__ __forceinline__ void unpack(const uint4& lower, const uint4& upper, i
 // parts, which are the columns of an exact product. Whole groups are written: what of them a row does not see, or has no code,
 // gets the score 0. `left_out` is a length for every group: scaled, of what codes leave out over the roots of their steps, so
 // that channels whose steps are large do not widen the error of the others.
-extern "C" __global__ void __launch_bounds__(128, 4) score_codes(
+extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes(
     const void* q, const char* codes, const char* scales, const float* norm, const float* left_out, const float* steps,
     const int* rows, u16* fast, u16* best, float* units_of, float* off, int* tally, int heads, int kv_heads, int padded,
     int n, int k_eff, int in_full, int sinks, int recent, int q_b, int q_h, int codes_b, int codes_h, int codes_n,

@@ -13,7 +13,7 @@ from ..storage.in_place import KeyValues
 from .holding import HoldingLayer, tokens_left
 
 #: widths of keys that codes are scored in
-CODED_DIMS = (64, 128)
+CODED_DIMS = (64, 128, 256)
 
 
 def index_for(k: torch.Tensor, index: str) -> tuple[str, str]:
