@@ -81,8 +81,8 @@ def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 
 def roots_of(exponent: torch.Tensor) -> torch.Tensor:
     """2^(-e/2) for int32 ``e`` in -126..127, rounded once: what a number is multiplied by to be divided by a root."""
-    odd = (exponent & 1).bool()
-    return power_of_two(-(exponent >> 1)) * torch.where(odd, ROOT_HALF, 1.0)
+    root = power_of_two(-(exponent >> 1))
+    return torch.where((exponent & 1).bool(), root * ROOT_HALF, root)
 
 
 def exp2(t: torch.Tensor) -> torch.Tensor:
