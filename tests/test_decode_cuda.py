@@ -291,6 +291,17 @@ def test_counts_that_mislead_cost_time_and_no_key(kind, codes):
 
 
 @needs_compiler
+@pytest.mark.parametrize("codes", [False, True])
+def test_more_keys_than_there_is_room_for_of_which_none_was_counted(codes):
+    n, k_eff = 12000, 40
+    q, (_, k, v) = bell(1, 8, 1, 64, dtype=torch.bfloat16), uneven("plain", n, 64, k_eff)
+    q = q[:, :1] + q / 2
+    k[:, :, torch.arange(n) % 16 == 5] = -200 * q[:, :1]
+    decoder, index = decode.Decoder(1, 8, n, 64, k_eff, "cpu"), decode.index_keys(k, codes=codes)
+    check(decoder(q, k, v, index), q, k, v, k_eff)
+
+
+@needs_compiler
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "channels of all sizes"])
 def test_fast_scores_are_off_by_no_more_than_they_say(kind, scaled):
