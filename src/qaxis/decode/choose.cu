@@ -219,11 +219,6 @@ struct Cut {
     }
 };
 
-// By how many places the fast scores of a row may be off: of every group of 128 keys.
-struct Limits {
-    const float* off;
-};
-
 // ---- what the stages share ------------------------------------------------------------------------------------------
 
 struct Shared {
@@ -233,7 +228,7 @@ struct Shared {
     int near[CLUSTER];  // how many of every program
     int scratch[WARPS + 4];
     int highest;         // canonical word
-    int found, nears, winners;  // lengths of lists
+    int runs, found, nears, winners;  // lengths of lists
     int full;            // whether candidates were left out for lack of room
     float warp_numerators[WARPS][DIM_V], warp_denominators[WARPS];  // stage 5: of a warp, of a program
     float numerators[CLUSTER][DIM_V], denominators[CLUSTER];
@@ -325,7 +320,7 @@ __device__ __forceinline__ void clear(const Program& p) {
     for (int i = p.tid; i < p.own * WORDS; i += THREADS) p.bitmap[i] = 0;
 #pragma unroll 1
     for (int i = p.tid; i < p.own; i += THREADS) p.own_count[i] = 0;
-    if (p.tid == 0) s.highest = NONE, s.found = 0, s.nears = 0, s.winners = 0, s.full = 0;
+    if (p.tid == 0) s.highest = NONE, s.runs = 0, s.found = 0, s.nears = 0, s.winners = 0, s.full = 0;
 }
 
 // Of 16 keys from j on, those in [from, to).
@@ -361,45 +356,76 @@ __device__ __forceinline__ u32 reaching(const uint4 (&raw)[PACKS], int least) {
     return CODED ? ~(spread(bits & 0xffu) | spread(bits >> 16) << 1) : bits;
 }
 
-// What is looked at first, of own blocks: a warp takes two neighbouring ones, a lane SUB keys of each.
+// A lane's 16 bytes of bests, each of a run of SUB neighbours; `i` counts them in own blocks.
 struct Glance {
-    static constexpr int EACH = STORED ? 1 : 2, STEP = WARPS * EACH;
-    int best[EACH];
-    float off[EACH];
-    static __device__ __forceinline__ int key(const Program& p, int first, int u) {
-        return ((first + p.warp * EACH + u) * CLUSTER + p.rank) * BLOCK + p.lane * SUB;
+    static constexpr int RUNS = 16 / (int)sizeof(Fast), KEYS = RUNS * SUB, A_BLOCK = BLOCK / KEYS;
+    int key;  // the first
+    uint4 raw;
+    float off;
+    __device__ __forceinline__ Glance(const Program& p, const float* off_of, int i)
+        : key(i < p.own * A_BLOCK ? p.dealt<A_BLOCK>(i) * KEYS : p.end), raw(make_uint4(0, 0, 0, 0)), off(0.0f) {
+        if (key >= p.stop || key + KEYS <= p.start) return;
+        raw = *(const uint4*)(p.best + key / SUB);
+        if (CODED) off = off_of[key / 128];
     }
-    __device__ __forceinline__ Glance(const Program& p, const Limits& limits, int first) {
+    // Which runs may hold a candidate, a bit each. Then they do hold one: as many are listed as there are candidates, at most.
+    __device__ __forceinline__ u32 may(const Program& p, const Cut& cut) const {
+        const u32 word[4] = {raw.x, raw.y, raw.z, raw.w};
+        const int least = cut.least(off);
+        u32 bits = 0;
+        if (key >= p.end) return 0;
 #pragma unroll
-        for (int u = 0; u < EACH; u++) {
-            const int j = key(p, first, u);
-            const bool scored = j < p.stop && j + SUB > p.start;
-            best[u] = scored ? (int)p.best[j / SUB] : 0, off[u] = CODED && scored ? limits.off[j / 128] : 0.0f;
+        for (int e = 0; e < RUNS; e++) {
+            const int best = CODED ? (int)(word[e / 2 % 4] >> (16 * (e % 2)) & 65535) : (int)word[e % 4];
+            if (best >= least) bits |= 1u << e;
         }
+        if (key >= p.start && key + KEYS <= p.stop) return bits;
+#pragma unroll 1
+        for (int e = 0; e < RUNS; e++) {
+            const int j = key + e * SUB;
+            if (between(j, p.start, p.stop) == 0) bits &= ~(1u << e);
+            if (between(j, p.begin, p.start) | between(j, p.stop, p.end)) bits |= 1u << e;
+        }
+        return bits;
     }
 };
 
-// Lists them; returns how many of them are in the list. Keys are looked at if the best of their neighbours may be one.
-__device__ __forceinline__ int list_candidates(const Program& p, const Limits& limits, const Cut& cut, int* count) {
-    constexpr int EACH = Glance::EACH;
-    Shared& s = p.s;
-    Glance next(p, limits, 0);
+// Lists, in `value`, the runs that may hold a candidate, by their first key.
+__device__ __forceinline__ void list_runs(const Program& p, const float* off_of, const Cut& cut) {
+    constexpr int EACH = 2;
 #pragma unroll 1
-    for (int first = 0; first < p.own; first += Glance::STEP) {
-        const Glance now = next;
-        next = Glance(p, limits, first + Glance::STEP);
+    for (int first = p.warp * 32; first < p.own * Glance::A_BLOCK; first += THREADS * EACH) {
+        const Glance one(p, off_of, first + p.lane), other(p, off_of, first + p.lane + THREADS);
+        u32 may = one.may(p, cut) | other.may(p, cut) << Glance::RUNS;
+        int to = reserve(&p.s.runs, __popc(may), p.lane);
+        for (; may && to < p.room; may &= may - 1, to++) {
+            const int e = __ffs(may) - 1;
+            p.value[to] = (e < Glance::RUNS ? one.key : other.key) + e % Glance::RUNS * SUB;
+        }
+    }
+}
+
+// Lists the candidates; returns how many of them are in the list. A key is looked at if the best of its run may be one.
+__device__ __forceinline__ int list_candidates(const Program& p, const float* off_of, const Cut& cut, int* count) {
+    constexpr int EACH = STORED ? 1 : 2;  // runs in flight
+    Shared& s = p.s;
+    list_runs(p, off_of, cut);
+    __syncthreads();
+    const int runs = min(s.runs, p.room);
+#pragma unroll 1
+    for (int first = p.warp * 32; first < runs; first += THREADS * EACH) {
         u32 may[EACH], scored[EACH];
-        int least[EACH], mine = 0;
+        int key[EACH], least[EACH], mine = 0;
         uint4 raw[EACH][PACKS];
 #pragma unroll
         for (int u = 0; u < EACH; u++) {
-            const int j = Glance::key(p, first, u);
-            scored[u] = between(j, p.start, p.stop), may[u] = between(j, p.begin, p.end) & ~scored[u];
-            least[u] = cut.least(now.off[u]);
-            if (now.best[u] < least[u]) scored[u] = 0;
+            const int i = first + p.lane + u * THREADS;
+            key[u] = i < runs ? p.value[i] : p.end;
+            scored[u] = between(key[u], p.start, p.stop), may[u] = between(key[u], p.begin, p.end) & ~scored[u];
+            least[u] = cut.least(CODED && scored[u] ? off_of[key[u] / 128] : 0.0f);
 #pragma unroll
             for (int i = 0; i < PACKS; i++)
-                if (scored[u]) raw[u][i] = ((const uint4*)(p.fast + j))[i];
+                if (scored[u]) raw[u][i] = ((const uint4*)(p.fast + key[u]))[i];
         }
 #pragma unroll
         for (int u = 0; u < EACH; u++) {
@@ -409,14 +435,11 @@ __device__ __forceinline__ int list_candidates(const Program& p, const Limits& l
         int to = reserve(&s.found, mine, p.lane);
 #pragma unroll
         for (int u = 0; u < EACH; u++)
-            for (; may[u] && to < p.room; may[u] &= may[u] - 1, to++) {
-                const int j = Glance::key(p, first, u) + __ffs(may[u]) - 1;
-                p.position[to] = j;
-                if (!CODED) p.value[to] = p.fast[j];
-            }
+            for (; may[u] && to < p.room; may[u] &= may[u] - 1, to++) p.position[to] = key[u] + __ffs(may[u]) - 1;
     }
     __syncthreads();
-    if (p.tid == 0) s.full = s.found > p.room, count[p.row * CLUSTER + p.rank] = s.found;
+    const int found = max(s.found, s.runs);
+    if (p.tid == 0) s.full = found > p.room, count[p.row * CLUSTER + p.rank] = found;
     return min(s.found, p.room);
 }
 
@@ -492,7 +515,7 @@ __device__ __forceinline__ void score_candidates(const Program& p, const Scorer&
         scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) { p.value[i] = w, count(i, w); });
     } else {
 #pragma unroll 1
-        for (int i = p.tid; i < found; i += THREADS) count(i, p.value[i]);
+        for (int i = p.tid; i < found; i += THREADS) count(i, p.value[i] = p.fast[p.position[i]]);
     }
     tell_highest(p, highest);
 }
@@ -512,11 +535,11 @@ struct Edge {
 __device__ __forceinline__ bool takes_all(const Program& p) { return p.ranked() >= p.last - p.first; }
 
 __device__ __forceinline__ Edge find_edge(
-    const Program& p, const Scorer& scorer, const Limits& limits, const Cut& cut, int* count) {
+    const Program& p, const Scorer& scorer, const float* off_of, const Cut& cut, int* count) {
     Shared& s = p.s;
     clear(p);
     __syncthreads();
-    const int found = list_candidates(p, limits, cut, count);
+    const int found = list_candidates(p, off_of, cut, count);
     mark(p, 2);
     score_candidates(p, scorer, cut.bins(), found);
     mark(p, 3);
@@ -550,7 +573,7 @@ __device__ __forceinline__ float counted_cut(const Program& p, const int* tally)
 
 // Counts, over the cluster, own keys [start, stop) by a byte of the least place that they surely have, of those that have `above`
 // as upper bytes.
-__device__ __forceinline__ Found find_byte(const Program& p, const Limits& limits, int needed, int shift, int above) {
+__device__ __forceinline__ Found find_byte(const Program& p, const float* off_of, int needed, int shift, int above) {
     Shared& s = p.s;
     cluster_sync();
 #pragma unroll 1
@@ -559,7 +582,7 @@ __device__ __forceinline__ Found find_byte(const Program& p, const Limits& limit
 #pragma unroll 1
     for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
         const int j = p.dealt<BLOCK>(i);
-        const int w = j >= p.start && j < p.stop ? (int)floorf(p.fast[j] - limits.off[j / 128]) : 0;
+        const int w = j >= p.start && j < p.stop ? (int)floorf(p.fast[j] - off_of[j / 128]) : 0;
         if (w > 0 && w >> (shift + 8) == above) atomicAdd(&s.counts[w >> shift & 255], 1);
     }
     cluster_sync();
@@ -567,9 +590,9 @@ __device__ __forceinline__ Found find_byte(const Program& p, const Limits& limit
 }
 
 // Where that failed: a place that k_eff keys surely reach.
-__device__ __forceinline__ Cut find_cut(const Program& p, const Limits& limits, float units) {
-    const Found upper = find_byte(p, limits, p.ranked(), 8, 0);
-    const Found lower = find_byte(p, limits, p.ranked() - upper.above, 0, max(upper.bin, 0));
+__device__ __forceinline__ Cut find_cut(const Program& p, const float* off_of, float units) {
+    const Found upper = find_byte(p, off_of, p.ranked(), 8, 0);
+    const Found lower = find_byte(p, off_of, p.ranked() - upper.above, 0, max(upper.bin, 0));
     cluster_sync();
     const bool found = upper.bin >= 0 && lower.bin >= 0;
     return {found ? (float)(upper.bin << 8 | lower.bin) - 1.0f : 0.0f, units};
@@ -695,13 +718,13 @@ struct WordSearch {
     }
 
     // Canonical words, where there are none yet.
-    __device__ __forceinline__ void score(const Scorer& scorer, const Limits& limits, const Cut& cut) const {
+    __device__ __forceinline__ void score(const Scorer& scorer, const float* off_of, const Cut& cut) const {
         if (p.tid == 0) p.s.highest = NONE;
         __syncthreads();
         int highest = NONE;
         scorer.score(p, p.own * BLOCK, [&](int i) { return min(key(i), p.end - 1); }, [&](int i, int w) {
             const int j = key(i);
-            const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || p.fast[j] >= cut.least(limits.off[j / 128]));
+            const bool is = j >= p.begin && j < p.end && (j < p.start || j >= p.stop || p.fast[j] >= cut.least(off_of[j / 128]));
             if (j < p.end) words[j] = is ? w : NONE;
             if (is && p.may_be_highest(j)) highest = max(highest, w);
         });
@@ -771,10 +794,10 @@ struct WordSearch {
 };
 
 __device__ __forceinline__ void choose_by_words(
-    const Program& p, const Scorer& scorer, const Limits& limits, const Cut& cut, int* words) {
+    const Program& p, const Scorer& scorer, const float* off_of, const Cut& cut, int* words) {
     WordSearch search(p, words);
     cluster_sync();
-    if (CODED) search.score(scorer, limits, cut);
+    if (CODED) search.score(scorer, off_of, cut);
     if (FORCED && search.needed == 0) search.word = ALL;
     else
 #pragma unroll 1
@@ -806,25 +829,25 @@ struct Look {
 
 // A second look, seldom needed: not inlined, so that it takes no registers from the first.
 __device__ __noinline__ Look look_again(
-    const Program p, const Scorer scorer, const Limits limits, const float* units, int* count) {
-    const Cut cut = find_cut(p, limits, *units);
-    return {cut, find_edge(p, scorer, limits, cut, count)};
+    const Program p, const Scorer scorer, const float* off_of, const float* units, int* count) {
+    const Cut cut = find_cut(p, off_of, *units);
+    return {cut, find_edge(p, scorer, off_of, cut, count)};
 }
 
 // Sends every chosen key and its word to its rank; returns the highest word.
 __device__ __forceinline__ int choose(
-    const Program& p, const Scorer& scorer, const Limits& limits, const float* units, int* tally, int* words, int* count) {
+    const Program& p, const Scorer& scorer, const float* off_of, const float* units, int* tally, int* words, int* count) {
     Look look = {{counted_cut(p, tally), *units}, {}};
     mark(p, 1);
     __syncthreads();
-    if (look.cut.place >= 0.0f) look.edge = find_edge(p, scorer, limits, look.cut, count);
-    if (CODED && !look.edge.sure) look = look_again(p, scorer, limits, units, count);
+    if (look.cut.place >= 0.0f) look.edge = find_edge(p, scorer, off_of, look.cut, count);
+    if (CODED && !look.edge.sure) look = look_again(p, scorer, off_of, units, count);
     if (look.edge.sure) {
         const int highest = highest_of_row(p);
         choose_by_bins(p, look.cut.bins(), look.edge);
         return highest;
     }
-    choose_by_words(p, scorer, limits, look.cut, words);
+    choose_by_words(p, scorer, off_of, look.cut, words);
     return highest_of_row(p);
 }
 
@@ -1059,8 +1082,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);
     const int whole = (p.base + p.end) / 128 * 128 - p.base;
     const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, p.base, whole, in_full), query};
-    const Limits limits = {off + ((i64)p.row * padded + p.base) / 128};
-    const int highest = choose(p, scorer, limits, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
+    const float* off_of = off + ((i64)p.row * padded + p.base) / 128;  // by how many places fast scores may be off, a group of 128
+    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
     mark(p, 9);
     cluster_sync();
     mark(p, 10);

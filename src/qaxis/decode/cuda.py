@@ -52,7 +52,7 @@ SHARED_ROOM, MOST_ROOM = 4096, 20480
 #: keys from which on scores take so long that programs may wait for a multiprocessor to themselves
 LONG = 1 << 19
 #: as in score_codes.cu: products of 16 keys whose codes a warp has asked for
-AHEAD = 4
+AHEAD = 3
 #: score programs that a multiprocessor runs at the same time: of keys, of codes by head_dim (registers allow no more)
 KEYS_AT_ONCE, CODES_AT_ONCE = 3, {64: 4, 128: 4, 256: 2}
 #: multiprocessors that the emulator pretends to have, as many as an H200
@@ -177,7 +177,7 @@ class Plan:
 def _fixed_bytes(dim_v: int, cluster: int, threads: int) -> int:
     """Size of ``Shared`` in choose.cu."""
     warps = threads // 32
-    return 4 * (TALLY + 2 * NEAR * (cluster + 1) + cluster + warps + 9 + (warps + cluster) * (dim_v + 1))
+    return 4 * (TALLY + 2 * NEAR * (cluster + 1) + cluster + warps + 10 + (warps + cluster) * (dim_v + 1))
 
 
 def _room(shape: Shape, cluster: int, own: int) -> int:

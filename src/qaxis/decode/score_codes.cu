@@ -3,7 +3,7 @@
 // compiler.py puts hardware.cuh, canonical.cuh, seen.cuh and tally.cuh before this and defines, besides what is said there:
 // GROUP (query heads of a key head).
 
-constexpr int AHEAD = 4;  // products whose codes a warp has asked for
+constexpr int AHEAD = 3;  // products whose codes a warp has asked for
 constexpr int QUARTER = DIM / 4, WORDS = DIM / 16, PARTS = GROUP > 4 ? 2 : 1;
 
 // A lane's 16 of the 128 places of a head that a warp holds, packed; 0 stands for no score.
@@ -54,13 +54,13 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     typedef uint4 Ring[AHEAD][2][DIM / 64][32];
     Ring& code = ((Ring*)memory)[threadIdx.x / 32];
     uint4 next_exponents[DIM / 64];
-    auto fetch = [&](int group, int m) {
+    auto fetch = [&](int group, int m, int slot) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int i = 0; i < DIM / 64; i++) {
                 const void* p = codes + (i64)(group * 128 + 16 * m + 8 * half + row) * codes_n * E + i * 64;
-                request16(&code[m % AHEAD][half][i][lane], p, policy);
+                request16(&code[slot][half][i][lane], p, policy);
             }
         end_request();
     };
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     };
     fetch_exponents(group);
 #pragma unroll
-    for (int m = 0; m < AHEAD; m++) fetch(group, m);
+    for (int m = 0; m < AHEAD; m++) fetch(group, m, m);
     float query[PARTS][QUARTER], coarse[PARTS], fine[PARTS];
     // Of this lane's head: places for a unit of what codes leave out times the query, the query's length, what else is off.
     float each_off[PARTS], length[PARTS], others[PARTS];
@@ -113,6 +113,7 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     const Sample sample(needed, seen.stop - seen.start);
     float counted[PARTS];
     bool first = true;
+    int slot = 0;  // of the ring: where the next product's codes are
 #pragma unroll 1
     while (group < end) {
         const int ahead = min(group + warps, end - 1);
@@ -158,10 +159,11 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
             for (int half = 0; half < 2; half++)
 #pragma unroll
                 for (int i = 0; i < DIM / 64; i++) {
-                    const uint4 w = code[m % AHEAD][half][i][lane];
+                    const uint4 w = code[slot][half][i][lane];
                     a[half][4 * i] = w.x, a[half][4 * i + 1] = w.y, a[half][4 * i + 2] = w.z, a[half][4 * i + 3] = w.w;
                 }
-            fetch(m + AHEAD < 8 ? group : ahead, (m + AHEAD) % 8);
+            fetch(m + AHEAD < 8 ? group : ahead, (m + AHEAD) % 8, slot);
+            slot = slot + 1 < AHEAD ? slot + 1 : 0;
 #pragma unroll
             for (int p = 0; p < PARTS; p++) {
                 int c[4] = {0, 0, 0, 0};
