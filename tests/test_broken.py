@@ -1,4 +1,4 @@
-"""Numbers at the ends of float32, where a bound on fast scores once was none: what is chosen is right all the same."""
+"""Numbers at the ends of float32, where fast scores once left their bound: what is chosen is right all the same."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qaxis import decode
 from qaxis.attention.always import NONE
 from qaxis.attention.logits import Logits
 from qaxis.cuda import emulator
+from qaxis.prefill import prefill_attention, selected_positions
 from qaxis.storage.grid import Grid
 from qaxis.storage.side import Side, Stored
 
@@ -86,3 +87,12 @@ def test_fast_scores_stay_within_their_bound_at_the_ends_of_float32(numbers):
     right = qaxis.canonical_scores(q, exact)[0, :, 0, : groups * 128].double() * work.units[:, None].double()
     off = (work.fast[:, : groups * 128].double() - 32768 - right.clamp(-32768, 32767)).abs()
     assert bool((off.unflatten(1, (groups, 128)).amax(2) <= work.off[:, :groups]).all())
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_compiler)])
+def test_a_prompt_whose_queries_are_too_short_for_a_length(backend):
+    # Scores that their range does not hold would come back at its other end.
+    q, k, v = _short_queries()
+    q, k, v = q[:, :1].expand(1, 1, 4, D).contiguous(), k[:, :, :130], v[:, :, :130]
+    out = prefill_attention(q, k, v, 7, selection=True, backend=backend)
+    assert torch.equal(selected_positions(out.bits), qaxis.topk_indices(q, k, 7))
