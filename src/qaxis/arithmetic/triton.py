@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .fast_scores import LARGEST, SMALLEST, UNITS
+from .fast_scores import LARGEST, SHORTEST, SMALLEST, UNITS
 from .reference import EXP2_COEFFICIENTS, ROUND_MAGIC
 
 __all__ = [
@@ -59,6 +59,7 @@ def jit(function: Callable[..., Any], any_integer: Sequence[str] = ()) -> Any:
 _C7, _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(c) for c in EXP2_COEFFICIENTS)
 _MAGIC = tl.constexpr(ROUND_MAGIC)
 _UNITS, _SMALLEST, _LARGEST = tl.constexpr(UNITS), tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
+_SHORTEST = tl.constexpr(SHORTEST)
 
 
 @jit
@@ -109,7 +110,7 @@ def score_of(word):
 def units_per_score(norm_q, norm_k):
     """Integers of the 16-bit score in one unit of score; 0 where the range is not usable: then all keys tie."""
     largest = norm_q * norm_k * 1.001
-    usable = (largest > _SMALLEST) & (largest < _LARGEST)
+    usable = (largest > _SMALLEST) & (largest < _LARGEST) & (norm_q > _SHORTEST)
     return tl.where(usable, _UNITS / tl.where(usable, largest, 1.0), 0.0)
 
 

@@ -92,7 +92,7 @@ def defines(**constants: int) -> list[str]:
     """Macros of one variant, as options of the compiler."""
     fixed = {f"C{7 - i}": literal(c) for i, c in enumerate(EXP2_COEFFICIENTS)}
     fixed |= {"MAGIC": literal(ROUND_MAGIC), "UNITS": literal(fast_scores.UNITS)}
-    fixed |= {"SMALLEST": f"{fast_scores.SMALLEST}f", "LARGEST": f"{fast_scores.LARGEST}f"}
+    fixed |= {name: f"{getattr(fast_scores, name)}f" for name in ("SMALLEST", "LARGEST", "SHORTEST", "LEAST_SCALE")}
     fixed |= {name.upper(): str(x) for name, x in constants.items()}
     return [f"-D{name}={x}" for name, x in fixed.items()]
 

@@ -10,7 +10,7 @@ constexpr int PLACES = 65536, TALLY = 2048, EACH_TALLY = PLACES / TALLY;
 // Steps of a place in one unit of score; 0 where the range is not usable (as in arithmetic/triton.py).
 __device__ __forceinline__ float units_per_score(float norm_q, float norm_k) {
     const float largest = norm_q * norm_k * 1.001f;
-    return largest > SMALLEST && largest < LARGEST ? UNITS / largest : 0.0f;
+    return largest > SMALLEST && largest < LARGEST && norm_q > SHORTEST ? UNITS / largest : 0.0f;
 }
 
 // A normal number is above it with probability `share`, to 5e-4.
