@@ -229,7 +229,7 @@ def _first_guess(fast_ptr, quantile_ptr, slope_ptr, lo, hi, seen, SAMPLE: tl.con
 def _scores(fast_ptr, offset, lo, hi, BLOCK: tl.constexpr):
     """BLOCK scores of a row from ``offset`` on; -1 outside [lo, hi)."""
     j = offset + tl.arange(0, BLOCK)
-    # A mask that is the same for eight keys leaves loads of 16 bytes; no other block than these two needs a finer one.
+    # A mask that is the same for eight keys leaves loads of 16 bytes; only the first and last block need a finer one.
     fast = tl.load(fast_ptr + j, mask=j // 8 < (hi + 7) // 8, other=0).to(tl.int32)
     if (offset < lo) | (offset + BLOCK > hi):
         fast = tl.where((j >= lo) & (j < hi), fast, -1)
