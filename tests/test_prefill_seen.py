@@ -158,6 +158,20 @@ def test_a_team_of_warps_selects_the_same(kind, in_global, monkeypatch):
     check(q, k, v, qaxis.Budget(0.1, 16), "cuda", tuning=tuning, **what)
 
 
+@pytest.mark.parametrize("capacity", [128, 1024])
+@pytest.mark.parametrize("kind", ["normal", "window", "all tie", "a rounding apart"])
+def test_triton_selects_the_same_from_rows_of_many_blocks(kind, capacity):
+    q, k, v = qkv(b=1, h=1, m=2, n=700)
+    what = {"window": 600, "pads": [139], "always": Always(3, 9)} if kind == "window" else {}
+    if kind == "all tie":
+        q = q * 0
+    elif kind == "a rounding apart":
+        # Their order is that of the canonical sums: another tree, or fused products, would give another.
+        k = k[:, :, :1] * (1 + 2.0**-22 * k)
+    tuning = PrefillTuning(wide_programs=1, cut=128, capacity=capacity)
+    check(q, k, v, qaxis.Budget(0.1, 16), "triton", tuning=tuning, **what)
+
+
 def test_rows_share_a_multiprocessor():
     for spans, wanted in itertools.product((1, 4, 8, 9, 16, 32, 64, 100, 104, 128, 1024), (1, 8, 12, 16, 24)):
         for capacity in (128, 512):

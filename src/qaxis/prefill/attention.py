@@ -33,7 +33,7 @@ from .plan import (
     Plan,
     PrefillTuning,
     Ranges,
-    cut_block,
+    cut_warps,
     make_plan,
     tables,
 )
@@ -266,7 +266,7 @@ def select(part: Part, stretch: Frame, chunk: Frame, backend: str) -> int:
 def _select(part: Part, stretch: Frame, chunk: Frame) -> None:
     """The same in Triton."""
     plan, t, b, programs = part.plan, part.plan.tuning, part.buffers, (part.heads * chunk.rows,)
-    block, tree = cut_block(min(chunk.visible, plan.window + 128), t), next_power_of_two(plan.dim)
+    warps, tree = cut_warps(min(chunk.visible, plan.window + 128), t), next_power_of_two(plan.dim)
     bits = b.bits[: part.heads * stretch.rows * stretch.words].view(part.heads, stretch.rows, stretch.words)
     bits.narrow(1, chunk.start - stretch.start, chunk.rows).zero_()
     of_bits = _of_bits(part, stretch, chunk)
@@ -274,13 +274,13 @@ def _select(part: Part, stretch: Frame, chunk: Frame) -> None:
         part.q, part.ranges.norm, b.fast, *part.tables, b.bits.view(torch.uint8), b.bits, b.positions, b.band,
         b.missing, b.low, b.high, b.top, *part.common(chunk), *part.seen(chunk), *of_bits, chunk.padded,
         stretch.words, plan.dim, plan.error, *part.q.stride(),
-        CAUSAL=plan.causal, PADDED=part.pads is not None, BLOCK=block, SAMPLE=t.sample, SLACK=t.slack,
-        CAPACITY=t.capacity, DIM=tree, num_warps=max(1, block // t.cut_elements),
+        CAUSAL=plan.causal, PADDED=part.pads is not None, BLOCK=t.cut * warps, SAMPLE=t.sample, SLACK=t.slack,
+        CAPACITY=t.capacity, DIM=tree, num_warps=warps,
     )  # fmt: skip
     prefill_band_kernel[programs](
         part.q, part.keys(chunk), b.positions, b.listed, b.band, b.missing, b.bits, *part.common(chunk), *of_bits[2:],
         stretch.words, plan.dim, *part.strides,
-        CAPACITY=t.capacity, BLOCK=t.band, TREE=tree, LOG_TREE=log2(tree), enable_fp_fusion=False, num_warps=4,
+        CAPACITY=t.capacity, BLOCK=t.band, TREE=tree, LOG_TREE=log2(tree), enable_fp_fusion=False, num_warps=1,
     )  # fmt: skip
 
 

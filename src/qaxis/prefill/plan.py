@@ -56,10 +56,10 @@ class PrefillTuning:
     stages: int = 4
     #: warps that share a tile of scores: more leave each lane fewer registers to fill, but have to wait for each other
     warps: int = 8
-    #: scores that a program of prefill_cut_kernel keeps in registers: a longer row is read anew with every trial
-    cut: int = 8192
-    #: of them, scores a warp has: fewer need fewer registers, but more warps have to add up
-    cut_elements: int = 1024
+    #: scores that a warp of prefill_cut_kernel looks at together: more overlap their loads, for registers
+    cut: int = 512
+    #: keys of a row for each of which it gets one more warp: more warps finish a row sooner, but have to add up
+    cut_keys: int = 16384
     #: scores that the first trial is guessed from: more guess better, and take longer
     sample: int = 256
     #: keys between the two sides of the Triton cut that end the search: more save trials, and are rescored one by one
@@ -109,7 +109,7 @@ class PrefillTuning:
                 require(x & (x - 1) == 0, f"tuning.{field.name}", x, "a power of two")
         # A tile reads whole words of bits, and no further than the 128 keys that a row of bits is a multiple of.
         require(32 <= self.attend_keys <= 128, "tuning.attend_keys", self.attend_keys, "32, 64 or 128")
-        require(self.cut >= 128, "tuning.cut", self.cut, "at least 128")
+        require(128 <= self.cut <= 4096, "tuning.cut", self.cut, "128 to 4096")
 
 
 DEFAULT_TUNING = PrefillTuning()
@@ -287,9 +287,9 @@ def _part_of(many: int, at_once: int) -> int:
     return -(-many // -(-many // at_once))
 
 
-def cut_block(visible: int, tuning: PrefillTuning) -> int:
-    """Scores that prefill_cut_kernel looks at together in rows that see ``visible`` keys."""
-    return max(128, min(tuning.cut, next_power_of_two(visible)))
+def cut_warps(visible: int, tuning: PrefillTuning) -> int:
+    """Warps of prefill_cut_kernel for rows that see ``visible`` keys."""
+    return max(1, min(16, next_power_of_two(visible) // tuning.cut_keys))
 
 
 def bytes_of_scores(padded: int) -> int:

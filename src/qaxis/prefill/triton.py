@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from ..arithmetic.fast_scores import LARGEST, SMALLEST, UNITS
-from ..arithmetic.triton import jit, score_of, tl, tree_last, units_per_score, widen
+from ..arithmetic.triton import jit, score_of, tl, units_per_score, widen
 
 _SMALLEST, _LARGEST = tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
 #: 2^23 + 2^14: added to a float32 it leaves an integer, moved up by 2^14, in the lowest bits
@@ -100,6 +100,17 @@ def vectors_of(rows_ptr, offset, n, dim, stride, ROWS: tl.constexpr, DIM: tl.con
         rows + (o.to(tl.int64)[:, None] * stride + d[None, :]),
         mask=(offset + o < n)[:, None] & (d < dim)[None, :], other=0.0,
     )  # fmt: skip
+
+
+@jit
+def tree_sum(x, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
+    """Balanced adjacent-pair tree over the last dimension, [ROWS, N] -> [ROWS] (rule 2), as tree_last.
+
+    Pairs are reduced where they lie, in a lane or in two: split and joined they went through shared memory and spilled.
+    """
+    for level in tl.static_range(LOG_N):
+        x = tl.sum(tl.reshape(x, (ROWS, N >> (level + 1), 2)), 2)
+    return tl.reshape(x, (ROWS,)) + 0.0
 
 
 @jit
@@ -193,7 +204,7 @@ def prefill_long_kernel(
             j = (tl.load(longest_ptr + at) - origin).to(tl.int32)
             if (j >= lowest) & (j < furthest):
                 key = widen(tl.load(keys + j.to(tl.int64) * stride_kn + d, mask=d < dim, other=0.0))
-                score = tree_last(wide * key[None, :], ROWS, TREE, LOG_TREE)
+                score = tree_sum(wide * key[None, :], ROWS, TREE, LOG_TREE)
                 place = tl.minimum(tl.maximum(score * units, -_HALF), _HALF) + _TO_FIFTEEN_BITS
                 seen = here & (j >= begin) & (j < end)
                 tl.store(rows + j, place.to(tl.int32, bitcast=True).to(tl.uint16), mask=seen)
@@ -215,18 +226,27 @@ def _first_guess(fast_ptr, quantile_ptr, slope_ptr, lo, hi, seen, SAMPLE: tl.con
 
 
 @jit
-def _reached(fast, fast_ptr, hi, trial, BLOCK: tl.constexpr):
-    """How many scores of a row reach ``trial``; ``fast`` holds the first BLOCK."""
-    o = tl.arange(0, BLOCK)
-    enough = tl.sum((fast >= trial).to(tl.int32), 0)
-    for offset in range(BLOCK, hi, BLOCK):
-        more = tl.load(fast_ptr + offset + o, mask=offset + o < hi, other=0).to(tl.int32)
-        enough += tl.sum((more >= trial).to(tl.int32), 0)
-    return enough
+def _scores(fast_ptr, offset, lo, hi, BLOCK: tl.constexpr):
+    """BLOCK scores of a row from ``offset`` on; -1 outside [lo, hi)."""
+    j = offset + tl.arange(0, BLOCK)
+    # A mask that is the same for eight keys leaves loads of 16 bytes; only the first and last block need a finer one.
+    fast = tl.load(fast_ptr + j, mask=j // 8 < (hi + 7) // 8, other=0).to(tl.int32)
+    if (offset < lo) | (offset + BLOCK > hi):
+        fast = tl.where((j >= lo) & (j < hi), fast, -1)
+    return fast
 
 
 @jit
-def _narrow(fast, fast_ptr, guess, per_key, lo, hi, k_eff, BLOCK: tl.constexpr, SLACK: tl.constexpr):
+def _reached(fast_ptr, lo, hi, trial, BLOCK: tl.constexpr):
+    """How many scores of a row reach ``trial``."""
+    enough = tl.zeros((BLOCK,), tl.int32)
+    for offset in range(0, hi, BLOCK):
+        enough += (_scores(fast_ptr, offset, lo, hi, BLOCK) >= trial).to(tl.int32)
+    return tl.sum(enough, 0)
+
+
+@jit
+def _narrow(fast_ptr, guess, per_key, lo, hi, k_eff, BLOCK: tl.constexpr, SLACK: tl.constexpr):
     """(found, behind): at least k_eff scores reach the one and at most k_eff the other, few of them between."""
     found = tl.full((), 0, tl.int32)
     behind = tl.full((), _BEHIND, tl.int32)
@@ -236,7 +256,7 @@ def _narrow(fast, fast_ptr, guess, per_key, lo, hi, k_eff, BLOCK: tl.constexpr, 
     # A wide band costs less than one more trial.
     while (behind - found > 1) & (at_least - beyond > SLACK):
         trial = tl.minimum(tl.maximum(guess.to(tl.int32), found + 1), behind - 1)
-        enough = _reached(fast, fast_ptr, hi, trial, BLOCK)
+        enough = _reached(fast_ptr, lo, hi, trial, BLOCK)
         at_least = tl.where(enough >= k_eff, enough, at_least)
         found = tl.where(enough >= k_eff, trial, found)
         beyond = tl.where(enough <= k_eff, enough, beyond)
@@ -252,22 +272,30 @@ def _narrow(fast, fast_ptr, guess, per_key, lo, hi, k_eff, BLOCK: tl.constexpr, 
 
 @jit
 def _keep(
-    fast, j, base, end, inside, low, high, so_far, bytes_ptr, position_ptr, BLOCK: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    fast, offset, base, end, low, high, band, bytes_ptr, position_ptr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Write the bits of the keys surely selected and list those of the band; returns how many there are of both.
+    """Write the bits of the keys surely selected and list those of the band, in no order, ``band`` of which there are.
 
-    ``j`` counts from ``base``, up to ``end``, where the row of bits ends.
+    Keys count from ``base``, the row of bits ends at ``end``. Returns how many of every eight keys are surely selected,
+    and ``band`` with those of this block.
     """
-    sure = (fast >= high) & inside
-    band = ((fast >= low) & (fast < high) & inside).to(tl.int32)
-    bit = tl.where(sure, 1 << (tl.arange(0, BLOCK) % 8), 0)
-    byte = tl.sum(tl.reshape(bit, (BLOCK // 8, 8)), 1)
-    at = tl.min(j, 0) // 8 + tl.arange(0, BLOCK // 8)
-    tl.store(bytes_ptr + at, byte.to(tl.uint8), mask=at < end // 8)
-    slot = so_far + tl.cumsum(band, 0) - 1
-    tl.store(position_ptr + slot, base + j, mask=(band > 0) & (slot < CAPACITY))
-    return tl.sum(sure.to(tl.int32), 0), tl.sum(band, 0)
+    place = tl.arange(0, BLOCK) % 8
+    # Of eight keys, in bits 0 to 7 those that are sure, in 8 to 15 those of the band, above how many are sure.
+    mark = tl.where(fast >= high, (1 << place) + 65536, tl.where(fast >= low, 256 << place, 0))
+    eight = tl.sum(tl.reshape(mark, (BLOCK // 8, 8)), 1)
+    at = offset // 8 + tl.arange(0, BLOCK // 8)
+    tl.store(bytes_ptr + at, eight.to(tl.uint8), mask=at < end // 8)
+    left = (eight >> 8) & 255
+    # The band is few keys: mostly none or one of eight, so it is done at once, or not at all.
+    while tl.max(left, 0) > 0:
+        lowest = left & -left
+        some = (left > 0).to(tl.int32)
+        slot = band + tl.cumsum(some, 0) - 1
+        bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        tl.store(position_ptr + slot, base + at * 8 + bit, mask=(some > 0) & (slot < CAPACITY))
+        band += tl.sum(some, 0)
+        left -= lowest
+    return eight >> 16, band
 
 
 @jit
@@ -314,36 +342,32 @@ def prefill_cut_kernel(
     # From the first whole bytes of what is ranked.
     base = from_key // 128 * 128
     lo, hi = from_key - base, to_key - base
-    o = tl.arange(0, BLOCK)
-    fast = tl.load(fast_ptr + base + o, mask=(o >= lo) & (o < hi), other=0).to(tl.int32)
     found = tl.full((), 0, tl.int32)
     behind = tl.full((), _BEHIND, tl.int32)
-    if (k_eff < to_key - from_key) & usable:
+    if (k_eff > 0) & (k_eff < to_key - from_key) & usable:
         guess, per_key = _first_guess(fast_ptr + base, quantile_ptr, slope_ptr, lo, hi, end - begin, SAMPLE)
-        found, behind = _narrow(fast, fast_ptr + base, guess, per_key, lo, hi, k_eff, BLOCK, SLACK)
-    low = tl.where(usable | everything, found - error, -1)
-    high = tl.where(everything, -1, tl.where(usable, behind + error, 1 << 20))
+        found, behind = _narrow(fast_ptr + base, guess, per_key, lo, hi, k_eff, BLOCK, SLACK)
+    low = tl.maximum(found - error, 0)
+    high = tl.where(everything, 0, tl.where(usable, behind + error, 1 << 20))
     # Nothing is ranked where all is taken by what is always kept.
-    low = tl.where((k_eff == 0) & (to_key > from_key), 1 << 20, low)
-    room = words * 32 - base
-    inside = (o >= lo) & (o < hi)
-    sure, band = _keep(fast, o, base, room, inside, low, high, 0, bytes_ptr + base // 8, position_ptr, BLOCK, CAPACITY)
-    top = tl.max(fast, 0)
-    for offset in range(BLOCK, hi, BLOCK):
-        inside = offset + o < hi
-        more = tl.load(fast_ptr + base + offset + o, mask=inside, other=0).to(tl.int32)
-        top = tl.maximum(top, tl.max(more, 0))
-        and_sure, and_band = _keep(more, offset + o, base, room, inside, low, high, band, bytes_ptr + base // 8,
-                                   position_ptr, BLOCK, CAPACITY)  # fmt: skip
+    low = tl.where(k_eff > 0, low, 1 << 20)
+    high = tl.where(k_eff > 0, high, 1 << 20)
+    sure = tl.zeros((BLOCK // 8,), tl.int32)
+    best = tl.zeros((BLOCK,), tl.int32)
+    band = tl.full((), 0, tl.int32)
+    for offset in range(0, hi, BLOCK):
+        fast = _scores(fast_ptr + base, offset, lo, hi, BLOCK)
+        best = tl.maximum(best, fast)
+        and_sure, band = _keep(fast, offset, base, words * 32 - base, low, high, band, bytes_ptr + base // 8,
+                               position_ptr, BLOCK, CAPACITY)  # fmt: skip
         sure += and_sure
-        band += and_band
-    top = tl.where(k_eff > 0, top, 0)
+    top = tl.where(k_eff > 0, tl.max(best, 0), 0)
     if sinks + recent > 0:
         tl.debug_barrier()
         top = _keep_always(fast_ptr, bits_ptr, begin, from_key, top)
         top = _keep_always(fast_ptr, bits_ptr, to_key, end, top)
     tl.store(band_ptr + row, band)
-    tl.store(missing_ptr + row, k_eff - sure)
+    tl.store(missing_ptr + row, k_eff - tl.sum(sure, 0))
     tl.store(low_ptr + row, low)
     tl.store(high_ptr + row, high)
     tl.store(top_ptr + bit_row, top)
@@ -355,7 +379,7 @@ def _canonical(wide, keys, j, mask, stride_kn, dim, BLOCK: tl.constexpr, TREE: t
     d = tl.arange(0, TREE)
     rows = keys + j.to(tl.int64)[:, None] * stride_kn
     k = tl.load(rows + d[None, :], mask=mask[:, None] & (d < dim)[None, :], other=0.0)
-    return score_of(tree_last(wide[None, :] * widen(k), BLOCK, TREE, LOG_TREE).to(tl.int32, bitcast=True))
+    return score_of(tree_sum(wide[None, :] * widen(k), BLOCK, TREE, LOG_TREE).to(tl.int32, bitcast=True))
 
 
 @jit
