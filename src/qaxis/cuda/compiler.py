@@ -12,6 +12,7 @@ import torch
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import EXP2_COEFFICIENTS, ROUND_MAGIC
 from . import emulator
+from .launching import EarlyKernel
 
 log = logging.getLogger(__name__)
 HARDWARE = Path(__file__).with_name("hardware.cuh")
@@ -99,11 +100,18 @@ def defines(**constants: int) -> list[str]:
 
 @lru_cache(maxsize=256)
 def compiled(
-    file: Path, name: str, dynamic: int, device: torch.device, before: tuple[Path, ...] = (), **constants: int
+    file: Path,
+    name: str,
+    dynamic: int,
+    device: torch.device,
+    before: tuple[Path, ...] = (),
+    early: bool = False,
+    **constants: int,
 ) -> Any:
     """Kernel ``name`` of ``file``, called as ``kernel(grid, block, args, shared_mem)``, that at most ``dynamic``.
 
-    ``before`` are files that it shares with others. None, with the reason logged, if it cannot be compiled.
+    ``before`` are files that it shares with others; ``early``: it awaits the kernel before it itself. None, with the
+    reason logged, if it cannot be compiled.
     """
     try:
         text = "".join(part.read_text("utf-8") for part in (CANONICAL, *before, file))
@@ -115,7 +123,7 @@ def compiled(
         with torch.cuda.device(device):
             kernel = torch.cuda._compile_kernel(text, name, nvcc_options=options)
             kernel.set_shared_memory_config(dynamic)
-        return kernel
+        return EarlyKernel(kernel) if early else kernel
     except (AttributeError, OSError, RuntimeError) as error:
         log.warning("%s cannot be used, the slower Triton kernels are: %s", file.name, error)
         return None

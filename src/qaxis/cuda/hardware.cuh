@@ -95,6 +95,11 @@ __device__ __forceinline__ void push(int* p, int rank, int x) {
 }
 #endif
 
+// Until all that was launched before has ended, and what it wrote can be read; at once, if this one was not launched early.
+__device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel may begin as far as it need not wait, if it is launched early.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+
 __device__ __forceinline__ i64 nanoseconds() {
     i64 now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));

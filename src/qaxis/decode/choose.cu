@@ -1077,6 +1077,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     DYNAMIC_SHARED(memory);
     const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
     const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
+    await_previous();  // the scores; rows were written before these were begun
     if (p.k_eff == 0) return write_nothing(p, k_eff, out, indices, count);
     mark(p, 0);
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);

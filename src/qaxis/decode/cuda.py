@@ -237,7 +237,7 @@ def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     else:
         score = compiler.compiled(SCORE_KEYS, "score_keys", 0, shape.device, before, **common, **forced)
     choose = compiler.compiled(
-        CHOOSE, "choose_and_attend", plan.shared, shape.device, before, **common, **forced, dim_v=shape.dim_v,
+        CHOOSE, "choose_and_attend", plan.shared, shape.device, before, True, **common, **forced, dim_v=shape.dim_v,
         cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1,
         coded=int(shape.coded), stored=int(shape.stored), logits=shape.logits, profile=int(profile), shared=plan.fixed,
     )  # fmt: skip

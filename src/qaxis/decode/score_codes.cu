@@ -24,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     int n, int k_eff, int in_full, int sinks, int recent, int q_b, int q_h, int codes_b, int codes_h, int codes_n,
     int scales_b, int scales_h, int scales_n, int left_out_b, int left_out_h, int left_out_n, int scaled,
     double relative, double split) {
+    let_next_begin();
     const int lane = threadIdx.x % 32, t = lane % 4, row = lane / 4;
     const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads, first_row = b * heads + g * GROUP;
     // What every group needs is asked for first: behind the codes it would wait for them. Many warps want the same, so it goes

@@ -20,6 +20,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     const void* q, const void* k, const float* norm, const int* rows, int* word, int* best,
     float* units_of, int* tally, int heads, int kv_heads, int padded, int n, int k_eff, int sinks, int recent,
     int q_b, int q_h, int k_b, int k_h, int k_n) {
+    let_next_begin();
     const int lane = threadIdx.x % 32, part = lane % LANES, column = lane / LANES;
     const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads, first_row = b * heads + g * GROUP;
     const float longest = norm[kv];
