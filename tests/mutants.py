@@ -116,11 +116,7 @@ MACHINES, PRECAUTIONS = "test_machines.py::", "selfcheck/harness/surroundings.py
 ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "paper/tex.py"
 SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
 SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
-CERTIFIED, NATIVE, BY_CODES = (
-    "src/qaxis/decode/triton.py",
-    "src/qaxis/decode/choose.cu",
-    "src/qaxis/decode/score_codes.cu",
-)
+CERTIFIED, BY_CODES = "src/qaxis/decode/triton.py", "src/qaxis/decode/score_codes.cu"
 TOPK, TOPK_KERNEL = "test_topk.py::", "src/qaxis/ranking/topk.cu"
 
 MUTANTS = (
@@ -264,21 +260,21 @@ MUTANTS = (
     Mutant(ROWS + "test_rows_see_what_they_say", "keys that a row does not see are ranked", "src/qaxis/decode/score_keys.cu", "(u32)(j + c - seen.start) < (u32)(seen.stop - seen.start);", "true;"),
     Mutant(ROWS + "test_rows_see_what_they_say", "codes of keys that a row does not see are ranked", "src/qaxis/decode/score_codes.cu", ">= (u32)(seen.stop - seen.start)) place = 0;", ">= 0x7fffffffu) place = 0;"),
     Mutant(ROWS + "test_rows_never_lead_beyond_the_room", "rows are trusted blindly", "src/qaxis/decode/seen.cuh", "max(0, min(rows[4 * b + 1], room.n))", "max(0, min(rows[4 * b + 1], room.n + 40))"),
-    Mutant("test_decode_cuda.py::test_counts_that_mislead_cost_time_and_no_key", "a step leaves its counts behind", NATIVE, "tally[(i64)p.row * TALLY + i] = 0;", "tally[(i64)p.row * TALLY + i] += 0;"),
+    Mutant("test_decode_cuda.py::test_counts_that_mislead_cost_time_and_no_key", "a step leaves its counts behind", "src/qaxis/decode/choice.cuh", "tally[(i64)p.row * TALLY + i] = 0;", "tally[(i64)p.row * TALLY + i] += 0;"),
     Mutant("test_decode_cuda.py::test_fast_scores_are_off_by_no_more_than_they_say", "what codes leave out is no error of a place", BY_CODES, "others[p] + each_off[p] * (scaled", "others[p] + 0.0f * (scaled"),
     Mutant("test_decode_cuda.py::test_uneven_channels_do_not_make_more_candidates", "one length for channels of all sizes", "src/qaxis/decode/cuda.py", "    scaled = index.scaled_residuals\n    if scaled is None:", "    scaled = None\n    if scaled is None:"),
     Mutant("test_decode_cuda.py::test_scaled_residuals_that_do_not_fit_are_named", "scaled residuals not checked", "src/qaxis/storage/key_index.py", "        if self.scaled_residuals is not None:\n", "        if self.scaled_residuals is None:\n"),
     Mutant("test_in_place.py::test_the_index_grows_to_what_one_made_anew_is", "a group is scaled by its scales, not by their roots", "src/qaxis/storage/bounds.py", "roots_of(exponents.int())", "power_of_two(exponents.int())"),
-    Mutant(ROWS + "test_rows_of_any_shape", "ranks beyond the first turn are left out", NATIVE, "for (int c = 0; c < p.turns; c++) {", "for (int c = 0; c < 1; c++) {"),
-    Mutant(ROWS + "test_the_highest_score_is_one_of_a_key_that_is_kept", "a key that is not kept sets the highest score", NATIVE, "return !FORCED || forced(j) || ranked() > 0;", "return true;"),
-    Mutant(ROWS + "test_soft_caps_and_sinks_have_the_bits_of_the_reference", "a sink has no weight", NATIVE, "if (sinks) w[0] = __fadd_rn(w[0], sink);", ""),
+    Mutant(ROWS + "test_rows_of_any_shape", "ranks beyond the first turn are left out", "src/qaxis/decode/attend.cuh", "for (int c = 0; c < p.turns; c++) {", "for (int c = 0; c < 1; c++) {"),
+    Mutant(ROWS + "test_the_highest_score_is_one_of_a_key_that_is_kept", "a key that is not kept sets the highest score", "src/qaxis/decode/program.cuh", "return !FORCED || forced(j) || ranked() > 0;", "return true;"),
+    Mutant(ROWS + "test_soft_caps_and_sinks_have_the_bits_of_the_reference", "a sink has no weight", "src/qaxis/decode/attend.cuh", "if (sinks) w[0] = __fadd_rn(w[0], sink);", ""),
     Mutant(ROWS + "test_what_is_launched_does_not_depend_on_how_many_tokens_there_are", "one token has no stride", "src/qaxis/cuda/compiler.py", "tokens = tokens if tokens < MOST_TOKEN_STRIDE else 0", "tokens = tokens if x.shape[2] > 1 else 0"),
     Mutant(ROWS + "test_what_is_launched_does_not_depend_on_how_many_tokens_there_are", "a part without tokens has no address", "src/qaxis/cuda/compiler.py", "    if x.numel():\n        return x\n", "    return x\n"),
-    Mutant("native", "no error behind codes", NATIVE, "(int)floorf(place - off)", "(int)floorf(place + 0.0f * off)"),
-    Mutant("native", "keys without a code are dropped", NATIVE, "may[u] = between(j, p.begin, p.end) & ~scored[u];", "may[u] = 0;"),
-    Mutant("native", "near keys are not ordered by position", NATIVE, "s.near_position[o] < j", "s.near_position[o] > j"),
+    Mutant("native", "no error behind codes", "src/qaxis/decode/counts.cuh", "(int)floorf(place - off)", "(int)floorf(place + 0.0f * off)"),
+    Mutant("native", "keys without a code are dropped", "src/qaxis/decode/candidates.cuh", "may[u] = between(key[u], p.begin, p.end) & ~scored[u];", "may[u] = 0;"),
+    Mutant("native", "near keys are not ordered by position", "src/qaxis/decode/choice.cuh", "s.near_position[o] < j", "s.near_position[o] > j"),
     Mutant("native", "a sum over neighbours in another order", "src/qaxis/arithmetic/canonical.cuh", "for (int s = 1; s < n; s *= 2)", "for (int s = n / 2; s > 0; s /= 2)"),
-    Mutant("native", "lists that overflow are used as they are", NATIVE, "sure &= pull(&s.full, r) == 0;", "sure &= pull(&s.full, r) >= 0;"),
+    Mutant("native", "lists that overflow are used as they are", "src/qaxis/decode/edge.cuh", "sure &= pull(&s.full, r) == 0;", "sure &= pull(&s.full, r) >= 0;"),
     Mutant("prefill", "keys below the threshold are surely in", "src/qaxis/prefill/select.cu", "min(cut.behind + error, TOP)", "max(cut.behind - 40 * error, 1)"),
     Mutant("prefill", "ties of the band go to the higher position", "src/qaxis/prefill/triton.py", "(by_j[None, :] < j[:, None])", "(by_j[None, :] > j[:, None])"),
     Mutant("prefill", "ties of select.cu's band go to the higher position", "src/qaxis/prefill/select.cu", "position[other] < j", "position[other] > j"),

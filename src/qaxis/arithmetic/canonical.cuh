@@ -101,3 +101,13 @@ __device__ __forceinline__ float exp2_canonical(float t) {
 __device__ __forceinline__ void load_query(const void* q, i64 offset, int part, float* x) {
     widen(load16((const char*)q + (offset + part * E) * (16 / E)), x);
 }
+
+// The sum of x over the lanes up to this one.
+__device__ __forceinline__ int sum_upto(int x, int lane) {
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const int more = __shfl_up_sync(ALL, x, o);
+        if (lane >= o) x += more;
+    }
+    return x;
+}

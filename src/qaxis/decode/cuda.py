@@ -25,8 +25,13 @@ from ..storage.side import Stored
 from .form import Numbers
 from .index import KeyIndex
 
-SCORE_KEYS, SCORE_CODES, CHOOSE, SEEN, TALLYING = (
-    Path(__file__).with_name(name) for name in ("score_keys.cu", "score_codes.cu", "choose.cu", "seen.cuh", "tally.cuh")
+HERE = Path(__file__).parent
+SCORE_KEYS, SCORE_CODES, CHOOSE = (HERE / f"{name}.cu" for name in ("score_keys", "score_codes", "choose"))
+#: what all three share, and what choose.cu consists of, in the order in which it is compiled
+SHARED_PARTS = tuple(HERE / f"{name}.cuh" for name in ("seen", "tally"))
+STAGES = tuple(
+    HERE / f"{name}.cuh"
+    for name in ("numbers", "counts", "program", "candidates", "scores", "edge", "choice", "attend")
 )
 #: dtypes of sink logits, as choose.cu numbers them
 SINKS = {**ELEMENTS, torch.float64: 3}
@@ -167,7 +172,7 @@ class Plan:
     ranks: int
     turns: int
     span: int
-    #: bytes of ``Shared`` in choose.cu, and of all shared memory
+    #: bytes of ``Shared`` in program.cuh, and of all shared memory
     fixed: int
     shared: int
     #: programs that score the keys of one head
@@ -175,7 +180,7 @@ class Plan:
 
 
 def _fixed_bytes(dim_v: int, cluster: int, threads: int) -> int:
-    """Size of ``Shared`` in choose.cu."""
+    """Size of ``Shared`` in program.cuh."""
     warps = threads // 32
     return 4 * (TALLY + 2 * NEAR * (cluster + 1) + cluster + warps + 10 + (warps + cluster) * (dim_v + 1))
 
@@ -231,15 +236,16 @@ def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
 def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     """The kernels that score and that choose and attend, or None if they cannot be compiled."""
     common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group}
-    forced, before = {"forced": int(shape.forced)}, (SEEN, TALLYING)
+    forced, before = {"forced": int(shape.forced)}, SHARED_PARTS
     if shape.coded:
         score = compiler.compiled(SCORE_CODES, "score_codes", _ring(shape), shape.device, before, **common)
     else:
         score = compiler.compiled(SCORE_KEYS, "score_keys", 0, shape.device, before, **common, **forced)
     choose = compiler.compiled(
-        CHOOSE, "choose_and_attend", plan.shared, shape.device, before, True, **common, **forced, dim_v=shape.dim_v,
-        cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks, levels=plan.turns.bit_length() - 1,
-        coded=int(shape.coded), stored=int(shape.stored), logits=shape.logits, profile=int(profile), shared=plan.fixed,
+        CHOOSE, "choose_and_attend", plan.shared, shape.device, before + STAGES, True, **common, **forced,
+        dim_v=shape.dim_v, cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks,
+        levels=plan.turns.bit_length() - 1, coded=int(shape.coded), stored=int(shape.stored), logits=shape.logits,
+        profile=int(profile), shared=plan.fixed,
     )  # fmt: skip
     return None if score is None or choose is None else (score, choose)
 

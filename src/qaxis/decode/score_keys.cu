@@ -13,8 +13,8 @@ __device__ __forceinline__ float place_of(int word, float units) {
     return fminf(fmaxf(floorf(score_of(word) * units), -32768.0f), 32767.0f) + 32768.0f;
 }
 
-// Words [rows, padded], the best of every SUB neighbours that are ranked, and counts of those. A warp takes a tile of keys at a time, CHUNK of them at once, for all heads
-// of a group; what of the others counts it learns from its first tile. What of a tile a row does not see gets NONE. The loop is
+// Words [rows, padded], the best of every SUB neighbours that are ranked, and counts of those. A warp takes a tile of keys at a
+// time, CHUNK of them at once, for all heads of a group; what of the others counts it learns from its first tile. What of a tile a row does not see gets NONE. The loop is
 // not unrolled: its instructions would not fit into the cache that holds them.
 extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     const void* q, const void* k, const float* norm, const int* rows, int* word, int* best,

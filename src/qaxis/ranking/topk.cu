@@ -89,15 +89,6 @@ template <int PROGRAMS> __device__ __forceinline__ void together() {
     else cluster_sync();
 }
 
-__device__ __forceinline__ int sum_upto(int x, int lane) {
-#pragma unroll
-    for (int o = 1; o < 32; o *= 2) {
-        const int more = __shfl_up_sync(ALL, x, o);
-        if (lane >= o) x += more;
-    }
-    return x;
-}
-
 // Of x over the threads before this one, and over all. Before the next, the program has to come together.
 struct Sums { int before, all; };
 __device__ __forceinline__ Sums over_threads(int x, int* scratch) {
