@@ -2,7 +2,7 @@
 //
 // Products and additions that reach a result are written as __fmul_rn and __fadd_rn, which are never contracted. compiler.py
 // puts this text before theirs and defines: ELEM (0 float32, 1 float16, 2 bfloat16), DIM, MAGIC, C0..C7 (reference.py),
-// UNITS, SMALLEST, LARGEST (fast_scores.py).
+// UNITS, SMALLEST, LARGEST, SHORTEST, LEAST_CODE_SCALE (fast_scores.py).
 
 constexpr int E = ELEM == 0 ? 4 : 8;  // numbers in 16 bytes
 constexpr int NONE = -2147483647 - 1;  // the word of no score

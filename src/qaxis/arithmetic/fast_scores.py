@@ -27,7 +27,7 @@ SMALLEST, LARGEST = 1e-20, 1e37
 #: and one whose query is shorter: its squares have too few bits in float32 for its length to be a bound
 SHORTEST = 1e-19
 #: the least scale that a query is split for: scaled to 127 under a smaller one it could leave float32
-LEAST_SCALE = 1e-36
+LEAST_CODE_SCALE = 1e-36
 #: bounds are stored a little too large, so that their own rounding cannot make them too small
 UPWARD = 1 + 2.0**-10
 #: bounds that are float32 numbers of full precision

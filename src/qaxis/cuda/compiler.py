@@ -93,7 +93,9 @@ def defines(**constants: int) -> list[str]:
     """Macros of one variant, as options of the compiler."""
     fixed = {f"C{7 - i}": literal(c) for i, c in enumerate(EXP2_COEFFICIENTS)}
     fixed |= {"MAGIC": literal(ROUND_MAGIC), "UNITS": literal(fast_scores.UNITS)}
-    fixed |= {name: f"{getattr(fast_scores, name)}f" for name in ("SMALLEST", "LARGEST", "SHORTEST", "LEAST_SCALE")}
+    fixed |= {
+        name: f"{getattr(fast_scores, name)}f" for name in ("SMALLEST", "LARGEST", "SHORTEST", "LEAST_CODE_SCALE")
+    }
     fixed |= {name.upper(): str(x) for name, x in constants.items()}
     return [f"-D{name}={x}" for name, x in fixed.items()]
 
@@ -125,5 +127,5 @@ def compiled(
             kernel.set_shared_memory_config(dynamic)
         return EarlyKernel(kernel) if early else kernel
     except (AttributeError, OSError, RuntimeError) as error:
-        log.warning("%s cannot be used, the slower Triton kernels are: %s", file.name, error)
+        log.warning("%s cannot be used, slower kernels are: %s", file.name, error)
         return None

@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
                 if (h >= GROUP) query[p][i + e] = 0.0f;
                 const float x = query[p][i + e];
                 square += x * x;
-                most = fmaxf(most, fabsf(x) * fmaxf(step[e], LEAST_SCALE));
+                most = fmaxf(most, fabsf(x) * fmaxf(step[e], LEAST_CODE_SCALE));
             }
         }
 #pragma unroll

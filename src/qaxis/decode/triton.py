@@ -7,14 +7,14 @@ how many a row of the batch has is read from device memory, and a program behind
 
 from __future__ import annotations
 
-from ..arithmetic.fast_scores import LEAST_SCALE
+from ..arithmetic.fast_scores import LEAST_CODE_SCALE
 from ..arithmetic.triton import jit, row_and_block, score_of, tl, tree_last, units_per_score, widen
 from ..attention.triton import coded_of, logit_of
 from ..storage.triton import load_numbers
 from .rows import BEGIN, END, K_EFF
 
 _BEGIN, _END, _K_EFF = tl.constexpr(BEGIN), tl.constexpr(END), tl.constexpr(K_EFF)
-_LEAST_SCALE = tl.constexpr(LEAST_SCALE)
+_LEAST_CODE_SCALE = tl.constexpr(LEAST_CODE_SCALE)
 
 
 @jit
@@ -129,7 +129,7 @@ def score_codes_kernel(
     pointers = q_ptr + b * stride_qb + (g * GROUP + r)[None, :] * stride_qh + d[:, None] * stride_qd
     wide = widen(tl.load(pointers, mask=(r < GROUP)[None, :] & (d < dim)[:, None], other=0.0))
     units = units_per_score(tl.sqrt(tl.sum(wide * wide, 0)), tl.load(norm_ptr + kv))
-    largest_scales = tl.maximum(tl.load(largest_scales_ptr + kv * dim + d, mask=d < dim, other=0.0), _LEAST_SCALE)
+    largest_scales = tl.maximum(tl.load(largest_scales_ptr + kv * dim + d, mask=d < dim, other=0.0), _LEAST_CODE_SCALE)
     largest = tl.maximum(tl.max(tl.abs(wide) * largest_scales[:, None], 0), 1e-30)
     wide = wide * (127.0 / largest)[None, :]
     coarse, fine = units * (largest / 127.0), units * (largest / (127.0 * 254.0))
@@ -218,7 +218,7 @@ def _cut(
     norm_q = tl.sqrt(tl.sum(wide * wide, 0)) * 1.001
     norm_k = tl.load(norm_ptr)
     units = units_per_score(norm_q, norm_k)
-    largest_scales = tl.maximum(tl.load(largest_scales_ptr + d, mask=d < dim, other=0.0), _LEAST_SCALE)
+    largest_scales = tl.maximum(tl.load(largest_scales_ptr + d, mask=d < dim, other=0.0), _LEAST_CODE_SCALE)
     error = norm_q * (tl.load(residual_ptr) + relative * norm_k) + tl.max(tl.abs(wide) * largest_scales, 0) * split
     found = _found(best_ptr, low, high, k_free, BLOCK)
     cut = found.to(tl.float32) - 2.0 * (error * units * 1.01 + 1.0) - 1.0
