@@ -314,8 +314,8 @@ def _versions_in_short(record: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Records], list[str]]] = {
     "stops": _stops, "ablation": _ablation, "bits": _bits, "changes": _changes, "flags": _flags,
     "families": _families, "architectures": _architectures, "speed": _speed, "targets": _targets, "caches": _caches,
-    "formats": _formats, "formatlengths": _format_lengths, "certified": _certified, "topk": _topk, "approximate": _approximate,
-    "evidence": _evidence,
+    "formats": _formats, "formatlengths": _format_lengths, "certified": _certified, "topk": _topk,
+    "approximate": _approximate, "evidence": _evidence,
 }  # fmt: skip
 
 

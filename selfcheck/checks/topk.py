@@ -58,7 +58,7 @@ def _plan(context: Context) -> list[Part]:
         ]  # fmt: skip
     # Of 114 to 132 multiprocessors: 16 rows at once have eight programs each, 40 four, 80 two.
     short = [
-        Part(n, ks, 16)
+        Part(n, ks, 40)
         for n, ks in (
             (1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (31, (1, 16, 31)), (500, (1, 64, 499)), (1000, (1, 300, 1000)),
             (4095, (256,)), (4096, (1, 512, 4096)), (4097, (512, 4000)), (8192, (1, 512, 8192)), (16383, (2048,)),
@@ -209,13 +209,16 @@ def _drawn(context: Context) -> tuple[int, str]:
 
 # ---- what only a GPU has --------------------------------------------------------------------------------------------
 
+#: rows, scores of a row, k
+REPLAYED = ((25, 300, 40), (100, 20000, 512), (16, 131072, 2048))
+STREAMED = ((100, 16400, 500), (40, 131072, 2048))
+
 
 def _replayed(context: Context, tally: _Tally) -> None:
     """One graph a shape and order, replayed twice on scores that were put in place of those it was captured with."""
     from ..harness.timing import capture
 
-    shapes = ((25, 300, 40), (100, 20000, 512), (16, 131072, 2048))
-    for (count, n, k), order in itertools.product(shapes, ORDERS):
+    for (count, n, k), order in itertools.product(REPLAYED, ORDERS):
         scores = torch.zeros(count, n, device=context.device)
         kept: list[qaxis.TopK] = []
         graph = capture(lambda: kept.append(qaxis.topk(scores, k, order=order, nan="last", backend="cuda")))  # noqa: B023
@@ -233,18 +236,17 @@ def _replayed(context: Context, tally: _Tally) -> None:
 
 def _streamed(context: Context, tally: _Tally) -> None:
     """Two streams that select at once, from rows of their own."""
-    shapes = ((100, 16400, 500), (40, 131072, 2048))
-    streams = [torch.cuda.Stream(context.device) for _ in shapes]
+    streams = [torch.cuda.Stream(context.device) for _ in STREAMED]
     for order in ORDERS:
-        given_rows = [hard_rows(n, context.device, 4, context.seed)[:count] for count, n, _ in shapes]
+        given_rows = [hard_rows(n, context.device, 4, context.seed)[:count] for count, n, _ in STREAMED]
         torch.cuda.synchronize(context.device)
         found: list[list[qaxis.TopK]] = [[], []]
         for _ in range(10):
-            for stream, scores, (_, _, k), results in zip(streams, given_rows, shapes, found, strict=True):
+            for stream, scores, (_, _, k), results in zip(streams, given_rows, STREAMED, found, strict=True):
                 with torch.cuda.stream(stream):
                     results.append(qaxis.topk(scores, k, order=order, nan="last", backend="cuda"))
         torch.cuda.synchronize(context.device)
-        for scores, (count, n, k), results in zip(given_rows, shapes, found, strict=True):
+        for scores, (count, n, k), results in zip(given_rows, STREAMED, found, strict=True):
             expected = stable(scores)[:, :k]
             expected = expected if order == "rank" else expected.sort(-1).values
             for got in results:

@@ -39,7 +39,7 @@ def speed(context: Context) -> Result:
     missing: list[dict[str, Any]] = []
     for rows, n, k in context.progress(SHAPES[::2] if context.quick else SHAPES, "shapes"):
         for kind in KINDS:
-            timed, left_out = _timed(rows, n, k, kind, repeats, bandwidth, context.seed)
+            timed, left_out = _timed(rows, n, k, kind, repeats, bandwidth, context.seed, context.device)
             found += timed
             missing += [{"rows": rows, "n": n, "kind": kind, "way": x, "said": said} for x, said in left_out.items()]
     ours = [row for row in found if row["way"].startswith("qaxis")]
@@ -87,14 +87,14 @@ def _bandwidth(repeats: int) -> float:
 
 
 def _timed(
-    rows: int, n: int, k: int, kind: str, repeats: int, bandwidth: float, seed: int
+    rows: int, n: int, k: int, kind: str, repeats: int, bandwidth: float, seed: int, device: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every way on the same scores, checked, judged and timed together; and why others were left out."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     if kind == "tied":
-        scores = tied_rows(rows, n, k, "cuda")
+        scores = tied_rows(rows, n, k, device)
     else:
-        scores = torch.randn(rows, n, device="cuda", generator=generator)
+        scores = torch.randn(rows, n, device=device, generator=generator)
     right = stable(scores)[:, :k].contiguous()
     ways, left_out = selecting.ways(scores, k)
     graphs: dict[str, Any] = {}
@@ -103,7 +103,6 @@ def _timed(
             graphs[name] = capture(partial(way, scores))
         except Exception as error:
             # What waits for the host cannot be timed like the others.
-            torch.cuda.synchronize()
             left_out[name] = selecting.why(error)
     times = microseconds(graphs, repeats, f"{rows} x {n}, {kind}", seed)
     shape = {"rows": rows, "n": n, "k": k, "kind": kind, "floor": 1e6 * rows * (4 * n + WRITTEN * k) / bandwidth}
