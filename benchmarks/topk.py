@@ -16,7 +16,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from rich.table import Table
 
 import qaxis
 from selfcheck.harness.timing import capture
+from selfcheck.inputs.score_rows import KINDS, hard_rows, stable, tied_rows
+from selfcheck.rivals import selecting
 
 #: rows, scores of a row, how many are kept
 CASES = [
@@ -38,59 +39,11 @@ CASES = [
     (128, 262144, 256),
 ]
 ON_A_CPU = [(4, 8192, 512), (2, 131072, 2048)]
-#: how often a rival is asked for the same
-AGAIN = 20
-Way = Callable[[torch.Tensor], Any]
-
-
-def hard_rows(rows: int, n: int, device: str) -> torch.Tensor:
-    """``[rows, n]`` of kinds that take turns."""
-    g = torch.Generator(device).manual_seed(n)
-    i = torch.arange(n, device=device)
-    kinds: list[Callable[[torch.Tensor], torch.Tensor]] = [
-        lambda x: x,
-        lambda x: torch.relu(x),
-        lambda x: (x * 8).round() / 8,
-        lambda x: torch.where(i % 3 == 0, -0.0, 0.0),
-        lambda x: torch.where(i < n // 100, x, -math.inf),
-        lambda x: i.float(),
-        lambda x: -i.float(),
-        lambda x: x + 9.0 * (i > 0.99 * n),
-        lambda x: torch.where(i % 7 == 0, math.nan, x),
-        lambda x: torch.where(i % 2 == 0, math.nan, -math.inf),
-        lambda x: torch.where(i % 9 == 0, math.inf, x),
-        lambda x: 1 + (x * 4).round() * 2.0**-23,
-        lambda x: x * 2.0**-140,
-        lambda x: torch.relu(x - 2.5),
-        lambda x: torch.full_like(x, math.nan),
-        lambda x: (i % 64).float(),
-    ]
-    out = torch.randn(rows, n, device=device, generator=g)
-    for row in range(rows):
-        # Of a single row, the ties.
-        out[row] = kinds[(row + (rows == 1)) % len(kinds)](out[row])
-    return out
-
-
-def stable(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The first k indices of torch's stable sort, NaN put behind all."""
-    missing = torch.isnan(scores)
-    first = torch.sort(scores.masked_fill(missing, -math.inf), dim=-1, descending=True, stable=True).indices
-    if not bool(missing.any()):
-        return first[:, :k]
-    last = torch.sort(missing.gather(-1, first).to(torch.int8), dim=-1, stable=True).indices
-    return first.gather(-1, last)[:, :k]
-
-
-def tied_rows(rows: int, n: int, k: int, device: str) -> torch.Tensor:
-    """``[rows, n]`` of which about half of the k best are above zero, and all others are zero."""
-    scores = torch.randn(rows, n, device=device, generator=torch.Generator(device).manual_seed(2))
-    return torch.relu(scores + float(torch.special.ndtri(torch.tensor(k / (2 * n), dtype=torch.float64))))
 
 
 def wrong_rows(scores: torch.Tensor, k: int) -> int:
     """Rows of which topk gives another set, order or bit than the stable sort."""
-    expected = stable(scores, k)
+    expected = stable(scores)[:, :k]
     differ = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     for order, indices in (("rank", expected), ("position", expected.sort(-1).values)):
         got = qaxis.topk(scores, k, order=order, nan="last")
@@ -100,63 +53,7 @@ def wrong_rows(scores: torch.Tensor, k: int) -> int:
     return int(differ.sum())
 
 
-def flashinfer_ways(k: int) -> dict[str, Way]:
-    """FlashInfer's top-k as it comes, and told to be deterministic, with ties to the lower position if it knows how."""
-    import flashinfer
-
-    ways: dict[str, Way] = {"flashinfer": lambda x: flashinfer.top_k(x, k)[1]}
-    ways["flashinfer deterministic"] = lambda x: flashinfer.top_k(x, k, deterministic=True)[1]
-    try:
-        from flashinfer.topk import TopKTieBreak
-    except ImportError:
-        return ways
-    small = TopKTieBreak.SMALL
-    ways["flashinfer lower first"] = lambda x: flashinfer.top_k(x, k, deterministic=True, tie_break=small)[1]
-    return ways
-
-
-def sglang_ways(scores: torch.Tensor, k: int) -> dict[str, Way]:
-    """SGLang's top-k, which is for 2048 of each row."""
-    import sgl_kernel
-
-    lengths = torch.full((len(scores),), scores.shape[1], dtype=torch.int32, device=scores.device)
-    return {"sglang": lambda x: sgl_kernel.fast_topk_v2(x, lengths, k)} if k == 2048 else {}
-
-
-def ways_of(scores: torch.Tensor, k: int, console: Console) -> dict[str, Way]:
-    """All that select, by name; each returns indices. Rivals that cannot be run here are said and left out."""
-    ways: dict[str, Way] = {
-        "qaxis": lambda x: qaxis.topk(x, k, nan="last").indices,
-        "qaxis by rank": lambda x: qaxis.topk(x, k, order="rank", nan="last").indices,
-        "torch.topk": lambda x: torch.topk(x, k).indices,
-        "torch.topk unsorted": lambda x: torch.topk(x, k, sorted=False).indices,
-        "torch.sort stable": lambda x: torch.sort(x, descending=True, stable=True).indices[:, :k],
-    }
-    rivals: dict[str, Way] = {}
-    if scores.is_cuda:
-        for name, make in (("flashinfer", partial(flashinfer_ways, k)), ("sglang", partial(sglang_ways, scores, k))):
-            try:
-                rivals |= make()
-            except Exception as error:
-                console.print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[:1]}")
-    for name, way in rivals.items():
-        try:
-            way(scores)
-            ways[name] = way
-        except Exception as error:
-            console.print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[:1]}")
-    return ways
-
-
-def judged(way: Way, ties: torch.Tensor, right: torch.Tensor) -> str:
-    """Whether a way gives the stable sort's sets of rows full of ties, and the same sets and order each time."""
-    first = way(ties).long()
-    sets = bool(torch.equal(first.sort(-1).values, right.sort(-1).values))
-    repeats = all(torch.equal(way(ties).long(), first) for _ in range(AGAIN))
-    return ("stable" if sets else "other ties") + ("" if repeats else ", varies")
-
-
-def runnable(way: Way, scores: torch.Tensor) -> tuple[Callable[[], object], bool]:
+def runnable(way: selecting.Way, scores: torch.Tensor) -> tuple[Callable[[], object], bool]:
     """What is timed, and whether that is a replay."""
     if scores.is_cuda:
         try:
@@ -202,18 +99,23 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def measured(rows: int, n: int, k: int, device: str, repeats: int, console: Console) -> dict[str, Any]:
     """One case: checked, judged, timed."""
-    hard = hard_rows(rows, n, device)
+    hard = hard_rows(n, device, -(-rows // len(KINDS)))
+    # Of a single row, the ties.
+    hard = hard[list(KINDS).index("half zeros")][None] if rows == 1 else hard[:rows]
     record: dict[str, Any] = {"rows": rows, "n": n, "k": k, "wrong_rows": wrong_rows(hard, k), "ways": {}}
     scores = torch.randn(rows, n, device=device, generator=torch.Generator(device).manual_seed(1))
     record["wrong_rows"] += wrong_rows(scores, k)
     some = min(rows, 32)
     ties = tied_rows(some, n, k, device)
-    right, calls = stable(ties, k), dict[str, Callable[[], object]]()
-    for name, way in ways_of(scores, k, console).items():
-        # Ours is what was just checked.
-        judge = ways_of(ties, k, console)[name] if name == "sglang" and some != rows else way
+    right, calls = stable(ties)[:, :k], dict[str, Callable[[], object]]()
+    ways, left_out = selecting.ways(scores, k)
+    for name, said in left_out.items():
+        console.print(f"{name} is left out: {said}")
+    for name, way in ways.items():
+        # SGLang's is made for so many rows.
+        judge = selecting.ways(ties, k)[0][name] if name == "sglang" and some != rows else way
         calls[name], is_graph = runnable(way, scores)
-        record["ways"][name] = {"ties": judged(judge, ties, right), "graph": is_graph}
+        record["ways"][name] = {"ties": selecting.judged(judge, ties, right), "graph": is_graph}
         if name.startswith("qaxis"):
             # Ties at the cut, and a mask: what takes a second look.
             for kind, x in (("tied", tied_rows(rows, n, k, device)), ("masked", scores.clone())):

@@ -262,6 +262,29 @@ def _certified(records: Records) -> list[str]:
     return rows
 
 
+#: columns of the table of selections: the ways that it has beside ours, of those of a kind the first that is there
+OTHERS = (
+    ("torch.topk",), ("torch.topk unsorted",), ("torch.sort stable",),
+    ("flashinfer lower first", "flashinfer deterministic", "flashinfer"), ("sglang",),
+)  # fmt: skip
+
+
+def _topk(records: Records) -> list[str]:
+    """Microseconds of every shape and kind of scores: ours, the others, the floor."""
+    took: dict[tuple[int, int, int, str], dict[str, float]] = {}
+    for r in records["topk-speed"]["data"]["rows"]:
+        took.setdefault((r["rows"], r["n"], r["k"], r["kind"]), {"floor": r["floor"]})[r["way"]] = r["took"]
+    return [
+        f"{thousands(count)} & {thousands(n)} & {thousands(k)} & {escape(kind)} & "
+        + " & ".join(
+            next((f"{ways[way]:.0f}" for way in same if way in ways), "--")
+            for same in (("qaxis",), ("qaxis by rank",), *OTHERS)
+        )
+        + f" & {ways['floor']:.1f}"
+        for (count, n, k, kind), ways in took.items()
+    ]
+
+
 def _approximate(records: Records) -> list[str]:
     recall = records["certified-real"]["data"]["recall"]
     rows = []
@@ -291,8 +314,8 @@ def _versions_in_short(record: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Records], list[str]]] = {
     "stops": _stops, "ablation": _ablation, "bits": _bits, "changes": _changes, "flags": _flags,
     "families": _families, "architectures": _architectures, "speed": _speed, "targets": _targets, "caches": _caches,
-    "formats": _formats, "formatlengths": _format_lengths, "certified": _certified, "approximate": _approximate,
-    "evidence": _evidence,
+    "formats": _formats, "formatlengths": _format_lengths, "certified": _certified, "topk": _topk,
+    "approximate": _approximate, "evidence": _evidence,
 }  # fmt: skip
 
 

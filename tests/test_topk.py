@@ -17,6 +17,8 @@ from qaxis.cuda import emulator
 from qaxis.cuda.compiler import SHARED_LIMIT
 from qaxis.ranking import api
 from qaxis.ranking import cuda as kernels
+from selfcheck.inputs import score_rows
+from selfcheck.inputs.score_rows import bits, stable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_kernel = pytest.mark.skipif(
@@ -29,16 +31,8 @@ INF, NAN = math.inf, math.nan
 
 def right(scores: torch.Tensor, k: int, order: str) -> torch.Tensor:
     """Indices by torch's stable sort, NaN put behind all."""
-    missing = torch.isnan(scores)
-    first = torch.sort(scores.masked_fill(missing, -INF), dim=-1, descending=True, stable=True).indices
-    # A stable sort of what is left to decide: whether there is a number.
-    last = torch.sort(missing.gather(-1, first).to(torch.int8), dim=-1, stable=True).indices
-    indices = first.gather(-1, last)[..., :k]
+    indices = stable(scores)[..., :k]
     return indices if order == "rank" else indices.sort(dim=-1).values
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.int32)
 
 
 def check(got: tuple[torch.Tensor, torch.Tensor], scores: torch.Tensor, k: int, order: str) -> None:
@@ -60,24 +54,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def hard_rows(n: int) -> torch.Tensor:
-    """Rows that a sample, a histogram or a comparison may get wrong, ``[rows, n]``."""
-    x, i = random(n), torch.arange(n, device=DEVICE)
-    nan, other_nan = torch.tensor([0x7FC00001, -0x3FFFFF], dtype=torch.int32).view(torch.float32).to(DEVICE)
-    rows = [
-        x,
-        torch.zeros(n), torch.full((n,), INF), torch.full((n,), -INF), torch.full((n,), NAN),
-        # ties: of both zeros, of few values, of all but few
-        torch.where(i % 3 == 0, -0.0, 0.0), (x * 2).round(), torch.relu(x), torch.relu(x - 2.5), (i == n // 2).float(),
-        # in order, in waves, the best in one place
-        i.float(), -i.float(), (i % 64).float(), x + 9.0 * (i > 0.97 * n), x + 9.0 * (i < 0.01 * n),
-        # masked; of any magnitude; next to one another; below the normal numbers
-        torch.where(i < n // 50, x, -INF), x * 2.0 ** (i % 250 - 125), 1 + (x * 4).round() * 2.0**-23,
-        x * 2.0**-140,
-        # without numbers
-        torch.where(i % 5 == 0, nan, x), torch.where(i % 5 > 0, other_nan, x), torch.where(i % 2 == 0, NAN, -INF),
-        torch.where(i % 7 == 0, INF, torch.where(i % 7 == 1, other_nan, -x.abs())),
-    ]  # fmt: skip
-    return torch.stack([row.to(DEVICE) for row in rows])
+    return score_rows.hard_rows(n, DEVICE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
