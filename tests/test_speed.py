@@ -329,3 +329,45 @@ def test_packages_that_are_not_there_or_broken_are_no_error(monkeypatch, capsys)
     monkeypatch.undo()
     assert dense_packages.found("no_such_module_here") is None and dense_packages.version("no-such") == "unknown"
     assert dense_packages.first_line(ValueError()) == "ValueError"
+
+
+def test_real_keys_are_counted_by_the_step_that_runs(monkeypatch):
+    from qaxis.decode.triton_step import TritonStep
+    from selfcheck.checks import survivors
+
+    class Counting:
+        """A step that runs on one layer of two, and rescores 14 keys of the first head and 28 of the second."""
+
+        def __init__(self, *made_for):
+            self.plain, self.runs = TritonStep(*made_for), 0
+
+        def cuda_step(self, *_):
+            self.runs += 1
+            return self if self.runs <= 2 else None
+
+        def __call__(self, *args):
+            step = self.plain(*args)
+            return types.SimpleNamespace(
+                output=step.output, indices=step.indices, rescored=torch.tensor([[[10, 4], [20, 8]]])
+            )
+
+    monkeypatch.setattr(survivors.doors, "STEPS", {"Triton": TritonStep, "CUDA": Counting})
+    captured = [(i, *heads.drawn("independent", (1, 2, 1, 140, 64), torch.Generator().manual_seed(i))) for i in (1, 2)]
+    captured = [(i, q.expand(1, 2, 140, 64), k, v) for i, q, k, v in captured]
+    found = survivors._Found()
+    row = found.row(captured, 140, longest=False)
+    assert found.wrong == 0 and found.by_cuda == 4 and row["codes"] > 20
+    triton = [float(x) for x in ran_by_triton(captured)]
+    assert row["codes_step"] == pytest.approx(100 * (14 + 28 + sum(triton)) / 4 / 140, rel=1e-4)
+    assert row["codes_step"] != pytest.approx(row["codes"]) and row["codes_step_p95"] > row["codes_step"]
+
+
+def ran_by_triton(captured):
+    """Keys that the Triton step rescored of the second layer, a head each, behind codes."""
+    import qaxis
+    from qaxis.decode.triton_step import TritonStep
+
+    _, q, k, v = captured[1]
+    step = TritonStep(1, 2, 140, 64, qaxis.Budget().k_eff(140), "cpu")
+    _, (_, keys, values, index), *_ = ways(k, v)
+    return step(q[:, :, -1:].contiguous(), keys, values, index).rescored.sum(-1).flatten()
