@@ -18,6 +18,9 @@ WAYS = {"keys": "bfloat16 keys", "codes": "keys beside codes", "cache": "INT8 ca
 def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
     shapes: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
     for row in evidence["certified-speed"]["data"]["rows"]:
+        # Only of independent keys are stages measured.
+        if row["keys"] != "independent":
+            continue
         shapes.setdefault((row["batch"], row["n"], row["k_eff"]), []).append(row)
     figure, axes = plt.subplots(len(shapes), 1, figsize=(WIDTH, 6.4), layout="constrained")
     for axis, ((batch, n, k_eff), rows) in zip(axes, shapes.items(), strict=True):

@@ -15,6 +15,9 @@ from selfcheck.harness.files import ROOT
 PLATFORMS = ("NumPy", "PyTorch CPU", "PyTorch CUDA", "Triton interpreter", "Triton GPU")
 #: what of the versions stands in the table of evidence
 SHORT = ("python", "torch", "triton", "transformers")
+#: kinds of keys, and what a cache without lines to write back is called, in rows of certified-speed
+INDEPENDENT, CLEAN = "independent", "clean"
+KINDS = (INDEPENDENT, "correlated", "uneven")
 WAYS = {"keys": "keys", "codes": "codes", "cache": "INT8 cache"}
 Records = dict[str, dict[str, Any]]
 
@@ -251,13 +254,13 @@ def _format_lengths(records: Records) -> list[str]:
 
 def _certified(records: Records) -> list[str]:
     rows = []
-    for r in records["certified-speed"]["data"]["rows"]:
+    for r in _of_keys(records, INDEPENDENT):
         # Where the CUDA kernels do not run, the step is the Triton one.
         cuda = f"{r['took']:.0f}" if r["took"] != r["triton"] else "--"
         rows.append(
             f"{r['batch']:d} & {thousands(r['n'])} & {thousands(r['k_eff'])} & {WAYS[r['way']]} & "
-            f"{escape(r['best'])} & {r['dense']:.0f} & {r['dense_8bit']:.0f} & {r['triton']:.0f} & "
-            f"{cuda} & {r['ratio']:.2f} & {r['floor']:.0f} & {thousands(round(r['rescored']))}"
+            f"{escape(_in_short(r['best']))} & {r['dense']:.0f} & {r['dense_8bit']:.0f} & {r['triton']:.0f} & "
+            f"{cuda} & {_within(r)} & {r['floor']:.0f} & {thousands(round(r['rescored']))}"
         )
     return rows
 
@@ -283,6 +286,43 @@ def _topk(records: Records) -> list[str]:
         + f" & {ways['floor']:.1f}"
         for (count, n, k, kind), ways in took.items()
     ]
+
+
+def _in_short(step: str) -> str:
+    """Whose dense step it is, without how it splits or packs, and without the package that carries it."""
+    return step.split(",")[0].split(" (")[0].removesuffix(" SDPA")
+
+
+def _of_keys(records: Records, *kinds: str) -> list[dict[str, Any]]:
+    """Rows of the certified step over keys of some kinds."""
+    return [r for r in records["certified-speed"]["data"]["rows"] if r["keys"] in kinds]
+
+
+def _within(r: dict[str, Any], name: str = "ratio", suffix: str = "") -> str:
+    """A ratio and its interval."""
+    return f"{r[name + suffix]:.2f} [{r['low' + suffix]:.2f}, {r['high' + suffix]:.2f}]"
+
+
+def _flushes(records: Records) -> list[str]:
+    """Ratios by what was in the cache before a step, of every kind of keys."""
+    rows = []
+    for r in _of_keys(records, *KINDS):
+        coded = (_within(x, "ratio", "_8bit") if r["way"] == "cache" else "--" for x in (r, r[CLEAN]))
+        rows.append(
+            f"{r['batch']:d} & {thousands(r['n'])} & {thousands(r['k_eff'])} & {r['keys']} & {WAYS[r['way']]} & "
+            f"{_within(r)} & {_within(r[CLEAN])} & {' & '.join(coded)} & {thousands(round(r['rescored']))}"
+        )
+    return rows
+
+
+def _prefill(records: Records) -> list[str]:
+    """Milliseconds of a prompt by its length, and ratios to FlashAttention-2."""
+    rows = []
+    for r in records["prefill-speed"]["data"]["rows"]:
+        took = " & ".join(f"{r['took'][name]:.2f}" for name in ("flash", "cudnn", "tenth", "fixed"))
+        ratios = " & ".join(_within(r["ratios"][name], "value") for name in ("tenth", "fixed"))
+        rows.append(f"{thousands(r['n'])} & {took} & {ratios} & {r['repeats']:d}")
+    return rows
 
 
 def _approximate(records: Records) -> list[str]:
@@ -314,8 +354,8 @@ def _versions_in_short(record: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Records], list[str]]] = {
     "stops": _stops, "ablation": _ablation, "bits": _bits, "changes": _changes, "flags": _flags,
     "families": _families, "architectures": _architectures, "speed": _speed, "targets": _targets, "caches": _caches,
-    "formats": _formats, "formatlengths": _format_lengths, "certified": _certified, "topk": _topk,
-    "approximate": _approximate, "evidence": _evidence,
+    "formats": _formats, "formatlengths": _format_lengths, "certified": _certified, "flushes": _flushes,
+    "prefill": _prefill, "topk": _topk, "approximate": _approximate, "evidence": _evidence,
 }  # fmt: skip
 
 

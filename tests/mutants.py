@@ -97,6 +97,7 @@ MODELS, ALWAYS, RECORDING = (
     "src/qaxis/models/recording.py",
 )
 DENSE, DECODING = "selfcheck/rivals/dense_decoding.py", "selfcheck/checks/decoding.py"
+SPEED, TIMING, HEADS = "selfcheck/checks/speed.py", "selfcheck/harness/timing.py", "selfcheck/inputs/heads.py"
 GEMMA = "selfcheck/checks/gemma.py"
 OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
 ENABLE, SETTINGS = "src/qaxis/models/enable.py", "src/qaxis/models/settings.py"
@@ -251,6 +252,22 @@ MUTANTS = (
     Mutant("test_rivals.py::test_every_target_is_of_values_that_are_measured_and_the_paper_says_which_are_met", "the best of several values meets a target", "paper/numbers.py", 'worst, sign = (min(found), r"$\\ge$")', 'worst, sign = (max(found), r"$\\ge$")'),
     Mutant("test_rivals.py::test_a_token_is_its_kernels_and_gaps", "gaps are not counted", "selfcheck/checks/timeline.py", "max(0.0, start - at)", "0.0"),
     Mutant("test_rivals.py::test_enable_as_documented_is_compared_with_the_reference", "rows of a prompt are not compared", "selfcheck/checks/enable.py", "int((off > NEAR).sum())", "0"),
+    Mutant("test_speed.py::test_every_graph_is_replayed_once_a_round_after_each_flush_that_it_asks_for", "every replay follows the same flush", TIMING, "before[kind]()", "before[WRITTEN]()"),
+    Mutant("test_speed.py::test_every_graph_is_replayed_once_a_round_after_each_flush_that_it_asks_for", "the flush is timed, too", TIMING, "            before[kind]()\n            start.record()\n", "            start.record()\n            before[kind]()\n"),
+    Mutant("test_speed.py::test_one_flush_writes_and_the_other_only_reads", "the clean flush writes", TIMING, "CLEAN: read.amax", "CLEAN: read.zero_"),
+    Mutant("test_speed.py::test_one_flush_writes_and_the_other_only_reads", "what was just overwritten is read", TIMING, "CLEAN: read.amax", "CLEAN: written.amax"),
+    Mutant("test_speed.py::test_a_ratio_has_the_interval_of_rounds_that_are_resampled_together", "rounds are resampled apart", TIMING, "paired=True", "paired=False"),
+    Mutant("test_speed.py::test_a_ratio_has_the_interval_of_rounds_that_are_resampled_together", "the fastest has the smallest mean", TIMING, "key=lambda name: statistics.median(times[name])", "key=lambda name: statistics.mean(times[name])"),
+    Mutant("test_speed.py::test_kinds_of_keys_are_what_they_are_called", "correlated queries share too much", HEADS, "math.sqrt(COSINE) * shared", "COSINE * shared"),
+    Mutant("test_speed.py::test_kinds_of_keys_are_what_they_are_called", "uneven queries are not divided", HEADS, "grouped / size[:, None]", "grouped * 1"),
+    Mutant("test_speed.py::test_ratios_are_to_the_fastest_dense_step_after_the_same_flush", "clean ratios are of dense steps that write back", SPEED, 'dense, coded = self.of(way, flush)["all"], self.of("dense", flush)', 'dense, coded = self.of(way, flush)["all"], self.of("dense", WRITTEN)'),
+    Mutant("test_speed.py::test_ratios_are_to_the_fastest_dense_step_after_the_same_flush", "outputs of other keys may differ", SPEED, "exact = all(way.exact for x in found for way in x.ways)", "exact = all(way.exact for x in found[:1] for way in x.ways)"),
+    Mutant("test_speed.py::test_a_prefill_is_compared_at_every_length", "long prompts may differ", SPEED, "passed=wrong == 0,", "passed=found[0].wrong == 0,"),
+    Mutant("test_speed.py::test_the_paper_has_intervals_flushes_and_kinds", "the paper's clean ratios are the others", "paper/numbers.py", "{_within(r)} & {_within(r[CLEAN])}", "{_within(r)} & {_within(r)}"),
+    Mutant("test_speed.py::test_a_dense_step_is_off_by_a_share_of_what_is_right", "a dense step may give nothing", DENSE, " / right.float().abs().max()\n", "\n"),
+    Mutant("test_speed.py::test_a_package_that_fails_or_is_wrong_is_left_out_and_said", "a package's wrong step breaks the claim", DENSE, "add(name, step, foreign=True)", "add(name, step)"),
+    Mutant("test_speed.py::test_what_cannot_be_captured_is_left_out_and_something_has_to_be_left", "ratios to no dense step", DENSE, "    if not graphs:\n", "    if False:\n"),
+    Mutant("test_speed.py::test_real_keys_are_counted_by_the_step_that_runs", "the Triton step's count stands for CUDA's", "selfcheck/checks/survivors.py", "here[way] = step", "here[way + by] = step"),
     Mutant("test_optional.py::test_a_part_that_differs_or_is_missing_is_named", "an optional subject is not verified", "selfcheck/inputs/optional.py", 'if actual != subject["sha256"]:', "if False:"),
     Mutant("test_optional.py::test_a_claim_without_its_subject_is_not_run", "a missing subject is not noticed", GEMMA, "if optional.missing(subject):", "if False:"),
     Mutant("test_optional.py::test_anything_wrong_with_a_second_model_fails_its_claim", "a text within the window serves", GEMMA, "passed=passed and ids.shape[1] > window", "passed=passed"),

@@ -1,14 +1,62 @@
-"""Medians of interleaved CUDA-graph replays, each after the L2 cache was overwritten."""
+"""Interleaved CUDA-graph replays, the L2 cache emptied before each in one of two ways; ratios with their interval."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 from qaxis.cuda.workspaces import own_workspaces
+
+#: what is in the L2 cache when a replay begins: lines that have yet to be written back, which the replay pays for, as
+#: after a kernel that wrote; or lines that can be dropped, as after one that read
+WRITTEN, CLEAN = "written", "clean"
+FLUSHED = 1 << 28
+RESAMPLES = 9999
+
+
+class Ratio(NamedTuple):
+    """A ratio of medians and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Ratio:
+    """The median of ``above`` over that of ``below``, times of the same rounds, which are resampled together.
+
+    The interval is of percentiles: medians of few rounds take few values, of which BCa's correction has no slope.
+
+    Raises:
+        ValueError: for other numbers of times, or none.
+    """
+    if len(above) != len(below) or not above:
+        raise ValueError(f"below={len(below)} times: allowed are as many as above, {len(above)}, and one at least")
+    x, y = np.asarray(above, float), np.asarray(below, float)
+    middle = float(np.median(x) / np.median(y))
+    if len(x) == 1:
+        return Ratio(middle, middle, middle)
+
+    def of(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.median(x, axis) / np.median(y, axis)
+
+    found = stats.bootstrap(
+        (x, y), of, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Ratio(middle, float(found.low), float(found.high))
+
+
+def fastest(times: Mapping[str, Sequence[float]]) -> str:
+    """The name with the smallest median."""
+    return min(times, key=lambda name: statistics.median(times[name]))
 
 
 def capture(f: Callable[[], object], warm: int = 2) -> torch.cuda.CUDAGraph:
@@ -25,20 +73,33 @@ def capture(f: Callable[[], object], warm: int = 2) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def flushes(device: str = "cuda", size: int = FLUSHED) -> dict[str, Callable[[], object]]:
+    """What empties the cache, by what it leaves there. What is read was written long before, in a buffer of its own."""
+    written, read = (torch.zeros(size // 4, dtype=torch.int32, device=device) for _ in range(2))
+    return {WRITTEN: written.zero_, CLEAN: read.amax}
+
+
 def microseconds(
-    graphs: dict[str, torch.cuda.CUDAGraph], repeats: int, label: str, seed: int = 0
-) -> dict[str, list[float]]:
-    """Times of every graph; each round replays all of them in a new random order."""
-    flush = torch.empty(1 << 26, dtype=torch.int32, device="cuda")
+    graphs: Mapping[str, torch.cuda.CUDAGraph], repeats: int, label: str, clean: Collection[str] = (), seed: int = 0
+) -> dict[str, dict[str, list[float]]]:
+    """Times of every graph by what its replays found in the cache: all ``WRITTEN``, those named in ``clean`` ``CLEAN``.
+
+    Each round replays each of them once, in a new random order: times at one place of all lists are of one round.
+    """
+    before = flushes()
+    plan = [(WRITTEN, name) for name in graphs] + [(CLEAN, name) for name in graphs if name in clean]
     order = random.Random(seed)
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    events: dict[tuple[str, str], list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {one: [] for one in plan}
     for _ in tqdm(range(repeats), desc=label, leave=False):
-        for name in order.sample(list(graphs), len(graphs)):
+        for kind, name in order.sample(plan, len(plan)):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
+            before[kind]()
             start.record()
             graphs[name].replay()
             end.record()
-            events[name].append((start, end))
+            events[kind, name].append((start, end))
         torch.cuda.synchronize()
-    return {name: [1000 * a.elapsed_time(b) for a, b in pairs] for name, pairs in events.items()}
+    out: dict[str, dict[str, list[float]]] = {WRITTEN: {}, CLEAN: {}}
+    for (kind, name), pairs in events.items():
+        out[kind][name] = [1000 * a.elapsed_time(b) for a, b in pairs]
+    return out
