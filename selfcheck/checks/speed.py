@@ -20,7 +20,7 @@ from qaxis.prefill import prefill_attention, selected_positions
 from qaxis.storage.side import Stored
 
 from ..harness.claim import Context, NotRunError, Result, value
-from ..harness.timing import CLEAN, WRITTEN, capture, fastest, microseconds, ratio
+from ..harness.timing import CLEAN, WRITTEN, bandwidth, capture, fastest, microseconds, ratio
 from ..inputs.heads import INDEPENDENT, KINDS, drawn
 from ..rivals import approximate_decoding
 from .certified import ways as certified_ways
@@ -55,7 +55,7 @@ def decode(context: Context) -> Result:
         raise NotRunError("a speed under CUDA graphs needs a GPU")
     repeats = 5 if context.quick else 41
     generator = torch.Generator("cuda").manual_seed(context.seed)
-    bandwidth = _bandwidth(repeats)
+    speed = bandwidth(repeats)
     found: list[Found] = []
     for shape, kind in context.progress(planned(context.quick), "shapes"):
         # FlexAttention takes long to compile and is far behind: in the first shape only, as are the peers.
@@ -64,17 +64,7 @@ def decode(context: Context) -> Result:
         found.append(timed.measure(repeats, flex=first and not context.quick, peers=first))
         del timed
         torch.cuda.empty_cache()
-    return result(found, bandwidth, repeats)
-
-
-def _bandwidth(repeats: int) -> float:
-    """Bytes a second of the faster of two kernels: one copies 1 GiB, one only reads 2 GiB."""
-    x = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
-    y = torch.empty_like(x)
-    both = torch.zeros(1 << 29, dtype=torch.float32, device="cuda")
-    graphs = {"copy": capture(lambda: torch.neg(x, out=y)), "read": capture(lambda: both.amax())}
-    took = {name: statistics.median(t) for name, t in microseconds(graphs, repeats, "bandwidth")[WRITTEN].items()}
-    return 1e6 * max((x.nbytes + y.nbytes) / took["copy"], both.nbytes / took["read"])
+    return result(found, speed, repeats)
 
 
 @dataclass
@@ -125,12 +115,12 @@ class Found:
             "ratio_8bit": over_8bit.value, "low_8bit": over_8bit.low, "high_8bit": over_8bit.high,
         }  # fmt: skip
 
-    def row(self, way: Way, bandwidth: float) -> dict[str, Any]:
+    def row(self, way: Way, speed: float) -> dict[str, Any]:
         stages = self.medians(way.name, WRITTEN)
         if way.inside:
             # The kernels hand counts to each other, so none can be repeated by itself.
             stages |= {"score": stages["all"] - sum(way.inside.values()), **way.inside}
-        compared, floor = self.compared(way.name, WRITTEN), 1e6 * way.read / bandwidth
+        compared, floor = self.compared(way.name, WRITTEN), 1e6 * way.read / speed
         return {
             **self.where, "way": way.name, **compared, "floor": floor, "over_floor": compared["took"] / floor,
             "rescored": way.rescored, "triton": stages.get("triton", stages["all"]), "stages": stages,
@@ -138,11 +128,11 @@ class Found:
         }  # fmt: skip
 
 
-def result(found: Sequence[Found], bandwidth: float, repeats: int) -> Result:
-    """Every shape, kind of keys and way."""
-    rows = [x.row(way, bandwidth) for x in found for way in x.ways]
+def result(found: Sequence[Found], speed: float, repeats: int) -> Result:
+    """Every shape, kind of keys and way, on memory of so many bytes a second."""
+    rows = [x.row(way, speed) for x in found for way in x.ways]
     exact = all(way.exact for x in found for way in x.ways)
-    values = {"repeats": value(repeats, "replays"), "bandwidth": value(bandwidth / 1e12, "TB/s")}
+    values = {"repeats": value(repeats, "replays"), "bandwidth": value(speed / 1e12, "TB/s")}
     for r in rows:
         kind = "" if r["keys"] == INDEPENDENT else f"{r['keys']}_"
         name = f"{r['way']}_{kind}b{r['batch']}_n{r['n']}_k{r['k_eff']}"

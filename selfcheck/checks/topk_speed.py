@@ -14,32 +14,30 @@ from scipy import stats
 import qaxis
 
 from ..harness.claim import Context, NotRunError, Result, value
+from ..harness.timing import WRITTEN, bandwidth, capture, microseconds, ratio
 from ..inputs.score_rows import bits, stable, tied_rows
 from ..rivals import selecting
-
-if torch.cuda.is_available():
-    from ..harness.timing import capture, microseconds
 
 #: rows, scores of a row, how many are kept
 SHAPES = ((32, 131072, 2048), (1024, 131072, 2048), (64, 8192, 512), (1, 1048576, 2048))
 KINDS = ("normal", "tied")
 #: a position and a value, written once
-WRITTEN = 12
+RESULT = 12
 
 
 @torch.inference_mode()
-def speed(context: Context) -> Result:
+def selection(context: Context) -> Result:
     """Replays of CUDA graphs in random order, L2 overwritten before each; results are the stable sort's while timed."""
     if context.device == "cpu":
         raise NotRunError("a speed under CUDA graphs needs a GPU")
     # Fewer than six have no interval of 95 %.
     repeats = 11 if context.quick else 41
-    bandwidth = _bandwidth(repeats)
+    speed = bandwidth(repeats)
     found: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
     for rows, n, k in context.progress(SHAPES[::2] if context.quick else SHAPES, "shapes"):
         for kind in KINDS:
-            timed, left_out = _timed(rows, n, k, kind, repeats, bandwidth, context.seed, context.device)
+            timed, left_out = _timed(rows, n, k, kind, repeats, speed, context.seed, context.device)
             found += timed
             missing += [{"rows": rows, "n": n, "kind": kind, "way": x, "said": said} for x, said in left_out.items()]
     ours = [row for row in found if row["way"].startswith("qaxis")]
@@ -53,7 +51,7 @@ def speed(context: Context) -> Result:
         ),
         values={
             "repeats": value(repeats, "replays"),
-            "bandwidth": value(bandwidth / 1e12, "TB/s"),
+            "bandwidth": value(speed / 1e12, "TB/s"),
             "wrong": value(wrong, "rows", n=compared),
             "widest": value(100 * widest, "%"),
             **_values(found, repeats),
@@ -79,15 +77,8 @@ def _values(found: Sequence[dict[str, Any]], repeats: int) -> dict[str, dict[str
     return values
 
 
-def _bandwidth(repeats: int) -> float:
-    """Bytes a second of a kernel that only reads, 2 GiB."""
-    x = torch.zeros(1 << 29, dtype=torch.float32, device="cuda")
-    took = microseconds({"read": capture(lambda: x.amax())}, repeats, "bandwidth")["read"]
-    return 1e6 * x.nbytes / statistics.median(took)
-
-
 def _timed(
-    rows: int, n: int, k: int, kind: str, repeats: int, bandwidth: float, seed: int, device: str
+    rows: int, n: int, k: int, kind: str, repeats: int, speed: float, seed: int, device: str
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every way on the same scores, checked, judged and timed together; and why others were left out."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -104,8 +95,8 @@ def _timed(
         except Exception as error:
             # What waits for the host cannot be timed like the others.
             left_out[name] = selecting.why(error)
-    times = microseconds(graphs, repeats, f"{rows} x {n}, {kind}", seed)
-    shape = {"rows": rows, "n": n, "k": k, "kind": kind, "floor": 1e6 * rows * (4 * n + WRITTEN * k) / bandwidth}
+    times = microseconds(graphs, repeats, f"{rows} x {n}, {kind}", seed=seed)[WRITTEN]
+    shape = {"rows": rows, "n": n, "k": k, "kind": kind, "floor": 1e6 * rows * (4 * n + RESULT * k) / speed}
     found: list[dict[str, Any]] = [
         {
             **shape,
@@ -138,10 +129,9 @@ def _median(times: Sequence[float]) -> dict[str, float]:
 
 
 def _ratio(times: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
-    """How many times as long as ours, pair by pair of a round."""
-    pairs = [a / b for a, b in zip(times, ours, strict=True)]
-    low, high = _interval(pairs)
-    return {"ratio": statistics.median(pairs), "ratio_low": low, "ratio_high": high}
+    """How many times as long as ours."""
+    over = ratio(times, ours)
+    return {"ratio": over.value, "ratio_low": over.low, "ratio_high": over.high}
 
 
 def _interval(numbers: Sequence[float]) -> tuple[float, float]:

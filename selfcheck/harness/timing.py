@@ -103,3 +103,13 @@ def microseconds(
     for (kind, name), pairs in events.items():
         out[kind][name] = [1000 * a.elapsed_time(b) for a, b in pairs]
     return out
+
+
+def bandwidth(repeats: int) -> float:
+    """Bytes a second of the faster of two kernels: one copies 1 GiB, one only reads 2 GiB."""
+    x = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
+    y = torch.empty_like(x)
+    both = torch.zeros(1 << 29, dtype=torch.float32, device="cuda")
+    graphs = {"copy": capture(lambda: torch.neg(x, out=y)), "read": capture(lambda: both.amax())}
+    took = {name: statistics.median(t) for name, t in microseconds(graphs, repeats, "bandwidth")[WRITTEN].items()}
+    return 1e6 * max((x.nbytes + y.nbytes) / took["copy"], both.nbytes / took["read"])
