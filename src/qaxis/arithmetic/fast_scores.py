@@ -1,13 +1,15 @@
 """Fast scores: quicker than the canonical ones, and how far from them they can be.
 
 In a kernel a fast score is kept as a 16-bit integer ``floor(s * UNITS / range) + 2^15`` where ``range`` is at least
-``|q| max|k|``, so every key of a row has one error bound and one comparison decides. The bound has three parts:
+``|q| max|k|``, so all keys of a row, or of a group of its keys, have one error bound and one comparison decides. The
+bound has three parts:
 
 * ``rounding``: the matrix product and the canonical tree. Each of the D additions of a product, whichever order a
   tensor core takes and whether it rounds or truncates, loses at most ``2^-21`` of ``sum |q_d k_d| <= |q||k|``
   (a float32 accumulator with one bit fewer than it has, twice over), and the tree loses less than 32 such parts.
-* ``residual``: what the codes of a key leave out, by Cauchy-Schwarz ``|q| max|k - code|``; 0 if the codes are the
-  cache.
+* ``residual``: what the codes of a key leave out, by Cauchy-Schwarz; 0 if the codes are the cache. The Triton step
+  takes ``|q| max|k - code|`` over the head; the CUDA step, of every group of codes, ``|q w| max|(k - code) / w|`` with
+  the roots ``w`` of the group's scales: channels with large steps are those of which queries have little.
 * ``split``: the query, scaled by a group's scales, as two 8-bit parts leaves ``largest / (127 * 254 * 2)`` a channel,
   against codes of at most 128.
 """
@@ -54,6 +56,14 @@ def norms(x: torch.Tensor) -> torch.Tensor:
     # Below normal numbers a float32 has too few bits to be a bound.
     bound = torch.where(length > 0, length.float().clamp(min=SMALLEST_NORM), 0.0)
     return torch.where(length <= LARGEST_NORM, bound, torch.inf)
+
+
+def over_roots(left_out: torch.Tensor, exponents: torch.Tensor, group_size: int) -> torch.Tensor:
+    """What codes leave out of keys ``[B, Hkv, n, D]``, every channel divided by the root of its scale.
+
+    Scales are powers of two, ``exponents [B, Hkv, n / group_size, D]`` of any integer dtype.
+    """
+    return left_out * reference.roots_of(exponents.int()).repeat_interleave(group_size, 2)
 
 
 def largest_norm(x: torch.Tensor) -> torch.Tensor:

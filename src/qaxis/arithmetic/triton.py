@@ -19,7 +19,7 @@ from .fast_scores import LARGEST, SHORTEST, SMALLEST, UNITS
 from .reference import EXP2_COEFFICIENTS, ROUND_MAGIC
 
 __all__ = [
-    "INTERPRETED", "check_device", "exp2", "exp2_of", "jit", "log2", "row_and_block", "score_of", "tl", "tree_last",
+    "INTERPRETED", "check_device", "exp2", "exp2_of", "jit", "log2", "row_and_block", "score_of", "tl", "tree_sum",
     "triton", "units_per_score", "widen",
 ]  # fmt: skip
 
@@ -63,11 +63,13 @@ _SHORTEST = tl.constexpr(SHORTEST)
 
 
 @jit
-def tree_last(x, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
-    """Balanced adjacent-pair tree over the last dimension, [ROWS, N] -> [ROWS] (rule 2)."""
+def tree_sum(x, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
+    """Balanced adjacent-pair tree over the last dimension, [ROWS, N] -> [ROWS] (rule 2).
+
+    Pairs are reduced where they lie, in a lane or in two: split and joined they went through shared memory and spilled.
+    """
     for level in tl.static_range(LOG_N):
-        even, odd = tl.split(tl.reshape(x, (ROWS, N >> (level + 1), 2)))
-        x = even + odd
+        x = tl.sum(tl.reshape(x, (ROWS, N >> (level + 1), 2)), 2)
     return tl.reshape(x, (ROWS,)) + 0.0
 
 

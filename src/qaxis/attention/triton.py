@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..arithmetic.reference import CHUNK_ELEMENTS, check_scores, exponent_factor, next_power_of_two, sort_key
-from ..arithmetic.triton import INTERPRETED, check_device, exp2, jit, log2, row_and_block, tl, tree_last, triton, widen
+from ..arithmetic.triton import INTERPRETED, check_device, exp2, jit, log2, row_and_block, tl, tree_sum, triton, widen
 from ..storage.side import Stored
 from ..storage.triton import load_numbers, side_arguments
 from .logits import Logits
@@ -95,7 +95,7 @@ def _scores_kernel(
         position[:, None], d[None, :], inside[:, None] & (d < dim)[None, :], whole, sinks,
         numbers_n, numbers_d, scales_n, first_n, newest_n, STORED, SHARING, WIDTH, PER_TOKEN,
     )  # fmt: skip
-    score = tree_last(widen(q)[None, :] * k, BLOCK, DIM, LOG_DIM)
+    score = tree_sum(widen(q)[None, :] * k, BLOCK, DIM, LOG_DIM)
     tl.store(out_ptr + query * n_out + j, score, mask=inside)
 
 
@@ -133,8 +133,8 @@ def _partials_kernel(
         tl.maximum(position, 0)[None, :], d[:, None], live[None, :] & (d < dim)[:, None], whole, sinks,
         numbers_n, numbers_d, scales_n, first_n, newest_n, STORED, SHARING, WIDTH, PER_TOKEN,
     )  # fmt: skip
-    numerator = tree_last(p[None, :] * v, DIM, BLOCK, LOG_BLOCK)
-    denominator = tree_last(tl.reshape(p, (1, BLOCK)), 1, BLOCK, LOG_BLOCK)
+    numerator = tree_sum(p[None, :] * v, DIM, BLOCK, LOG_BLOCK)
+    denominator = tree_sum(tl.reshape(p, (1, BLOCK)), 1, BLOCK, LOG_BLOCK)
     tl.store(numerator_ptr + (query * blocks + block) * dim + d, numerator, mask=d < dim)
     tl.store(denominator_ptr + query * blocks + block + tl.arange(0, 1), denominator)
 
@@ -151,9 +151,9 @@ def _combine_kernel(
     d = tl.arange(0, DIM)
     inside = (j < blocks)[None, :] & (d < dim)[:, None]
     tile = tl.load(numerator_ptr + (query * blocks + j)[None, :] * dim + d[:, None], mask=inside, other=0.0)
-    numerator = tree_last(tile, DIM, BLOCK, LOG_BLOCK)
+    numerator = tree_sum(tile, DIM, BLOCK, LOG_BLOCK)
     weights = tl.load(denominator_ptr + query * blocks + j, mask=j < blocks, other=0.0)
-    denominator = tree_last(tl.reshape(weights, (1, BLOCK)), 1, BLOCK, LOG_BLOCK)
+    denominator = tree_sum(tl.reshape(weights, (1, BLOCK)), 1, BLOCK, LOG_BLOCK)
     if LAST:
         if SINK:
             sink = widen(tl.load(sink_ptr + (query // m) % heads * sink_stride + tl.arange(0, 1)))

@@ -6,8 +6,7 @@ from functools import reduce
 
 import torch
 
-from ..arithmetic.fast_scores import UPWARD, largest_norm, norms
-from ..arithmetic.reference import roots_of
+from ..arithmetic.fast_scores import UPWARD, largest_norm, norms, over_roots
 from ..storage.grid import Grid
 from ..storage.key_index import GROUP_SIZES, KeyIndex, check_codes, largest_scales, whole_groups
 from ..storage.lazy import checked_tensor, stored_or_tensor
@@ -48,8 +47,8 @@ def index_keys(k: torch.Tensor, *, codes: bool = False) -> KeyIndex:
         some = slice(start, min(start + AT_ONCE, whole))
         groups = slice(start // stored.grid.tokens, some.stop // stored.grid.tokens)
         left_out = k[:, :, some].float() - whole_groups(stored, some)
-        shares = roots_of(stored.scales[:, :, groups].int()).repeat_interleave(stored.grid.tokens, 2)
-        for found, x in ((residuals, left_out), (scaled, left_out * shares)):
+        over = over_roots(left_out, stored.scales[:, :, groups], stored.grid.tokens)
+        for found, x in ((residuals, left_out), (scaled, over)):
             found[:, :, groups] = norms(x).unflatten(2, (-1, stored.grid.tokens)).amax(3)
     residual = residuals.amax(2) if whole else zero
     return KeyIndex((norm + residual) * UPWARD, residual, largest_scales(stored), stored, scaled)

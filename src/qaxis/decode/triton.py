@@ -8,7 +8,7 @@ how many a row of the batch has is read from device memory, and a program behind
 from __future__ import annotations
 
 from ..arithmetic.fast_scores import LEAST_CODE_SCALE
-from ..arithmetic.triton import jit, row_and_block, score_of, tl, tree_last, units_per_score, widen
+from ..arithmetic.triton import jit, row_and_block, score_of, tl, tree_sum, units_per_score, widen
 from ..attention.triton import coded_of, logit_of
 from ..storage.triton import load_numbers
 from .rows import BEGIN, END, K_EFF
@@ -323,7 +323,7 @@ def rescore_kernel(
             short.to(tl.int64)[:, None], d[None, :], inside[:, None] & (d < dim)[None, :], whole, in_full,
             numbers_n, numbers_d, scales_n, first_n, newest_n, STORED, SHARING, WIDTH, PER_TOKEN,
         )  # fmt: skip
-        bits = tree_last(wide[None, :] * k, BLOCK, DIM, LOG_DIM).to(tl.int32, bitcast=True)
+        bits = tree_sum(wide[None, :] * k, BLOCK, DIM, LOG_DIM).to(tl.int32, bitcast=True)
         tl.store(flat_key_ptr + query * padded + i, score_of(bits), mask=inside)
         tl.store(flat_position_ptr + query * padded + i, short, mask=inside)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from ..arithmetic.fast_scores import LARGEST, SMALLEST, UNITS
-from ..arithmetic.triton import jit, score_of, tl, units_per_score, widen
+from ..arithmetic.triton import jit, score_of, tl, tree_sum, units_per_score, widen
 
 _SMALLEST, _LARGEST = tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
 #: 2^23 + 2^14: added to a float32 it leaves an integer, moved up by 2^14, in the lowest bits
@@ -100,17 +100,6 @@ def vectors_of(rows_ptr, offset, n, dim, stride, ROWS: tl.constexpr, DIM: tl.con
         rows + (o.to(tl.int64)[:, None] * stride + d[None, :]),
         mask=(offset + o < n)[:, None] & (d < dim)[None, :], other=0.0,
     )  # fmt: skip
-
-
-@jit
-def tree_sum(x, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
-    """Balanced adjacent-pair tree over the last dimension, [ROWS, N] -> [ROWS] (rule 2), as tree_last.
-
-    Pairs are reduced where they lie, in a lane or in two: split and joined they went through shared memory and spilled.
-    """
-    for level in tl.static_range(LOG_N):
-        x = tl.sum(tl.reshape(x, (ROWS, N >> (level + 1), 2)), 2)
-    return tl.reshape(x, (ROWS,)) + 0.0
 
 
 @jit

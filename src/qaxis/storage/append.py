@@ -12,7 +12,7 @@ import torch
 
 from ..arithmetic.fast_scores import LARGEST_NORM, SMALLEST_NORM, UPWARD
 from ..arithmetic.reference import ROUND_MAGIC, next_power_of_two
-from ..arithmetic.triton import INTERPRETED, check_device, jit, log2, row_and_block, tl, tree_last, widen
+from ..arithmetic.triton import INTERPRETED, check_device, jit, log2, row_and_block, tl, tree_sum, widen
 from .bounds import GROUP
 from .triton import power_of_two, roots_of
 from .triton_window import first_held
@@ -30,7 +30,7 @@ GROUPS_AT_ONCE = 32
 def norms_of(x, ROWS: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr):
     """Bounds on the lengths of float32 vectors, [ROWS, DIM] -> [ROWS]; as ``fast_scores.norms``."""
     wide = x.to(tl.float64)
-    length = tl.sqrt(tree_last(wide * wide, ROWS, DIM, LOG_DIM)) * _UPWARD
+    length = tl.sqrt(tree_sum(wide * wide, ROWS, DIM, LOG_DIM)) * _UPWARD
     inside = length <= _LARGEST
     bound = tl.maximum(tl.where(inside, length, 0.0).to(tl.float32), _SMALLEST)
     return tl.where(inside, tl.where(length > 0, bound, 0.0), float("inf"))

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from ..arithmetic.fast_scores import UPWARD, norms
-from ..arithmetic.reference import power_of_two, roots_of
+from ..arithmetic.fast_scores import UPWARD, norms, over_roots
+from ..arithmetic.reference import power_of_two
 from .formats import EIGHT
 from .side import quantized
 
@@ -84,7 +84,6 @@ def _quantize(parts: Parts, first: int, end: int) -> None:
     left_out = tokens.float() - (codes.unflatten(2, (-1, GROUP)) * scales[:, :, :, None]).flatten(2, 3)
     residuals = _of_groups(norms(left_out), 0)
     parts["residuals"][:, :, first:end] = residuals
-    scaled = left_out * roots_of(exponents.int()).repeat_interleave(GROUP, 2)
-    parts["scaled_residuals"][:, :, first:end] = _of_groups(norms(scaled), 0)
+    parts["scaled_residuals"][:, :, first:end] = _of_groups(norms(over_roots(left_out, exponents, GROUP)), 0)
     _raise(parts["residual"], residuals.amax(2))
     _raise(parts["largest_scales"], scales.amax(2))
