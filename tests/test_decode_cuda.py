@@ -73,6 +73,15 @@ def test_ties_beyond_any_room_go_to_the_lower_positions():
 
 
 @needs_compiler
+def test_where_all_keys_are_scored_in_the_end_as_many_are_told():
+    q, v = bell(1, 2, 1, 64), bell(1, 1, 12000, 64, seed=2)
+    k = bell(1, 1, 1, 64, seed=1).expand(1, 1, 12000, 64).contiguous()
+    step = decode.Decoder(1, 2, 12000, 64, 40, "cpu")(q, k, v, decode.index_keys(k, codes=True))
+    assert torch.equal(step.indices, torch.arange(40).expand(1, 2, 1, 40))
+    assert step.rescored.sum(-1).flatten().tolist() == [12000, 12000]
+
+
+@needs_compiler
 def test_a_decoder_keeps_nothing_from_one_step_to_the_next():
     decoder = decode.Decoder(1, 4, 700, 32, 30, "cpu")
     for seed in range(3):

@@ -124,12 +124,18 @@ def test_a_gpu_compares_rows_enough_by_every_plan():
     assert max(part.n for part in plan) == 1 << 20 and min(part.n for part in plan) == 1
 
 
+def called(call):
+    """As a graph is captured, but nothing is replayed."""
+    call()
+    return call
+
+
 def test_times_of_one_round_are_paired(monkeypatch):
     def microseconds(calls, repeats, label, seed):
         times = {name: [(i + 2.0) * (j + 10) for j in range(repeats)] for i, name in enumerate(calls)}
         return {topk_speed.WRITTEN: times}
 
-    monkeypatch.setattr(topk_speed, "capture", lambda call: call)
+    monkeypatch.setattr(topk_speed, "capture", called)
     monkeypatch.setattr(topk_speed, "microseconds", microseconds)
     found = {}
     for kind in topk_speed.KINDS:
@@ -155,6 +161,19 @@ def test_rows_that_are_wrong_while_timed_are_counted(monkeypatch):
     real = qaxis.topk
     monkeypatch.setattr(topk_speed.qaxis, "topk", lambda x, k, **options: real(x.abs(), k, **options))
     assert topk_speed._wrong(scores, 9, right, "position") > 5
+
+
+def test_what_replays_leave_is_looked_at(monkeypatch):
+    def wiped(call):
+        called(call)
+        call.args[0][-1].zero_()
+        return call
+
+    monkeypatch.setattr(topk_speed, "capture", wiped)
+    times = {topk_speed.WRITTEN: dict.fromkeys(("qaxis", "qaxis by rank"), [1.0] * 11)}
+    monkeypatch.setattr(topk_speed, "microseconds", lambda *args, **options: times)
+    rows, _ = topk_speed._timed(3, 500, 20, "normal", 11, 1e12, 1, "cpu")
+    assert [row["wrong"] for row in rows] == [3, 3]
 
 
 def test_ways_are_judged_by_their_sets_and_by_repeating():

@@ -36,7 +36,7 @@ SHAPES: tuple[Shape, ...] = (
 )  # fmt: skip
 #: those at which keys of other kinds are timed too
 OF_ALL_KINDS = SHAPES[:2]
-#: the marks of choose.cu after which its stages end
+#: the marks, as program.cuh lists them, after which the stages of the second kernel end
 MARKS = {"cut": 1, "compact": 2, "rescore": 3, "choose": 10, "attend": 12}
 #: queries of a prompt, and how often it is replayed
 PREFILLS = ((8192, 41), (16384, 15), (32768, 7))
@@ -175,6 +175,8 @@ class _Timed:
         self.q, self.k, self.v = drawn(kind, (self.batch, HEADS, KV_HEADS, self.n, DIM), generator)
         self.exact = qaxis.topk_attention(self.q, self.k, self.v, self.k_eff)
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        #: of every way what each call of it gave, of which the last was captured, and what is right
+        self.replayed: dict[str, tuple[list[Any], Any]] = {}
         #: what the graphs read
         self.alive: list[Any] = []
 
@@ -192,6 +194,10 @@ class _Timed:
             self.graphs, repeats, f"B={self.batch}, N={self.n}, k={self.k_eff}, {self.kind}",
             clean=self.graphs.keys() - stages,
         )  # fmt: skip
+        for way in ways:
+            # What the last replay wrote, where the captured call left it.
+            (output, indices, *_), exact = self.replayed[way.name][0][-1], self.replayed[way.name][1]
+            way.exact &= torch.equal(indices, exact.indices) and torch.equal(output, exact.output)
         rows = [
             {"name": rival.name, "recall": approximate_decoding.recall(rival.choose(self.q), self.exact.indices),
              "share": rival.share}
@@ -223,7 +229,10 @@ class _Timed:
                 parts |= {**whole, "triton": partial(other, q, keys, values, index)}
         else:
             parts = whole
-        self.graphs.update({f"{name}/{part}": capture(f) for part, f in parts.items()})
+        self.graphs.update({f"{name}/{part}": capture(f) for part, f in parts.items() if part != "all"})
+        kept: list[Any] = []
+        self.graphs[f"{name}/all"] = capture(partial(_keep, kept, parts["all"]))
+        self.replayed[name] = (kept, exact)
         self.alive.append((decoder, other, keys, values, index, parts))
         return Way(name, rescored, self.batch * DIM * read, same, inside=inside)
 
@@ -238,6 +247,10 @@ class _Timed:
             if error > dense_decoding.TOLERANCE:
                 raise AssertionError(f"dense step over 8 bits, {splits} splits: off by {error:.2g} of the largest")
             self.graphs[f"coded/{splits}"] = capture(step)
+
+
+def _keep(kept: list[Any], f: Callable[[], object]) -> None:
+    kept.append(f())
 
 
 def _approximate(

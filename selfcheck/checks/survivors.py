@@ -54,13 +54,13 @@ class _Found:
         shares: dict[str, list[float]] = defaultdict(list)
         k_eff = qaxis.Budget().k_eff(n)
         steps: dict[str, Any] = {}
-        #: of every row, by way, what the fastest step that runs here rescored
-        ran: dict[str, list[torch.Tensor]] = defaultdict(list)
+        #: of every row, what the fastest step that runs here rescored behind codes
+        ran: list[torch.Tensor] = []
         for _, *whole in captured:
             q, k, v = (x.to(torch.bfloat16) for x in whole)
             q, k, v = q[:, :, n - 1 : n].contiguous(), k[:, :, :n].contiguous(), v[:, :, :n].contiguous()
             exact = qaxis.topk_attention(q, k, v, k_eff)
-            here: dict[str, torch.Tensor] = {}
+            here = torch.zeros(0)
             for (way, keys, values, index), (by, maker) in itertools.product(
                 list(itertools.islice(ways(k, v), 2)), doors.STEPS.items()
             ):
@@ -72,19 +72,20 @@ class _Found:
                 self.wrong += int((step.indices != exact.indices).any(-1).sum())
                 self.compared += q.shape[1]
                 self.by_cuda += q.shape[1] if by == "CUDA" else 0
-                # The CUDA step comes last, and has a rule of its own: bounds of each group of codes.
-                here[way] = step.rescored.float().sum(-1).flatten() / n
+                # The CUDA step comes last, and has a rule of its own: bounds of each group of codes. Of keys without
+                # codes it scores all.
+                share = step.rescored.float().sum(-1).flatten() / n
                 if by == "Triton":
-                    shares[way].append(float(here[way].mean()))
-            for way, share in here.items():
-                ran[way].append(share)
+                    shares[way].append(float(share.mean()))
+                if way == "codes":
+                    here = share
+            ran.append(here)
             for name, bits in BITS.items():
                 shares[name].append(_not_ruled_out(q, k, k_eff, bits))
             for rival in approximate_decoding.ways(k, k_eff) if longest else ():
                 self.recall[rival.name].append(approximate_decoding.recall(rival.choose(q), exact.indices))
-        for way, rows in ran.items():
-            every = torch.cat(rows)
-            shares[f"{way}_step"], shares[f"{way}_step_p95"] = [float(every.mean())], [float(every.quantile(0.95))]
+        every = torch.cat(ran)
+        shares["codes_step"], shares["codes_step_p95"] = [float(every.mean())], [float(every.quantile(0.95))]
         return {"n": n, "k_eff": k_eff, **{name: 100 * statistics.mean(x) for name, x in shares.items()}}
 
 
@@ -106,11 +107,8 @@ def survivors(context: Context) -> Result:
             "layers": value(len(captured), "layers"),
             "sets": value(found.compared, "sets"),
             "by_cuda": value(found.by_cuda, "sets"),
-            **{
-                f"{name}_share": value(last[name], "% of the keys")
-                for name in ("codes", "four", "keys", "codes_step", "keys_step")
-            },
-            **{f"{way}_p95": value(last[f"{way}_step_p95"], "% of the keys") for way in ("codes", "keys")},
+            **{f"{name}_share": value(last[name], "% of the keys") for name in ("codes", "four", "keys", "codes_step")},
+            "codes_p95": value(last["codes_step_p95"], "% of the keys"),
         },
         cases=found.compared,
         data={

@@ -89,9 +89,12 @@ def _timed(
     right = stable(scores)[:, :k].contiguous()
     ways, left_out = selecting.ways(scores, k)
     graphs: dict[str, Any] = {}
+    #: what each call gave, of which the last was captured
+    kept: dict[str, list[torch.Tensor]] = {}
     for name, way in ways.items():
         try:
-            graphs[name] = capture(partial(way, scores))
+            kept[name] = []
+            graphs[name] = capture(partial(_keep, kept[name], way, scores))
         except Exception as error:
             # What waits for the host cannot be timed like the others.
             left_out[name] = selecting.why(error)
@@ -109,7 +112,9 @@ def _timed(
     ]
     for row in found:
         if row["way"].startswith("qaxis"):
-            row["wrong"] = _wrong(scores, k, right, "rank" if row["way"].endswith("rank") else "position")
+            order = "rank" if row["way"].endswith("rank") else "position"
+            # Of one more call, and of the last replay.
+            row["wrong"] = _wrong(scores, k, right, order) + _others(kept[row["way"]][-1], right, order)
     del graphs
     torch.cuda.empty_cache()
     return found, left_out
@@ -120,6 +125,15 @@ def _wrong(scores: torch.Tensor, k: int, right: torch.Tensor, order: str) -> int
     got, expected = qaxis.topk(scores, k, order=order, nan="last"), right if order == "rank" else right.sort(-1).values
     same = (got.indices == expected) & (bits(got.values) == bits(scores.gather(-1, expected)))
     return int((~same.all(-1)).sum())
+
+
+def _others(indices: torch.Tensor, right: torch.Tensor, order: str) -> int:
+    """Rows of other positions than the stable sort's."""
+    return int((indices != (right if order == "rank" else right.sort(-1).values)).any(-1).sum())
+
+
+def _keep(kept: list[torch.Tensor], way: Any, scores: torch.Tensor) -> None:
+    kept.append(way(scores))
 
 
 def _median(times: Sequence[float]) -> dict[str, float]:

@@ -39,9 +39,9 @@ def found(module: str) -> Any:
     """A module, or None; what is said of one that is there and cannot be imported is printed."""
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError:
-        return None
     except Exception as problem:
+        if isinstance(problem, ModuleNotFoundError) and problem.name in (module, module.partition(".")[0]):
+            return None
         print(f"{module}: cannot be imported ({first_line(problem)})")
         return None
 

@@ -1,4 +1,4 @@
-// The rules in CUDA C++ (qaxis/arithmetic numbers them), and loads that every kernel shares.
+// The rules in CUDA C++ (qaxis/arithmetic numbers them), and what kernels share: loads, sums over lanes.
 //
 // Products and additions that reach a result are written as __fmul_rn and __fadd_rn, which are never contracted. compiler.py
 // puts this text before theirs and defines: ELEM (0 float32, 1 float16, 2 bfloat16), DIM, MAGIC, C0..C7 (reference.py),

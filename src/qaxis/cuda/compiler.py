@@ -12,7 +12,7 @@ import torch
 from ..arithmetic import fast_scores
 from ..arithmetic.reference import EXP2_COEFFICIENTS, ROUND_MAGIC
 from . import emulator
-from .launching import EarlyKernel
+from .launching import launched_early
 
 log = logging.getLogger(__name__)
 HARDWARE = Path(__file__).with_name("hardware.cuh")
@@ -125,7 +125,7 @@ def compiled(
         with torch.cuda.device(device):
             kernel = torch.cuda._compile_kernel(text, name, nvcc_options=options)
             kernel.set_shared_memory_config(dynamic)
-        return EarlyKernel(kernel) if early else kernel
+        return launched_early(kernel) if early else kernel
     except (AttributeError, OSError, RuntimeError) as error:
         log.warning("%s cannot be used, slower kernels are: %s", file.name, error)
         return None

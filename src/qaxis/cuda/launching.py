@@ -1,17 +1,20 @@
 """A launch that may begin while the kernel before it is still running, as CUDA's programmatic dependent launch has it.
 
-``torch.cuda._compile_kernel`` gives a kernel that starts once all before it have ended. One that calls
-``await_previous()`` (hardware.cuh) before it reads what the others wrote may have its programs put on multiprocessors,
-and its first instructions fetched, as soon as all programs of the one before have called ``let_next_begin()`` or ended.
+``torch.cuda._compile_kernel`` gives a kernel that starts once all before it have ended, and knows no attributes of a
+launch. One that calls ``await_previous()`` (hardware.cuh) before it reads what the kernel before it wrote may have its
+programs put on multiprocessors, and its first instructions fetched, as soon as all programs of that one have called
+``let_next_begin()`` or ended. If that one was launched plainly, what is older can be read without waiting.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
 #: of CUlaunchAttributeID
 _SERIALIZATION = 6
 
@@ -53,6 +56,15 @@ class EarlyKernel:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         launch = _Launch(grid, block, shared_mem, stream, ctypes.pointer(attribute), 1)
         torch.cuda._utils._check_cuda(self.launch(ctypes.byref(launch), self.func, pointers, None))
+
+
+def launched_early(kernel: Any) -> Any:
+    """A kernel of torch's as :class:`EarlyKernel`; as it is, which is right as well, where that cannot be."""
+    try:
+        return EarlyKernel(kernel)
+    except AttributeError as error:
+        log.warning("kernels are launched one after the other: %s", error)
+        return kernel
 
 
 def _value(x: Any) -> Any:

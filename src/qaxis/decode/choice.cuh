@@ -119,6 +119,16 @@ struct WordSearch {
         return j < p.end && !p.forced(j) ? (u32)words[j] ^ 0x80000000u : 0;
     }
 
+    // Own keys that the row sees.
+    __device__ __forceinline__ int seen() const {
+        int many = 0;
+#pragma unroll 1
+        for (int i = 0; i < p.own; i++) {
+            const int j = key(i * BLOCK);
+            many += max(0, min(j + BLOCK, p.end) - max(j, p.begin));
+        }
+        return many;
+    }
     // Canonical words, where there are none yet.
     __device__ __forceinline__ void score(const Scorer& scorer, const float* off_of, const Cut& cut) const {
         if (p.tid == 0) p.s.highest = NONE;
@@ -196,10 +206,13 @@ struct WordSearch {
 };
 
 __device__ __forceinline__ void choose_by_words(
-    const Program& p, const Scorer& scorer, const float* off_of, const Cut& cut, int* words) {
+    const Program& p, const Scorer& scorer, const float* off_of, const Cut& cut, int* words, int* count) {
     WordSearch search(p, words);
     cluster_sync();
-    if (CODED) search.score(scorer, off_of, cut);
+    if (CODED) {
+        search.score(scorer, off_of, cut);
+        if (p.tid == 0) count[p.row * CLUSTER + p.rank] = search.seen();
+    }
     if (FORCED && search.needed == 0) search.word = ALL;
     else
 #pragma unroll 1
@@ -249,7 +262,7 @@ __device__ __forceinline__ int choose(
         choose_by_bins(p, look.cut.bins(), look.edge);
         return highest;
     }
-    choose_by_words(p, scorer, off_of, look.cut, words);
+    choose_by_words(p, scorer, off_of, look.cut, words, count);
     return highest_of_row(p);
 }
 

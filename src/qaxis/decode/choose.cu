@@ -8,8 +8,7 @@
 // The stages are in files of their own, which cuda.py puts before this one: numbers.cuh (keys and values as they lie),
 // counts.cuh, program.cuh (what a program knows and keeps), candidates.cuh, scores.cuh, edge.cuh, choice.cuh, attend.cuh.
 //
-// compiler.py puts hardware.cuh and canonical.cuh before these, cuda.py seen.cuh and tally.cuh, and they define, besides what is
-// said there: DIM_V, GROUP, CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED (keys and
+// cuda.py lists these and, before them, seen.cuh and tally.cuh, which compiler.py puts behind its own; and defines: DIM_V, GROUP, CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED (keys and
 // values are an 8-bit cache), FORCED (some keys are always kept), LOGITS (0: scaled scores; 1: with a sink; 2: capped, perhaps
 // with a sink), PROFILE, SHARED (bytes).
 
@@ -21,7 +20,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     DYNAMIC_SHARED(memory);
     const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
     const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
-    await_previous();  // the scores; rows were written before these were begun
+    // The scores. They were launched plainly, so rows were there before the first of them.
+    await_previous();
     if (p.k_eff == 0) return write_nothing(p, k_eff, out, indices, count);
     mark(p, 0);
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);

@@ -1,4 +1,4 @@
-// Sums over lanes, warps and programs, and what is counted by them. cuda.py puts it before choose.cu.
+// Sums over lanes, warps and programs; bins of scores, and the cut from which on keys are candidates. cuda.py puts it before choose.cu.
 
 constexpr int WARPS = THREADS / 32, BINS = 1024;
 

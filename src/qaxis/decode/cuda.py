@@ -33,13 +33,13 @@ STAGES = tuple(
     HERE / f"{name}.cuh"
     for name in ("numbers", "counts", "program", "candidates", "scores", "edge", "choice", "attend")
 )
-#: dtypes of sink logits, as choose.cu numbers them
+#: dtypes of sink logits, as attend.cuh numbers them
 SINKS = {**ELEMENTS, torch.float64: 3}
 #: needed by choose.cu
 CAPABILITY = (9, 0)
-#: as in choose.cu: keys of a block, whose chosen ones are counted together; bins of a histogram, against shared memory;
-#: keys in the bin of the last chosen one that are compared with each other, against the slower way; times of a profile
-BLOCK, BINS, NEAR, MARKS = 512, 1024, 112, 13
+#: as in seen.cuh, keys of a block, whose chosen ones are counted together; as in program.cuh, keys in the bin of the
+#: last chosen one that are compared with each other, against the slower way, and times of a profile
+BLOCK, NEAR, MARKS = 512, 112, 13
 #: as in tally.cuh: counts of a row's keys; neighbours whose best is kept
 TALLY, SUB = 2048, 16
 #: keys of a group of codes
@@ -56,7 +56,7 @@ MOST_GROUP = 8
 SHARED_ROOM, MOST_ROOM = 4096, 20480
 #: keys from which on scores take so long that programs may wait for a multiprocessor to themselves
 LONG = 1 << 19
-#: as in score_codes.cu: products of 16 keys whose codes a warp has asked for
+#: products of 16 keys whose codes a warp has asked for
 AHEAD = 3
 #: score programs that a multiprocessor runs at the same time: of keys, of codes by head_dim (registers allow no more)
 KEYS_AT_ONCE, CODES_AT_ONCE = 3, {64: 4, 128: 4, 256: 2}
@@ -238,7 +238,7 @@ def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group}
     forced, before = {"forced": int(shape.forced)}, SHARED_PARTS
     if shape.coded:
-        score = compiler.compiled(SCORE_CODES, "score_codes", _ring(shape), shape.device, before, **common)
+        score = compiler.compiled(SCORE_CODES, "score_codes", _ring(shape), shape.device, before, **common, ahead=AHEAD)
     else:
         score = compiler.compiled(SCORE_KEYS, "score_keys", 0, shape.device, before, **common, **forced)
     choose = compiler.compiled(

@@ -3,6 +3,8 @@
 // A row sees keys [begin, end). Only blocks that hold some of them are looked at: positions count from the first of these
 // blocks, `base`, up to where indices are written.
 
+// Marks of a profile end: 0 the start, 1 the cut, 2 the list of candidates, 3 their scores, 4 a barrier, 5 the edge, 6 what is
+// above it, 7 a barrier, 8 what is at it, 9 keys sent to their ranks, 10 a barrier, 11 sums of programs, 12 the output.
 constexpr int LANES_V = DIM_V / E, NEAR = 112, MARKS = 13;
 constexpr int WORDS = BLOCK / 32;  // of a bitmap, a block
 

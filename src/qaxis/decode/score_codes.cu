@@ -1,9 +1,8 @@
 // Fast scores from 8-bit codes, with a proven error (arithmetic/fast_scores.py).
 //
-// compiler.py puts hardware.cuh, canonical.cuh, seen.cuh and tally.cuh before this and defines, besides what is said there:
-// GROUP (query heads of a key head).
+// cuda.py lists what compiler.py puts before this, seen.cuh and tally.cuh, and what is defined besides: GROUP (query heads of a
+// key head), AHEAD (products of 16 keys whose codes a warp has asked for).
 
-constexpr int AHEAD = 3;  // products whose codes a warp has asked for
 constexpr int QUARTER = DIM / 4, WORDS = DIM / 16, PARTS = GROUP > 4 ? 2 : 1;
 
 // A lane's 16 of the 128 places of a head that a warp holds, packed; 0 stands for no score.

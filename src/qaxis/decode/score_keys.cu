@@ -1,7 +1,7 @@
 // Canonical scores of all keys that a row sees, at the speed at which they can be read.
 //
-// compiler.py puts hardware.cuh, canonical.cuh, seen.cuh and tally.cuh before this and defines, besides what is said there:
-// GROUP (query heads of a key head), FORCED (some keys are always kept: they have a word, but are not counted).
+// cuda.py lists what compiler.py puts before this, seen.cuh and tally.cuh, and what is defined besides: GROUP (query heads of a
+// key head), FORCED (some keys are always kept: they have a word, but are not counted).
 
 constexpr int HEADS = pow2(GROUP), LANES = DIM / E, COLUMNS = 32 / LANES;
 constexpr int LOADS = HEADS >= 8 ? 2 : HEADS == 4 ? 4 : 8, SUMS = HEADS * LOADS;
@@ -14,8 +14,8 @@ __device__ __forceinline__ float place_of(int word, float units) {
 }
 
 // Words [rows, padded], the best of every SUB neighbours that are ranked, and counts of those. A warp takes a tile of keys at a
-// time, CHUNK of them at once, for all heads of a group; what of the others counts it learns from its first tile. What of a tile a row does not see gets NONE. The loop is
-// not unrolled: its instructions would not fit into the cache that holds them.
+// time, CHUNK of them at once, for all heads of a group; what of the others counts it learns from its first tile. What of a
+// tile a row does not see gets NONE. The loop is not unrolled: its instructions would not fit into the cache that holds them.
 extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     const void* q, const void* k, const float* norm, const int* rows, int* word, int* best,
     float* units_of, int* tally, int heads, int kv_heads, int padded, int n, int k_eff, int sinks, int recent,

@@ -1,5 +1,5 @@
 // What a batch row sees and keeps (decode/rows.py), read from device memory, so that one captured graph serves a cache that
-// grows. compiler.py puts this after canonical.cuh.
+// grows.
 
 constexpr int BLOCK = 512;  // keys whose chosen ones are counted together
 __device__ __forceinline__ int whole_blocks(int n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }

@@ -1,10 +1,9 @@
-// Counts of a row's keys by their score, which lead choose.cu to the score that the k_eff-th best key has.
+// Counts of a row's keys by their score, which lead edge.cuh to the score that the k_eff-th best key has.
 //
 // Only what may lie near it is counted, as a warp's first keys tell. Whether enough were is seen from the counts, and whatever
-// they say the choice is exact. Put after seen.cuh by compiler.py. Fast scores are 16-bit places; canonical ones are turned
-// into such.
+// they say the choice is exact. Fast scores are 16-bit places; canonical ones are turned into such.
 
-constexpr int SUB = 16;  // neighbours whose best fast score is kept, as choose.cu looks at it first
+constexpr int SUB = 16;  // neighbours whose best fast score is kept, as candidates.cuh looks at it first
 constexpr int PLACES = 65536, TALLY = 2048, EACH_TALLY = PLACES / TALLY;
 
 // Steps of a place in one unit of score; 0 where the range is not usable (as in arithmetic/triton.py).

@@ -418,7 +418,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) select_rows(
     request_scores(row, mine + base);
     float query[E];
     load_query(q, ((i64)b * q_b + (i64)h * q_h + (i64)(start + i) * q_m) * E, part, query);
-    // A little narrower than for the scores: where these are not usable, neither may be taken to be here.
+    // A little narrower than for the scores: where these are not usable, neither may be taken to be here. Those of a query too
+    // short to have a length all tie: its band has every key.
     const float largest = sqrtf(squared_length(query)) * norm[head / GROUP] * 1.001f;
     const bool usable = largest > SMALLEST * 1.01f && largest < LARGEST / 1.01f, everything = k_eff >= hi - lo;
     if (row.blocks > 0) await_scores(row, usable);

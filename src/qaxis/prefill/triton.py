@@ -321,7 +321,8 @@ def prefill_cut_kernel(
     k_eff = tl.minimum(tl.load(k_eff_ptr + (end - begin)), to_key - from_key).to(tl.int32)
     wide = _query(q_ptr, b, h, start + i, dim, stride_qb, stride_qh, stride_qm, stride_qd, DIM)
     largest = tl.sqrt(tl.sum(wide * wide, 0)) * tl.load(norm_ptr + b * (heads // group) + kv) * 1.001
-    # A little narrower than for the scores: where these are not usable, neither may be taken to be here.
+    # A little narrower than for the scores: where these are not usable, neither may be taken to be here. Those of a
+    # query too short to have a length all tie: its band has every key.
     usable = (largest > _SMALLEST * 1.01) & (largest < _LARGEST / 1.01)
     everything = k_eff >= to_key - from_key
     fast_ptr += row * padded
