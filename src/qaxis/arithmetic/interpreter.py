@@ -23,7 +23,9 @@ def _interpret_what_is_loaded() -> None:
 
     if not triton.knobs.runtime.interpret:
         return
-    holders: list[object] = [m for name, m in sys.modules.items() if name.split(".")[:2] == ["triton", "language"]]
+    # Of a list, as other threads may import meanwhile.
+    loaded = list(sys.modules.items())
+    holders: list[object] = [module for name, module in loaded if name.split(".")[:2] == ["triton", "language"]]
     holders.append(triton.language.tensor)  # x.sum(0) is tl.sum(x, 0)
     made: dict[int, object] = {}
     for holder in holders:
