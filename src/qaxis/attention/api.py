@@ -15,6 +15,7 @@ from ..budget import Budget, as_budget
 from ..storage.lazy import checked_tensor, stored_or_tensor, tensor_of
 from ..validation import check_finite, check_qkv, check_scale, require
 from . import backend as door
+from .completion import kind_of, seen_of
 from .logits import Logits
 from .selection import allowed_keys
 
@@ -110,6 +111,7 @@ def topk_attention(
     scale: float | None = None,
     causal: bool = True,
     backend: str = "auto",
+    completion: str = "none",
 ) -> TopKAttention:
     """Softmax attention over the k_eff keys that score highest along each query's axis.
 
@@ -120,6 +122,10 @@ def topk_attention(
         scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``. It cannot change the selection.
         causal: if True the queries are the last M of the N positions and see no later key.
         backend: ``"reference"``, ``"triton"`` or ``"auto"``. All return the same bits.
+        completion: ``"none"`` is the published method. ``"mean"`` and ``"linear"`` put back what is left out: the exact
+            softmax mass of the unselected keys times the mean value, or a line fitted to the values along the query
+            (paper, "What top-k leaves out"), of the complete groups of 128 keys that a query sees; where there is none
+            nothing is put back. The indices are the same.
 
     Raises:
         ValueError: naming the argument, on anything outside the above.
@@ -127,8 +133,10 @@ def topk_attention(
     q, k, v = tensor_of("q", q), stored_or_tensor(k), stored_or_tensor(v)
     check_qkv(q, k, v, causal=causal)
     door.check_backend(backend)
+    kind = kind_of(completion)
     logits = Logits(check_scale(scale, q.shape[-1]))
     allowed = allowed_keys(q, k, causal)
     k_eff = as_budget(budget, k.shape[2]).of(allowed)
     indices = door.select(q, k, allowed, k_eff, backend=backend)
-    return TopKAttention(door.attend(q, k, v, indices, logits, backend=backend), indices)
+    seen = None if kind == "none" else seen_of(allowed)
+    return TopKAttention(door.attend(q, k, v, indices, logits, backend=backend, completion=kind, seen=seen), indices)

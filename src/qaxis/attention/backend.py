@@ -13,8 +13,9 @@ import torch
 from ..storage.lazy import dequantized
 from ..storage.side import Stored
 from ..validation import require
-from . import reference, selection
+from . import completed, reference, selection
 from .always import NONE, Always, choose_beside
+from .completion import Seen
 from .logits import Logits
 
 BACKENDS = ("auto", "reference", "triton")
@@ -64,9 +65,18 @@ def select(
 
 def attend(
     q: torch.Tensor, keys: torch.Tensor | Stored, values: torch.Tensor | Stored, indices: torch.Tensor, logits: Logits,
-    *, backend: str = "auto",
+    *, backend: str = "auto", completion: str = "none", seen: Seen | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype."""
+    """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype.
+
+    Args:
+        completion: a kind of :data:`~qaxis.attention.completion.KINDS`; sums that are completed are PyTorch's on every
+            backend.
+        seen: the keys that each query sees; needed for a completion alone.
+    """
+    if completion != "none":
+        assert seen is not None
+        return completed.attend(q, _as_tensor(keys), _as_tensor(values), indices, logits, completion, seen)
     if runs_on_triton(backend, q.device):
         # Triton, for Linux only, is loaded when it is needed.
         from ..storage.triton import readable

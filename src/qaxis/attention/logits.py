@@ -1,6 +1,6 @@
 """What a model does to a score before the softmax; none of it changes the order of the keys (paper, section 2).
 
-The canonical form of it is ``weighted_sum`` in ``reference.py``; :meth:`Logits.softmax` is for what need not be that.
+The canonical form of it is ``logits_of`` in ``reference.py``; :meth:`Logits.softmax` is for what need not be that.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ class Logits:
         """Whether logits are scaled scores, nothing else."""
         return self.soft_cap is None and self.sink is None
 
+    def of(self, scores: torch.Tensor) -> torch.Tensor:
+        """Logits of raw scores, by PyTorch: not canonical."""
+        logits = scores * self.scale
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+
     def softmax(self, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Weights ``[B, H, M, N]`` of raw scores over the ``visible`` keys, by PyTorch: not canonical.
 
         A query that sees no key gets NaN without a sink.
         """
-        logits = scores * self.scale
-        if self.soft_cap is not None:
-            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        logits = torch.where(visible, logits, -torch.inf)
+        logits = torch.where(visible, self.of(scores), -torch.inf)
         if self.sink is None:
             return torch.softmax(logits, -1)
         extra = self.sink.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)

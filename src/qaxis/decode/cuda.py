@@ -349,7 +349,7 @@ def _left_out(index: KeyIndex) -> tuple[torch.Tensor, list[int]]:
 
 
 def _of_logits(logits: Logits, none: torch.Tensor) -> list[Any]:
-    """Arguments of choose.cu; a scale alone is folded into the change of base, as ``weighted_sum`` does it."""
+    """Arguments of choose.cu; a scale alone is folded into the change of base, as ``logits_of`` does it."""
     factor = exponent_factor(logits.scale if logits.plain else 1.0)
     cap = 1.0 if logits.soft_cap is None else float(logits.soft_cap)
     sink = (none, -1, 0) if logits.sink is None else (logits.sink, SINKS[logits.sink.dtype], logits.sink.stride(0))

@@ -1,0 +1,97 @@
+"""Canonical attention that is completed by what it left out (``completion.py``), in PyTorch on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from ..arithmetic import reference as canonical
+from ..storage.moments import GROUP, Moments, add_groups, empty
+from . import completion
+from .completion import Seen
+from .logits import Logits
+from .reference import weighted_sums
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, logits: Logits, kind: str, seen: Seen
+) -> torch.Tensor:
+    """Attention of ``q [B,H,M,D]`` over the keys that ``indices [B,H,M,K]`` (padded with -1) name, completed.
+
+    A query that sees no complete group of keys, or keeps none, gets what attention without completion gives.
+
+    Args:
+        k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``.
+        kind: ``"mean"`` or ``"linear"``.
+        seen: the keys that each query sees.
+
+    Returns:
+        ``[B, H, M, Dv]`` in q's dtype.
+    """
+    batch, heads, m, dim = q.shape
+    group, n = heads // k.shape[1], k.shape[2]
+    out = torch.empty(batch, heads, m, v.shape[-1], dtype=q.dtype, device=q.device)
+    width = max(n + seen.offset, dim + v.shape[-1])
+    at_once = max(1, canonical.CHUNK_ELEMENTS // (max(dim, v.shape[-1]) * canonical.next_power_of_two(width)))
+    begins, ends = (x.expand(batch, heads, m) for x in (seen.begin, seen.end))
+    firsts, lasts = (x.expand(batch, heads, m) for x in seen.groups())
+    for b in range(batch):
+        for g in range(k.shape[1]):
+            keys, values, sums = k[b, g].float(), v[b, g].float(), _Sums(k[b, g], v[b, g], seen.offset)
+            own = slice(g * group, (g + 1) * group)
+            ranges = torch.stack([firsts[b, own], lasts[b, own]], -1)
+            for first, last in torch.unique(ranges.reshape(-1, 2), dim=0).tolist():
+                moments = sums.of(first, last)
+                for h in range(group):
+                    rows = (ranges[h] == torch.tensor([first, last], device=q.device)).all(-1).nonzero()[:, 0]
+                    for some in rows.split(at_once):
+                        head = own.start + h
+                        begin, end = begins[b, head, some], ends[b, head, some]
+                        chosen, queries = indices[b, head, some], q[b, head, some].float()
+                        done = _rows(
+                            queries, keys, values, chosen, begin, end, seen.offset, moments,
+                            max(0, last - first) * GROUP, logits, head, kind,
+                        )  # fmt: skip
+                        out[b, head, some] = done.to(q.dtype)
+    return out
+
+
+class _Sums:
+    """Moments of ranges of groups of one KV head; ranges that grow go on where the last one ended."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, offset: int) -> None:
+        self.k, self.v, self.offset = k, v, offset
+        self.first = self.last = -1
+        self.moments = empty(k, v)
+
+    def of(self, first: int, last: int) -> Moments:
+        """Of the groups [first, last), counted from the first token."""
+        if first != self.first or last < self.last:
+            self.first, self.last, self.moments = first, first, empty(self.k, self.v)
+        for group in range(self.last, last):
+            start = group * GROUP - self.offset
+            tokens = slice(start, start + GROUP)
+            self.moments = add_groups(self.moments, self.k[tokens], self.v[tokens], 0, 1)
+        self.last = max(last, self.first)
+        return self.moments
+
+
+def _rows(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor, begin: torch.Tensor,
+    end: torch.Tensor, offset: int, moments: Moments, count: int, logits: Logits, head: int, kind: str,
+) -> torch.Tensor:  # fmt: skip
+    """Output float32 ``[R, Dv]`` of queries ``[R, D]`` of one head that see the same complete groups."""
+    n, safe, live = keys.shape[0], chosen.clamp(min=0), chosen >= 0
+    score = canonical.pair_scores(q[:, None, :], keys)
+    canonical.check_scores(score)
+    sums = weighted_sums(score.gather(1, safe), values[safe], live, logits, head)
+    if count == 0:
+        return sums.output()
+    place = torch.arange(n, device=q.device)
+    visible = (place >= begin[:, None]) & (place < end[:, None])
+    taken = torch.zeros(q.shape[0], n + 1, dtype=torch.bool, device=q.device)
+    left = visible & ~taken.scatter_(1, torch.where(live, chosen, n), True)[:, :n] & live.any(-1, keepdim=True)
+    line = completion.fit(q, moments, count, kind)
+    # Runs and the tree over them begin with the first token, also where a window dropped it.
+    score, left, visible = (torch.nn.functional.pad(x, (offset, 0)) for x in (score, left, visible))
+    rest = completion.tail(score, left, visible, sums.top, line.mean_score, logits)
+    return completion.completed(sums, rest, line).output()
