@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .shared import Holder
 
 #: rows and columns of products that are added together, by a program of a GPU; values and keys have rows of their own
-TILE_ROWS, TILE_COLUMNS = 32, 64
+TILE_ROWS, TILE_COLUMNS = 16, 64
 #: of a tile: which group of the keys is the first that it counts, and up to which one it counted
 BEGIN, DONE = 0, 1
 #: a first group that no row has

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _GROUP = tl.constexpr(GROUP)
 #: tokens whose products are formed at once: more take more registers; the interpreter likes many
-AT_ONCE = GROUP if INTERPRETED else 8
+AT_ONCE = GROUP if INTERPRETED else 16
+WARPS = 8
 
 
 def readable(holder: Holder) -> bool:
@@ -41,19 +42,18 @@ def _of_tokens(
 ):  # fmt: skip
     """Trees over TOKENS tokens from ``t`` on: of products [ROWS, COLUMNS], and of x [ROWS]."""
     if TOKENS > AT_ONCE:
-        products, sums = _of_tokens(
-            x_rows, x_scales, x_first, x_rows_n, x_rows_d, x_scales_n, x_first_n, x_sinks,
-            k_rows, k_scales, k_first, k_rows_n, k_rows_d, k_scales_n, k_first_n, k_sinks,
-            t, end, row, x_dim, column, dim, X_STORED, X_SHARING, X_WIDTH, X_PER_TOKEN,
-            K_STORED, K_SHARING, K_WIDTH, K_PER_TOKEN, TOKENS // 2, AT_ONCE, LOG_AT_ONCE, ROWS, COLUMNS,
-        )  # fmt: skip
-        later, further = _of_tokens(
-            x_rows, x_scales, x_first, x_rows_n, x_rows_d, x_scales_n, x_first_n, x_sinks,
-            k_rows, k_scales, k_first, k_rows_n, k_rows_d, k_scales_n, k_first_n, k_sinks,
-            t + TOKENS // 2, end, row, x_dim, column, dim, X_STORED, X_SHARING, X_WIDTH, X_PER_TOKEN,
-            K_STORED, K_SHARING, K_WIDTH, K_PER_TOKEN, TOKENS // 2, AT_ONCE, LOG_AT_ONCE, ROWS, COLUMNS,
-        )  # fmt: skip
-        return products + later, sums + further
+        # What is added to -0.0 stays what it is: the sum of both halves.
+        products, sums = tl.full((ROWS, COLUMNS), -0.0, tl.float32), tl.full((ROWS,), -0.0, tl.float32)
+        for half in range(2):
+            more, further = _of_tokens(
+                x_rows, x_scales, x_first, x_rows_n, x_rows_d, x_scales_n, x_first_n, x_sinks,
+                k_rows, k_scales, k_first, k_rows_n, k_rows_d, k_scales_n, k_first_n, k_sinks,
+                t + half * (TOKENS // 2), end, row, x_dim, column, dim, X_STORED, X_SHARING, X_WIDTH, X_PER_TOKEN,
+                K_STORED, K_SHARING, K_WIDTH, K_PER_TOKEN, TOKENS // 2, AT_ONCE, LOG_AT_ONCE, ROWS, COLUMNS,
+            )  # fmt: skip
+            products += more
+            sums += further
+        return products, sums
     else:
         position = t + tl.arange(0, TOKENS)[:, None]
         x = load_numbers(
@@ -184,5 +184,6 @@ def follow(summary: Summary, holder: Holder, pads: torch.Tensor | None) -> None:
         _follow_kernel[(holder.batch * holder.heads * tiles,)](
             holder.clock.tensor, holder.clock.tensor if pads is None else pads, summary.state, *summary.moments,
             holder.heads, dim, dim_v, tiles, of_values, columns, *numbers, **constants, PADDED=pads is not None,
-            AT_ONCE=AT_ONCE, LOG_AT_ONCE=log2(AT_ONCE), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, enable_fp_fusion=False,
+            AT_ONCE=AT_ONCE, LOG_AT_ONCE=log2(AT_ONCE), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS,
+            num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
