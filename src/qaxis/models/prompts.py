@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -45,14 +44,12 @@ def attend(
 
     assert settings.budget is not None
     n, holder = k.shape[2], getattr(k, HOLDER, None)
-    completing: dict[str, Any] = (
-        {} if settings.completion == "none" else {"completion": settings.completion, "offset": dropped()}
-    )
     room = 0 if holder is None else max(layer.room for layer in holder.shared.holders)
     done = prefill_attention(
         q, k, v, settings.budget, pads=shown.pads, window=shown.window, logits=logits, always=settings.always,
         selection=watched, backend="triton" if settings.backend == "triton" else "auto",
-        tuning=tuning_for(q.shape[0], q.shape[1], q.shape[2], n, room), **completing,
+        tuning=tuning_for(q.shape[0], q.shape[1], q.shape[2], n, room), completion=settings.completion,
+        offset=0 if settings.completion == "none" else dropped(),
     )  # fmt: skip
     bits = done.bits
     return Attended(done.output, None if bits is None else lambda: selected_mask(bits, n), "prefill")

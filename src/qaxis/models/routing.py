@@ -81,7 +81,8 @@ def attend(
         return Attended(masked.dense(q, _numbers(k), _numbers(v), shown, allowed, logits, settings), None, "dense")
     refusals = _both(q.shape[2], no_step, no_prompt)
     if settings.exactness == "selection":
-        out, kept = masked.masked(q, _numbers(k), _numbers(v), allowed(), logits, settings, watched)
+        offset = 0 if settings.completion == "none" else dropped()
+        out, kept = masked.masked(q, _numbers(k), _numbers(v), allowed(), logits, settings, watched, offset)
         return Attended(out, kept, "masked", refusals)
     return _canonical(q, k, v, allowed(), logits, settings, dropped)._replace(refusals=refusals)
 
