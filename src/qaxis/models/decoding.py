@@ -43,7 +43,7 @@ FOREIGN = Refusal("a completion of keys that do not lie in a qaxis.Cache", canon
 DRAFTED = Refusal("a completion of several queries", canonical=True)
 WINDOW = Refusal("a completion in a window", canonical=True)
 TRITON = Refusal("a completion, and backend='triton'", asked=True, canonical=True)
-PLACES_ROUND = Refusal("a completion over 8-bit codes, and exactness='bitwise'", asked=True, canonical=True)
+CODES = Refusal("a completion over 8-bit codes, and exactness='bitwise'", asked=True, canonical=True)
 
 
 @dataclass
@@ -203,7 +203,7 @@ def _not_completed(
     held, budget = _held(q, k, v), settings.budget
     assert budget is not None
     if settings.exactness == "bitwise" and held.index.codes is not None:
-        return PLACES_ROUND
+        return CODES
     step, kind = _decoder(q, held, budget, "auto"), settings.completion
     try:
         step.engine(q, held.keys, held.values, held.index, settings.always, logits, completion=kind)

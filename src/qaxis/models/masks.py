@@ -195,7 +195,7 @@ def dropped_before(mask: Any, window: int | None, m: int, n: int) -> int:
         return mask.shown.offset
     known = getattr(mask, _DROPPED, None)
     # Queries that are all of the keys are all of the text; of a window that is not full nothing was dropped.
-    whole = isinstance(known, int) or window is None or n < window or (mask is None and m == n)
+    whole = isinstance(known, int) or window is None or n < window or m == n
     told = "the model's own mask, which tells how many tokens a full window dropped: completion counts from the first"
     require(whole, "attention_mask", type(mask).__name__, told)
     return known if isinstance(known, int) else 0
