@@ -294,8 +294,11 @@ def test_refusals_are_told(llama):
         (Refusal("there is no GPU"), {"backend": "auto"}),
     ):  # fmt: skip
         assert way(llama, **options)[0] == {f"canonical: {expected}"}
-    assert way(windowed(), ids=prompt(230), cache=None)[0] == {f"canonical: {decoding.WINDOW}"}
-    assert way(windowed(), tokens=1)[0] == {f"canonical: {decoding.WINDOW}"}
+    # Whatever else is allowed to compute a token.
+    assert way(llama, backend="triton", exactness="selection")[0] == {f"canonical: {decoding.TRITON}"}
+    for n in (140, 230):
+        for cache in (None, qaxis.Cache(llama.config, index="bounds")):
+            assert way(windowed(), ids=prompt(n), cache=cache)[0] == {f"canonical: {decoding.WINDOW}"}
 
 
 def test_where_no_step_runs_attention_is_canonical(llama, monkeypatch):
