@@ -120,6 +120,8 @@ ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "pape
 SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
 SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, BY_CODES = "src/qaxis/decode/triton.py", "src/qaxis/decode/score_codes.cu"
+COMPLETION, COMPLETED, LINE = "test_completion.py::", "test_completion_models.py::", "src/qaxis/attention/completion.py"
+ROUTING, STEPS = "src/qaxis/models/routing.py", "src/qaxis/models/decoding.py"
 TOPK, TOPK_KERNEL = "test_topk.py::", "src/qaxis/ranking/topk.cu"
 
 MUTANTS = (
@@ -127,11 +129,27 @@ MUTANTS = (
     Mutant("test_routes.py::test_every_refusal_is_told_once_and_whether_it_was_asked_for", "of two refusals one is told", "src/qaxis/models/routing.py", "    return tuple(dict.fromkeys((no_step, no_prompt)))", "    return (no_prompt,)"),
     Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a window that hides nothing yet is not told", MASKS, "told = local is not None and q_length == 1", "told = False and q_length == 1"),
     Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a compiled step sees no window", "src/qaxis/models/decoding.py", "    return Shown(pads, seen.window)", "    return Shown(pads)"),
-    Mutant("test_masks.py::test_a_window_that_hides_nothing_yet_is_told", "what a chunk shows lasts", MASKS, "shown = Shown(lasts=False)", "shown = Shown()"),
+    Mutant("test_masks.py::test_a_window_that_hides_nothing_yet_is_told", "what a chunk shows lasts", MASKS, "shown = Shown(offset=dropped, lasts=False)", "shown = Shown(offset=dropped)"),
     Mutant("test_routes.py::test_what_lasts_for_these_tokens_alone_is_no_step_to_be_repeated", "a step is repeated that sees what later ones do not", "src/qaxis/models/decoding.py", "shown is not None and shown.lasts else", "shown is not None else"),
     Mutant(ROWS + "test_no_engine_is_named_where_no_step_runs", "an engine is named that does not run", "src/qaxis/decode/api.py", '            raise RuntimeError(f"no decode step runs here: {why}; {error}") from error', '            return "reference", f"{why}; {error}"'),
     Mutant("test_triton_rows.py::test_what_is_not_allowed_is_named", "soft caps that prefill's kernels do not take", "src/qaxis/attention/logits.py", "LEAST_CAP, MOST_CAP = 1e-30, 1e30", "LEAST_CAP, MOST_CAP = 1e-30, 1e38"),
     Mutant("test_prefill_seen.py::test_logits_change_outputs_not_the_selection", "a strided sink is read as contiguous", "src/qaxis/prefill/attention.py", "else logits.sink[h].contiguous()", "else logits.sink[h]"),
+    # What is left out, put back
+    Mutant(COMPLETION + "test_what_a_window_dropped_is_counted", "groups begin with the first key that is left", LINE, "(self.begin + self.offset + GROUP - 1) // GROUP", "(self.begin + GROUP - 1) // GROUP"),
+    Mutant(COMPLETION + "test_any_shape_is_what_double_precision_gives", "mass is put back from the middle of a run", LINE, "torch.where(left, score - best[..., None], 0.0)", "torch.where(left, score, 0.0)"),
+    Mutant(COMPLETION + "test_equal_scores_have_no_slope", "rounding has a slope", LINE, "sloped = spread > second * LEAST_SPREAD\n    slope", "sloped = spread > 0\n    slope"),
+    Mutant(COMPLETION + "test_terms_that_leave_float32_are_left_out", "a mean that is no number is put back", LINE, "torch.where(mean.isfinite(), mean, 0.0)", "mean"),
+    Mutant(COMPLETION + "test_a_mask_with_holes_is_refused", "a mask with holes is a range", LINE, "(allowed.sum(-1) == end - begin).all()", "(allowed.sum(-1) <= end - begin).all()"),
+    Mutant(COMPLETED + "test_what_a_window_dropped_counts_in_every_cache", "canonical groups begin with the window", ROUTING, "seen_of(allowed, dropped())", "seen_of(allowed, 0)"),
+    Mutant(COMPLETED + "test_padding_behind_a_window_is_a_range", "a mask does not tell what a window dropped", MASKS, "                setattr(known, _DROPPED, dropped)\n", "                pass\n"),
+    Mutant(COMPLETED + "test_how_many_tokens_a_window_dropped_is_told_or_refused", "a full window is taken for the whole text", MASKS, "window is None or n < window or m == n", "True"),
+    Mutant(COMPLETED + "test_refusals_are_told", "a token that cannot be completed is a prompt", ROUTING, "    if no_step.canonical:\n", "    if False:\n"),
+    Mutant(COMPLETED + "test_refusals_are_told", "a window over keys in full is completed as a step", STEPS, "    if holder.window or shown.window is not None:\n", "    if holder.window:\n"),
+    Mutant(COMPLETED + "test_moments_are_those_of_what_a_token_sees", "moments count padding", STEPS, "moments(_pads(held, shown))", "moments(None)"),
+    Mutant(COMPLETED + "test_while_a_step_is_captured_the_pads_are_the_graphs", "a graph has the pads of the token that was captured", STEPS, "return held.shared.pads if shown.pads is None and captured else shown.pads", "return shown.pads"),
+    Mutant(COMPLETED + "test_bitwise_takes_no_step_over_codes", "rounded scores pass for canonical ones", STEPS, 'settings.exactness == "bitwise" and held.index.codes is not None', "False"),
+    Mutant(COMPLETED + "test_what_is_no_step_is_not_captured", "a step in a window is captured, and fails", "src/qaxis/models/replaying.py", "if completed and any(cache.is_sliding):", "if False:"),
+    Mutant(COMPLETED + "test_names_and_room_are_checked", "kept keys may fill the budget of a completion", "src/qaxis/models/enable.py", 'completion == "none" or minimum > total', 'completion == "none" or minimum >= total'),
     # Caches in place: clock, rows, index, windows
     Mutant("test_rows.py::test_a_clock_moves_in_device_memory", "the clock moves on the host alone", "src/qaxis/storage/clock.py", "            self.tensor.fill_(end)\n", "            pass\n"),
     Mutant("test_rows.py::test_rows_are_those_of_a_plain_model", "rows see more than the window", "src/qaxis/decode/rows.py", "begin = torch.maximum(begin, end - window)", "pass"),

@@ -24,13 +24,16 @@ from qaxis.attention import completed
 from qaxis.attention.always import Always
 from qaxis.attention.completion import Seen, seen_of
 from qaxis.attention.logits import Logits
-from qaxis.attention.selection import causal_mask
+from qaxis.attention.selection import causal_mask, mask_to_indices
+from qaxis.decode import Decoder, places
 from qaxis.models import attention, decoding, generation, replaying, routing
 from qaxis.models.attended import Attended, Refusal
 from qaxis.models.compiled import CompiledForward
 from qaxis.models.holding import HOLDER
 from qaxis.models.masks import Shown, dropped_before
 from qaxis.models.settings import Settings, settings_of
+from qaxis.storage.lazy import dequantized
+from qaxis.storage.side import Stored
 from tests import test_replaying
 
 KINDS = ("mean", "linear")
@@ -171,6 +174,20 @@ def test_what_a_window_dropped_counts_in_every_cache(kind):
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
     with torch.inference_mode(), qaxis.sparse(model, 9):
         assert (model(ids, use_cache=False).logits - whole)[:, -16:].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_padding_behind_a_window_is_a_range(ours):
+    """What is no range of all queries, only of each, still tells what the window dropped."""
+    model, ids, mask = windowed(), prompt(260, 2), torch.ones(2, 260, dtype=torch.long)
+    mask[1, 257:] = 0
+    cache = qaxis.Cache(model.config) if ours else DynamicCache(config=model.config)
+    with torch.inference_mode(), qaxis.sparse(model, 9, completion="linear"):
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+        model(ids[:, :250], past_key_values=cache)
+        part = model(ids[:, 250:], attention_mask=mask, past_key_values=cache).logits
+    for row, n in ((0, 10), (1, 7)):
+        torch.testing.assert_close(part[row, :n], whole[row, 250 : 250 + n], rtol=1e-4, atol=1e-4)
 
 
 def test_how_many_tokens_a_window_dropped_is_told_or_refused():
@@ -437,10 +454,33 @@ def test_tokens_are_replays_once_two_were_proven(replayed, monkeypatch, kind):
     assert torch.equal(out, eager) and replays == ([1] if kind == "none" else [9])
 
 
+def as_placed(done, q, k, v, settings, logits):
+    """What a step over codes means, of the places that it left in its work space."""
+    holder = getattr(k, HOLDER)
+    (decoder,) = (x for x in holder.shared.workspace.values() if isinstance(x, Decoder))
+    (rows,) = (x.tensor for x in holder.shared.workspace.values() if isinstance(x, decoding._Rows))
+    (step,) = (x for shape, x in decoder.steps.items() if shape.completed)
+    kept = done.kept()
+    return places.attend(
+        q, *(dequantized(x) if isinstance(x, Stored) else x for x in holder.operands()[:2]),
+        mask_to_indices(kept, int(kept.sum(-1).max())), rows, step.buffers.fast, step.buffers.units, logits,
+        settings.completion, in_full=holder.operands()[2].codes.first.shape[2],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("index", ["codes", "bounds", "int8"])
-def test_steps_complete_what_they_leave_out(kind, index):
-    """In CUDA C++, emulated, a padded batch: over bounds the bits of the reference, over 8-bit codes close to it."""
+def test_steps_complete_what_they_leave_out(kind, index, monkeypatch):
+    """In CUDA C++, emulated, a padded batch: over bounds canonical bits; over codes those of its places, close by."""
+    attend, meant = decoding.attend, []
+
+    def spy(q, k, v, shown, logits, settings):
+        done = attend(q, k, v, shown, logits, settings)
+        if index != "bounds":
+            meant.append(torch.equal(done.output, as_placed(done, q, k, v, settings, logits)))
+        return done
+
+    monkeypatch.setattr(decoding, "attend", spy)
     model = wide(torch.bfloat16 if index == "int8" else torch.float32)
     ids, mask = prompt(268, 2), torch.ones(2, 270, dtype=torch.long)
     mask[1, :7] = 0
@@ -454,7 +494,7 @@ def test_steps_complete_what_they_leave_out(kind, index):
                 for i in (268, 269):
                     out = model(ids[:, :1], attention_mask=mask[:, : i + 1], past_key_values=cache)
                     found.setdefault(backend, []).append(out.logits)
-    assert set(recording.engines) == {"cuda"}
+    assert set(recording.engines) == {"cuda"} and meant == [True] * (0 if index == "bounds" else 2)
     if index == "bounds":
         assert all(map(torch.equal, *found.values()))
     else:

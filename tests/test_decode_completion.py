@@ -34,7 +34,9 @@ def bell(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 def three(heads: int, kv_heads: int, n: int, dim: int, dtype: torch.dtype = torch.float32, batch: int = 1) -> Any:
     """Query, keys and values, these not about 0, so that a mean and a slope matter."""
-    q, k, v = (bell(batch, h, m, dim, seed=h + m + s) for h, m, s in ((heads, 1, 0), (kv_heads, n, 1), (kv_heads, n, 2)))
+    q, k, v = (
+        bell(batch, h, m, dim, seed=h + m + s) for h, m, s in ((heads, 1, 0), (kv_heads, n, 1), (kv_heads, n, 2))
+    )
     v = v + 0.3 * k.flip(-1) + torch.linspace(-1, 1, dim)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
