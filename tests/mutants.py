@@ -306,7 +306,7 @@ MUTANTS = (
     Mutant(MOMENTS + "test_whatever_happens_they_are_those_made_anew", "moments of what was refilled", IN_PLACE, "        self.summary.restart()\n", ""),
     Mutant(MOMENTS + "test_a_launch_follows_the_clock_alone", "moments of what was taken back", SHARED, "            holder.summary.cut(holder.length, length)\n", ""),
     Mutant(MOMENTS + "test_whatever_happens_they_are_those_made_anew", "moments stay with their rows", QUANTISED, "        self.summary.select(indices)\n", ""),
-    Mutant(MOMENTS + "test_whatever_happens_they_are_those_made_anew", "rows change places without what they counted", SUMMARY, "            for to, x in zip((*self.moments, self.state), chosen, strict=True):\n", "            for to, x in zip(self.moments, chosen[:2], strict=True):\n"),
+    Mutant(MOMENTS + "test_rows_that_change_places_take_along_what_they_counted", "rows change places without what they counted", SUMMARY, "            for to, x in zip((*self.moments, self.state), chosen, strict=True):\n", "            for to, x in zip(self.moments, chosen[:2], strict=True):\n"),
     Mutant(MOMENTS + "test_every_width_and_dtype", "a group that padding begins in counts", SUMMARY, "pads // GROUP + (pads % GROUP > 0).int()", "pads // GROUP"),
     Mutant(MOMENTS + "test_groups_that_change_when_more_of_them_are_quantised_are_added_anew", "groups that change are not added anew", SUMMARY, "        if not holder.lasting:\n", "        if False:\n"),
     Mutant(MOMENTS + "test_a_copy_goes_on_by_itself_and_modes_of_torch_change_nothing", "moments made in inference mode", SUMMARY, "        with torch.inference_mode(False):\n            products", "        if True:\n            products"),

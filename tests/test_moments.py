@@ -220,6 +220,17 @@ def test_buffers_stay_where_they_are_and_the_version_says_when_they_do_not(kind)
     assert kv.shared.version > version and same(kv.moments(pads[:1]), anew(kv, pads[:1]))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_change_places_take_along_what_they_counted(way):
+    k, v = states(2, 300, 4, 4, torch.bfloat16)
+    kv, pads = make("full", k, v), torch.tensor([0, 100], dtype=torch.int32)
+    kv.append(k, v)
+    ask(kv, pads, way)
+    kv.select(torch.tensor([1, 0]))
+    # Each row is padded as the other one was.
+    assert same(ask(kv, pads, way), anew(kv, pads))
+
+
 def test_a_launch_follows_the_clock_alone():
     """As a replayed graph has it: the host counts afterwards; a token that comes again may be another one."""
     k, v = states(1, 300, 8, 6, torch.bfloat16)
