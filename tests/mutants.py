@@ -119,6 +119,7 @@ SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
 SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, BY_CODES = "src/qaxis/decode/triton.py", "src/qaxis/decode/score_codes.cu"
 TOPK, TOPK_KERNEL = "test_topk.py::", "src/qaxis/ranking/topk.cu"
+COMPLETED, COMPLETE = "test_decode_completion.py::", "src/qaxis/decode/complete.cuh"
 
 MUTANTS = (
     # Which way attention goes
@@ -297,6 +298,18 @@ MUTANTS = (
     Mutant("test_topk_claims.py::test_what_replays_leave_is_looked_at", "what replays wrote is not looked at", "selfcheck/checks/topk_speed.py", ' + _others(kept[row["way"]][-1], right, order)', ""),
     Mutant("native", "no error behind codes", "src/qaxis/decode/counts.cuh", "(int)floorf(place - off)", "(int)floorf(place + 0.0f * off)"),
     Mutant("native", "keys without a code are dropped", "src/qaxis/decode/candidates.cuh", "may[u] = between(key[u], p.begin, p.end) & ~scored[u];", "may[u] = 0;"),
+    # The step with completion
+    Mutant(COMPLETED + "test_rows_are_completed", "keys that were chosen at the edge are left too", COMPLETE, "        if (p.owns(j)) atomicOr(", "        if (false) atomicOr("),
+    Mutant(COMPLETED + "test_blocks_are_added_by_their_absolute_number", "blocks are added by their number in the row", COMPLETE, "first = p.base / BLOCK", "first = 0"),
+    Mutant(COMPLETED + "test_powers_of_two_at_most_one_have_the_canonical_bits", "a power far below the others is not cut off", COMPLETE, "    return product_in_unit(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);", "    return __fmul_rn(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);"),
+    Mutant(COMPLETED + "test_rows_are_completed", "a place is half a place too high", COMPLETE, "half = -0.5f * unit;", "half = 0.0f;"),
+    Mutant(COMPLETED + "test_a_row_without_units_has_canonical_scores", "places of a row without units are scores", COMPLETE, "            else start = stop = p.end;", "            else start = p.start;"),
+    Mutant(COMPLETED + "test_soft_caps_and_sinks", "a completed step's sink has no weight", COMPLETE, "    if (sinks) w[0] = __fadd_rn(w[0], sink);\n    const float added", "    const float added"),
+    Mutant(COMPLETED + "test_rows_are_completed", "words of keys without a code are not kept", "src/qaxis/decode/scores.cuh", "|| j < p.start || j >= p.stop)) scorer.words[j] = w;", ")) scorer.words[j] = w;"),
+    Mutant(COMPLETED + "test_rows_are_completed", "a group that is cut off counts", "src/qaxis/decode/line.cuh", "(seen.begin + 127) / 128", "seen.begin / 128"),
+    Mutant(COMPLETED + "test_scores_that_hardly_differ_have_no_slope", "rounding is taken for a slope", "src/qaxis/decode/fit.cuh", "spread > __fmul_rn(second, 0x1p-12f)", "spread > 0.0f"),
+    Mutant(COMPLETED + "test_triton_refuses_by_name", "a step that Triton runs is not completed, and nobody is told", "src/qaxis/decode/api.py", '            if kind != "none":\n                why', '            if False:\n                why'),
+    Mutant(COMPLETED + "test_what_is_not_allowed_is_named", "no key need be ranked", "src/qaxis/decode/asked.py", "    require(sum(always) < ranked,", "    require(True,"),
     Mutant("native", "near keys are not ordered by position", "src/qaxis/decode/choice.cuh", "s.near_position[o] < j", "s.near_position[o] > j"),
     Mutant("native", "a sum over neighbours in another order", "src/qaxis/arithmetic/canonical.cuh", "for (int s = 1; s < n; s *= 2)", "for (int s = n / 2; s > 0; s /= 2)"),
     Mutant("native", "lists that overflow are used as they are", "src/qaxis/decode/edge.cuh", "sure &= pull(&s.full, r) == 0;", "sure &= pull(&s.full, r) >= 0;"),
