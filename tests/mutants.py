@@ -121,9 +121,10 @@ ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "pape
 SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
 SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, BY_CODES = "src/qaxis/decode/triton.py", "src/qaxis/decode/score_codes.cu"
-COMPLETION, COMPLETED, LINE = "test_completion.py::", "test_completion_models.py::", "src/qaxis/attention/completion.py"
+COMPLETION, OF_MODELS, LINE = "test_completion.py::", "test_completion_models.py::", "src/qaxis/attention/completion.py"
 ROUTING, STEPS = "src/qaxis/models/routing.py", "src/qaxis/models/decoding.py"
 TOPK, TOPK_KERNEL = "test_topk.py::", "src/qaxis/ranking/topk.cu"
+COMPLETED, COMPLETE = "test_decode_completion.py::", "src/qaxis/decode/complete.cuh"
 
 MUTANTS = (
     # Which way attention goes
@@ -141,16 +142,16 @@ MUTANTS = (
     Mutant(COMPLETION + "test_equal_scores_have_no_slope", "rounding has a slope", LINE, "sloped = spread > second * LEAST_SPREAD\n    slope", "sloped = spread > 0\n    slope"),
     Mutant(COMPLETION + "test_terms_that_leave_float32_are_left_out", "a mean that is no number is put back", LINE, "torch.where(mean.isfinite(), mean, 0.0)", "mean"),
     Mutant(COMPLETION + "test_a_mask_with_holes_is_refused", "a mask with holes is a range", LINE, "(allowed.sum(-1) == end - begin).all()", "(allowed.sum(-1) <= end - begin).all()"),
-    Mutant(COMPLETED + "test_what_a_window_dropped_counts_in_every_cache", "canonical groups begin with the window", ROUTING, "seen_of(allowed, dropped())", "seen_of(allowed, 0)"),
-    Mutant(COMPLETED + "test_padding_behind_a_window_is_a_range", "a mask does not tell what a window dropped", MASKS, "                setattr(known, _DROPPED, dropped)\n", "                pass\n"),
-    Mutant(COMPLETED + "test_how_many_tokens_a_window_dropped_is_told_or_refused", "a full window is taken for the whole text", MASKS, "window is None or n < window or m == n", "True"),
-    Mutant(COMPLETED + "test_refusals_are_told", "a token that cannot be completed is a prompt", ROUTING, "    if no_step.canonical:\n", "    if False:\n"),
-    Mutant(COMPLETED + "test_refusals_are_told", "a window over keys in full is completed as a step", STEPS, "    if holder.window or shown.window is not None:\n", "    if holder.window:\n"),
-    Mutant(COMPLETED + "test_moments_are_those_of_what_a_token_sees", "moments count padding", STEPS, "moments(_pads(held, shown))", "moments(None)"),
-    Mutant(COMPLETED + "test_while_a_step_is_captured_the_pads_are_the_graphs", "a graph has the pads of the token that was captured", STEPS, "return held.shared.pads if shown.pads is None and captured else shown.pads", "return shown.pads"),
-    Mutant(COMPLETED + "test_bitwise_takes_no_step_over_codes", "rounded scores pass for canonical ones", STEPS, 'settings.exactness == "bitwise" and held.index.codes is not None', "False"),
-    Mutant(COMPLETED + "test_what_is_no_step_is_not_captured", "a step in a window is captured, and fails", "src/qaxis/models/replaying.py", "if completed and any(cache.is_sliding):", "if False:"),
-    Mutant(COMPLETED + "test_names_and_room_are_checked", "kept keys may fill the budget of a completion", "src/qaxis/models/enable.py", 'completion == "none" or minimum > total', 'completion == "none" or minimum >= total'),
+    Mutant(OF_MODELS + "test_what_a_window_dropped_counts_in_every_cache", "canonical groups begin with the window", ROUTING, "seen_of(allowed, dropped())", "seen_of(allowed, 0)"),
+    Mutant(OF_MODELS + "test_padding_behind_a_window_is_a_range", "a mask does not tell what a window dropped", MASKS, "                setattr(known, _DROPPED, dropped)\n", "                pass\n"),
+    Mutant(OF_MODELS + "test_how_many_tokens_a_window_dropped_is_told_or_refused", "a full window is taken for the whole text", MASKS, "window is None or n < window or m == n", "True"),
+    Mutant(OF_MODELS + "test_refusals_are_told", "a token that cannot be completed is a prompt", ROUTING, "    if no_step.canonical:\n", "    if False:\n"),
+    Mutant(OF_MODELS + "test_refusals_are_told", "a window over keys in full is completed as a step", STEPS, "    if holder.window or shown.window is not None:\n", "    if holder.window:\n"),
+    Mutant(OF_MODELS + "test_moments_are_those_of_what_a_token_sees", "moments count padding", STEPS, "moments(_pads(held, shown))", "moments(None)"),
+    Mutant(OF_MODELS + "test_while_a_step_is_captured_the_pads_are_the_graphs", "a graph has the pads of the token that was captured", STEPS, "return held.shared.pads if shown.pads is None and captured else shown.pads", "return shown.pads"),
+    Mutant(OF_MODELS + "test_bitwise_takes_no_step_over_codes", "rounded scores pass for canonical ones", STEPS, 'settings.exactness == "bitwise" and held.index.codes is not None', "False"),
+    Mutant(OF_MODELS + "test_what_is_no_step_is_not_captured", "a step in a window is captured, and fails", "src/qaxis/models/replaying.py", "if completed and any(cache.is_sliding):", "if False:"),
+    Mutant(OF_MODELS + "test_names_and_room_are_checked", "kept keys may fill the budget of a completion", "src/qaxis/models/enable.py", 'completion == "none" or minimum > total', 'completion == "none" or minimum >= total'),
     # Caches in place: clock, rows, index, windows
     Mutant("test_rows.py::test_a_clock_moves_in_device_memory", "the clock moves on the host alone", "src/qaxis/storage/clock.py", "            self.tensor.fill_(end)\n", "            pass\n"),
     Mutant("test_rows.py::test_rows_are_those_of_a_plain_model", "rows see more than the window", "src/qaxis/decode/rows.py", "begin = torch.maximum(begin, end - window)", "pass"),
@@ -331,6 +332,18 @@ MUTANTS = (
     Mutant("test_topk_claims.py::test_what_replays_leave_is_looked_at", "what replays wrote is not looked at", "selfcheck/checks/topk_speed.py", ' + _others(kept[row["way"]][-1], right, order)', ""),
     Mutant("native", "no error behind codes", "src/qaxis/decode/counts.cuh", "(int)floorf(place - off)", "(int)floorf(place + 0.0f * off)"),
     Mutant("native", "keys without a code are dropped", "src/qaxis/decode/candidates.cuh", "may[u] = between(key[u], p.begin, p.end) & ~scored[u];", "may[u] = 0;"),
+    # The step with completion
+    Mutant(COMPLETED + "test_rows_are_completed", "keys that were chosen at the edge are left too", COMPLETE, "        if (p.owns(j)) atomicOr(", "        if (false) atomicOr("),
+    Mutant(COMPLETED + "test_blocks_are_added_by_their_absolute_number", "blocks are added by their number in the row", COMPLETE, "first = p.base / BLOCK", "first = 0"),
+    Mutant(COMPLETED + "test_powers_of_two_at_most_one_have_the_canonical_bits", "a power far below the others is not cut off", COMPLETE, "    return product_in_unit(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);", "    return __fmul_rn(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);"),
+    Mutant(COMPLETED + "test_rows_are_completed", "a place is half a place too high", COMPLETE, "half = -0.5f * unit;", "half = 0.0f;"),
+    Mutant(COMPLETED + "test_a_row_without_units_has_canonical_scores", "places of a row without units are scores", COMPLETE, "            else start = stop = p.end;", "            else start = p.start;"),
+    Mutant(COMPLETED + "test_soft_caps_and_sinks", "a completed step's sink has no weight", COMPLETE, "    if (sinks) w[0] = __fadd_rn(w[0], sink);\n    const float added", "    const float added"),
+    Mutant(COMPLETED + "test_rows_are_completed", "words of keys without a code are not kept", "src/qaxis/decode/scores.cuh", "|| j < p.start || j >= p.stop)) scorer.words[j] = w;", ")) scorer.words[j] = w;"),
+    Mutant(COMPLETED + "test_rows_are_completed", "a group that is cut off counts", "src/qaxis/decode/line.cuh", "(seen.begin + 127) / 128", "seen.begin / 128"),
+    Mutant(COMPLETED + "test_scores_that_hardly_differ_have_no_slope", "rounding is taken for a slope", "src/qaxis/decode/fit.cuh", "spread > __fmul_rn(second, 0x1p-12f)", "spread > 0.0f"),
+    Mutant(COMPLETED + "test_triton_refuses_by_name", "a step that Triton runs is not completed, and nobody is told", "src/qaxis/decode/api.py", '            if kind != "none":\n                why', '            if False:\n                why'),
+    Mutant(COMPLETED + "test_what_is_not_allowed_is_named", "no key need be ranked", "src/qaxis/decode/asked.py", "    require(sum(always) < ranked,", "    require(True,"),
     Mutant("native", "near keys are not ordered by position", "src/qaxis/decode/choice.cuh", "s.near_position[o] < j", "s.near_position[o] > j"),
     Mutant("native", "a sum over neighbours in another order", "src/qaxis/arithmetic/canonical.cuh", "for (int s = 1; s < n; s *= 2)", "for (int s = n / 2; s > 0; s /= 2)"),
     Mutant("native", "lists that overflow are used as they are", "src/qaxis/decode/edge.cuh", "sure &= pull(&s.full, r) == 0;", "sure &= pull(&s.full, r) >= 0;"),
@@ -519,7 +532,7 @@ MUTANTS = (
     Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MASKED, "k, mask, budget.of(mask), scores)\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n), scores)\n        if"),
     # In transformers
     Mutant("flag-off", "importing changes a global default", "src/qaxis/__init__.py", '__version__ = "0.1.0"', '__version__ = "0.1.0"\n__import__("torch").set_default_dtype(__import__("torch").float64)'),
-    Mutant("families", "soft cap ignored", REFERENCE, "logit = canonical.soft_cap(logit, logits.soft_cap)", "logit = logit * 1.0"),
+    Mutant("families", "soft cap ignored", REFERENCE, "else canonical.soft_cap(logit, logits.soft_cap)", "else logit"),
     Mutant("families", "sink left out of the denominator", REFERENCE, "denominator = denominator + canonical.exp2(", "denominator = denominator + 0 * canonical.exp2("),
     Mutant("families", "the worst keys in fast mode", MASKED, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
     Mutant("architectures", "the future is visible where there is no mask", MASKS, "    return causal_mask(m, n, device) if causal else", "    return causal_mask(m, n, device) if False else"),

@@ -1,7 +1,7 @@
 """What a completed step over 8-bit codes gives, from the places that it left behind: its meaning, in PyTorch.
 
 Which keys are kept, and their weights, are canonical. Of those that are left only a 16-bit place is known, so the tail
-is that of ``attention/completion.py`` with the score ``(place - 32767.5) (1 / units)`` in place of the canonical one, in
+is that of ``attention/completion.py`` with the score ``(place - 32767.5) (1 / units)`` instead of the canonical one, in
 single operations of float32. Keys without a place, as they have no code, and all keys of a row without units (its query
 is too short, or the range too large) have their canonical score.
 """
@@ -40,11 +40,12 @@ def attend(
         q: ``[B, H, 1, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``; of an 8-bit cache dequantised.
         indices: int64 ``[B, H, 1, K]``, the keys that the step kept, padded with -1.
         rows: int32 ``[B, 4]``, what each row sees (``rows.py``).
-        places: uint16 ``[B * H, N or more]``, and units: float32 ``[B * H]``, as the step's buffers ``fast`` and ``units``.
+        places: uint16 ``[B * H, N or more]``, as the step's buffers have them: ``fast``.
+        units: float32 ``[B * H]``, likewise.
         kind: ``"mean"`` or ``"linear"``.
         in_full: first tokens of the cache that have no code.
     """
-    batch, heads, _, dim = q.shape
+    batch, heads = q.shape[:2]
     group, n = heads // k.shape[1], k.shape[2]
     out = torch.zeros(batch, heads, 1, v.shape[-1], dtype=q.dtype, device=q.device)
     place = torch.arange(n, device=q.device)
