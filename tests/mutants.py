@@ -111,6 +111,7 @@ REPLAYING, REPLAYS = "src/qaxis/models/replaying.py", "test_replaying.py::"
 CAPTURED, STATE = "src/qaxis/models/captured.py", "src/qaxis/models/model_state.py"
 GENERATE, STAND_IN = "src/qaxis/models/generation.py", "src/qaxis/models/stand_in.py"
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
+COMPLETED_PROMPTS, PUT_BACK = "test_prefill_completion.py::", "src/qaxis/prefill/triton_completed.py"
 ROWS = "test_decode_rows.py::"
 TRITON_ROWS = "test_triton_rows.py::"
 EVIDENCE, TRACING = "selfcheck/harness/states.py", "selfcheck/harness/tracing.py"
@@ -120,18 +121,37 @@ ISOLATION, ISOLATED, TEX = "test_isolation.py::", "selfcheck/isolated.py", "pape
 SUPPLY, LISTS = "test_supply.py::", "archive/requirements.py"
 SBOM, LEFTOVERS = "archive/sbom.py", "selfcheck/harness/leftovers.py"
 CERTIFIED, BY_CODES = "src/qaxis/decode/triton.py", "src/qaxis/decode/score_codes.cu"
+COMPLETION, OF_MODELS, LINE = "test_completion.py::", "test_completion_models.py::", "src/qaxis/attention/completion.py"
+ROUTING, STEPS = "src/qaxis/models/routing.py", "src/qaxis/models/decoding.py"
 TOPK, TOPK_KERNEL = "test_topk.py::", "src/qaxis/ranking/topk.cu"
+COMPLETED, COMPLETE = "test_decode_completion.py::", "src/qaxis/decode/complete.cuh"
 
 MUTANTS = (
     # Which way attention goes
     Mutant("test_routes.py::test_every_refusal_is_told_once_and_whether_it_was_asked_for", "of two refusals one is told", "src/qaxis/models/routing.py", "    return tuple(dict.fromkeys((no_step, no_prompt)))", "    return (no_prompt,)"),
     Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a window that hides nothing yet is not told", MASKS, "told = local is not None and q_length == 1", "told = False and q_length == 1"),
     Mutant("test_routes.py::test_a_step_knows_of_a_window_that_hides_nothing_yet", "a compiled step sees no window", "src/qaxis/models/decoding.py", "    return Shown(pads, seen.window)", "    return Shown(pads)"),
-    Mutant("test_masks.py::test_a_window_that_hides_nothing_yet_is_told", "what a chunk shows lasts", MASKS, "shown = Shown(lasts=False)", "shown = Shown()"),
+    Mutant("test_masks.py::test_a_window_that_hides_nothing_yet_is_told", "what a chunk shows lasts", MASKS, "shown = Shown(offset=dropped, lasts=False)", "shown = Shown(offset=dropped)"),
     Mutant("test_routes.py::test_what_lasts_for_these_tokens_alone_is_no_step_to_be_repeated", "a step is repeated that sees what later ones do not", "src/qaxis/models/decoding.py", "shown is not None and shown.lasts else", "shown is not None else"),
     Mutant(ROWS + "test_no_engine_is_named_where_no_step_runs", "an engine is named that does not run", "src/qaxis/decode/api.py", '            raise RuntimeError(f"no decode step runs here: {why}; {error}") from error', '            return "reference", f"{why}; {error}"'),
     Mutant("test_triton_rows.py::test_what_is_not_allowed_is_named", "soft caps that prefill's kernels do not take", "src/qaxis/attention/logits.py", "LEAST_CAP, MOST_CAP = 1e-30, 1e30", "LEAST_CAP, MOST_CAP = 1e-30, 1e38"),
     Mutant("test_prefill_seen.py::test_logits_change_outputs_not_the_selection", "a strided sink is read as contiguous", "src/qaxis/prefill/attention.py", "else logits.sink[h].contiguous()", "else logits.sink[h]"),
+    # What is left out, put back
+    Mutant(COMPLETION + "test_what_a_window_dropped_is_counted", "groups begin with the first key that is left", LINE, "(self.begin + self.offset + GROUP - 1) // GROUP", "(self.begin + GROUP - 1) // GROUP"),
+    Mutant(COMPLETION + "test_any_shape_is_what_double_precision_gives", "mass is put back from the middle of a run", LINE, "torch.where(left, score - best[..., None], 0.0)", "torch.where(left, score, 0.0)"),
+    Mutant(COMPLETION + "test_equal_scores_have_no_slope", "rounding has a slope", LINE, "sloped = spread > second * LEAST_SPREAD\n    slope", "sloped = spread > 0\n    slope"),
+    Mutant(COMPLETION + "test_terms_that_leave_float32_are_left_out", "a mean that is no number is put back", LINE, "torch.where(mean.isfinite(), mean, 0.0)", "mean"),
+    Mutant(COMPLETION + "test_a_mask_with_holes_is_refused", "a mask with holes is a range", LINE, "(allowed.sum(-1) == end - begin).all()", "(allowed.sum(-1) <= end - begin).all()"),
+    Mutant(OF_MODELS + "test_what_a_window_dropped_counts_in_every_cache", "canonical groups begin with the window", ROUTING, "seen_of(allowed, dropped())", "seen_of(allowed, 0)"),
+    Mutant(OF_MODELS + "test_padding_behind_a_window_is_a_range", "a mask does not tell what a window dropped", MASKS, "                setattr(known, _DROPPED, dropped)\n", "                pass\n"),
+    Mutant(OF_MODELS + "test_how_many_tokens_a_window_dropped_is_told_or_refused", "a full window is taken for the whole text", MASKS, "window is None or n < window or m == n", "True"),
+    Mutant(OF_MODELS + "test_refusals_are_told", "a token that cannot be completed is a prompt", ROUTING, "    if no_step.canonical:\n", "    if False:\n"),
+    Mutant(OF_MODELS + "test_refusals_are_told", "a window over keys in full is completed as a step", STEPS, "    if holder.window or shown.window is not None:\n", "    if holder.window:\n"),
+    Mutant(OF_MODELS + "test_moments_are_those_of_what_a_token_sees", "moments count padding", STEPS, "moments(_pads(held, shown))", "moments(None)"),
+    Mutant(OF_MODELS + "test_while_a_step_is_captured_the_pads_are_the_graphs", "a graph has the pads of the token that was captured", STEPS, "return held.shared.pads if shown.pads is None and captured else shown.pads", "return shown.pads"),
+    Mutant(OF_MODELS + "test_bitwise_takes_no_step_over_codes", "rounded scores pass for canonical ones", STEPS, 'settings.exactness == "bitwise" and held.index.codes is not None', "False"),
+    Mutant(OF_MODELS + "test_what_is_no_step_is_not_captured", "a step in a window is captured, and fails", "src/qaxis/models/replaying.py", "if completed and any(cache.is_sliding):", "if False:"),
+    Mutant(OF_MODELS + "test_names_and_room_are_checked", "kept keys may fill the budget of a completion", "src/qaxis/models/enable.py", 'completion == "none" or minimum > total', 'completion == "none" or minimum >= total'),
     # Caches in place: clock, rows, index, windows
     Mutant("test_rows.py::test_a_clock_moves_in_device_memory", "the clock moves on the host alone", "src/qaxis/storage/clock.py", "            self.tensor.fill_(end)\n", "            pass\n"),
     Mutant("test_rows.py::test_rows_are_those_of_a_plain_model", "rows see more than the window", "src/qaxis/decode/rows.py", "begin = torch.maximum(begin, end - window)", "pass"),
@@ -312,6 +332,18 @@ MUTANTS = (
     Mutant("test_topk_claims.py::test_what_replays_leave_is_looked_at", "what replays wrote is not looked at", "selfcheck/checks/topk_speed.py", ' + _others(kept[row["way"]][-1], right, order)', ""),
     Mutant("native", "no error behind codes", "src/qaxis/decode/counts.cuh", "(int)floorf(place - off)", "(int)floorf(place + 0.0f * off)"),
     Mutant("native", "keys without a code are dropped", "src/qaxis/decode/candidates.cuh", "may[u] = between(key[u], p.begin, p.end) & ~scored[u];", "may[u] = 0;"),
+    # The step with completion
+    Mutant(COMPLETED + "test_rows_are_completed", "keys that were chosen at the edge are left too", COMPLETE, "        if (p.owns(j)) atomicOr(", "        if (false) atomicOr("),
+    Mutant(COMPLETED + "test_blocks_are_added_by_their_absolute_number", "blocks are added by their number in the row", COMPLETE, "first = p.base / BLOCK", "first = 0"),
+    Mutant(COMPLETED + "test_powers_of_two_at_most_one_have_the_canonical_bits", "a power far below the others is not cut off", COMPLETE, "    return product_in_unit(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);", "    return __fmul_rn(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);"),
+    Mutant(COMPLETED + "test_rows_are_completed", "a place is half a place too high", COMPLETE, "half = -0.5f * unit;", "half = 0.0f;"),
+    Mutant(COMPLETED + "test_a_row_without_units_has_canonical_scores", "places of a row without units are scores", COMPLETE, "            else start = stop = p.end;", "            else start = p.start;"),
+    Mutant(COMPLETED + "test_soft_caps_and_sinks", "a completed step's sink has no weight", COMPLETE, "    if (sinks) w[0] = __fadd_rn(w[0], sink);\n    const float added", "    const float added"),
+    Mutant(COMPLETED + "test_rows_are_completed", "words of keys without a code are not kept", "src/qaxis/decode/scores.cuh", "|| j < p.start || j >= p.stop)) scorer.words[j] = w;", ")) scorer.words[j] = w;"),
+    Mutant(COMPLETED + "test_rows_are_completed", "a group that is cut off counts", "src/qaxis/decode/line.cuh", "(seen.begin + 127) / 128", "seen.begin / 128"),
+    Mutant(COMPLETED + "test_scores_that_hardly_differ_have_no_slope", "rounding is taken for a slope", "src/qaxis/decode/fit.cuh", "spread > __fmul_rn(second, 0x1p-12f)", "spread > 0.0f"),
+    Mutant(COMPLETED + "test_triton_refuses_by_name", "a step that Triton runs is not completed, and nobody is told", "src/qaxis/decode/api.py", '            if kind != "none":\n                why', '            if False:\n                why'),
+    Mutant(COMPLETED + "test_what_is_not_allowed_is_named", "no key need be ranked", "src/qaxis/decode/asked.py", "    require(sum(always) < ranked,", "    require(True,"),
     Mutant("native", "near keys are not ordered by position", "src/qaxis/decode/choice.cuh", "s.near_position[o] < j", "s.near_position[o] > j"),
     Mutant("native", "a sum over neighbours in another order", "src/qaxis/arithmetic/canonical.cuh", "for (int s = 1; s < n; s *= 2)", "for (int s = n / 2; s > 0; s /= 2)"),
     Mutant("native", "lists that overflow are used as they are", "src/qaxis/decode/edge.cuh", "sure &= pull(&s.full, r) == 0;", "sure &= pull(&s.full, r) >= 0;"),
@@ -335,6 +367,14 @@ MUTANTS = (
     Mutant("test_prefill_seen.py::test_one_long_key_leaves_the_bands_as_they_are", "no key is long", "src/qaxis/prefill/attention.py", "_LONG = 2.0", "_LONG = 1e9"),
     Mutant("test_prefill_seen.py::test_a_team_of_warps_selects_the_same", "select.cu: scores that are read anew are not masked", "src/qaxis/prefill/select.cu", "return c == 0 || c == blocks - 1 ? ranked(four, c) : four;", "return four;"),
     Mutant("test_prefill_seen.py::test_logits_change_outputs_not_the_selection", "sinks are left out of the softmax", "src/qaxis/prefill/triton_attend.py", "weight = tl.exp2(sink - behind)", "weight = weight * 1.0"),
+    Mutant(COMPLETED_PROMPTS + "test_what_is_left_out_is_put_back", "a prompt: what is selected is put back as well", PUT_BACK, " & (many > 0)[:, None] & (chosen == 0)", " & (many > 0)[:, None]"),
+    Mutant(COMPLETED_PROMPTS + "test_groups_lie_inside_what_a_query_sees", "a prompt: a group that padding cuts counts", PUT_BACK, "first = (begin + shift + _GROUP - 1) // _GROUP", "first = (begin + shift) // _GROUP"),
+    Mutant(COMPLETED_PROMPTS + "test_groups_count_from_the_first_token_of_a_window", "a prompt: groups count from the first key that is there", "src/qaxis/prefill/attention.py", "(plan.offset + stretch.origin) % GROUP", "stretch.origin % GROUP"),
+    Mutant(COMPLETED_PROMPTS + "test_the_spread_is_right_where_all_scores_are_large", "a prompt: squares of scores, not of distances, are summed", PUT_BACK, "        usual = _usual_of(", "        usual = 0.0 * _usual_of("),
+    Mutant(COMPLETED_PROMPTS + "test_scores_that_hardly_differ_have_no_slope", "a prompt: a slope along what is rounding", PUT_BACK, "sloped = spread > (spread + keys_fitted * mean * mean) * _LEAST_SPREAD", "sloped = spread > 0.0"),
+    Mutant(COMPLETED_PROMPTS + "test_shares_below_the_smallest_float16_are_put_back", "a prompt: shares below float16's smallest number are lost", PUT_BACK, "tl.where(many > 0, _ROOM / largest, 1.0)", "tl.where(many > 0, 1.0, 1.0)"),
+    Mutant(COMPLETED_PROMPTS + "test_masked_attention_is_completed", "masked: groups count from the first key that is there", MASKED, "seen = seen_of(visible, offset)", "seen = seen_of(visible)"),
+    Mutant(COMPLETED_PROMPTS + "test_what_does_not_fit_is_refused_by_name", "a prompt: no key is kept by its score", "src/qaxis/prefill/form.py", "sum(always) < budget.minimum", "sum(always) <= budget.minimum"),
     Mutant("test_prefill_seen.py::test_windows_of_later_stretches_have_an_origin_of_their_own", "bits of a stretch handed over from its first word on", "src/qaxis/prefill/attention.py", "slice(stretch.start, stretch.start + stretch.rows), stretch.origin // 32", "slice(stretch.start, stretch.start + stretch.rows), 0"),
     Mutant("prefill", "one key too few of the list", "src/qaxis/prefill/select.cu", "if (better < missing)", "if (better < missing - 1)"),
     Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-2-512-1-64-200]", "lists that overflow are used as they are", TOPK_KERNEL, "fits = fits && theirs <= capacity", "fits = fits && theirs >= 0"),
@@ -489,10 +529,10 @@ MUTANTS = (
     Mutant(MODEL + "test_left_padding_is_never_selected", "padding selected", MASKS, "    return mask if mask.dtype == torch.bool else", "    return mask | _everything(m, n, causal, query.device) if mask.dtype == torch.bool else"),
     Mutant(MODEL + "test_off_leaves_no_trace", "settings left on the modules", ENABLE, "    set_settings(module, settings)\n", "    set_settings(module, settings or settings_of(module))\n"),
     Mutant(MODEL + "test_refusals", "gradients let through", MODELS, "if torch.is_grad_enabled() and", "if False and"),
-    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MASKED, "k, mask, budget.of(mask))\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n))\n        if"),
+    Mutant(MODEL + "test_selection_mode_stays_within_its_stated_bound", "fast mode keeps one key more", MASKED, "k, mask, budget.of(mask), scores)\n        if", "k, mask, (budget.of(mask) + 1).clamp(max=n), scores)\n        if"),
     # In transformers
     Mutant("flag-off", "importing changes a global default", "src/qaxis/__init__.py", '__version__ = "0.1.0"', '__version__ = "0.1.0"\n__import__("torch").set_default_dtype(__import__("torch").float64)'),
-    Mutant("families", "soft cap ignored", REFERENCE, "logit = canonical.soft_cap(logit, logits.soft_cap)", "logit = logit * 1.0"),
+    Mutant("families", "soft cap ignored", REFERENCE, "else canonical.soft_cap(logit, logits.soft_cap)", "else logit"),
     Mutant("families", "sink left out of the denominator", REFERENCE, "denominator = denominator + canonical.exp2(", "denominator = denominator + 0 * canonical.exp2("),
     Mutant("families", "the worst keys in fast mode", MASKED, "mask = select_mask(q[:, :, rows], k,", "mask = select_mask(-q[:, :, rows], k,"),
     Mutant("architectures", "the future is visible where there is no mask", MASKS, "    return causal_mask(m, n, device) if causal else", "    return causal_mask(m, n, device) if False else"),

@@ -43,6 +43,8 @@ CAPABILITY = (9, 0)
 #: as in seen.cuh, keys of a block, whose chosen ones are counted together; as in program.cuh, keys in the bin of the
 #: last chosen one that are compared with each other, against the slower way, and times of a profile
 BLOCK, NEAR, MARKS = 512, 112, 13
+#: as in line.cuh: where a row's mean value begins, behind its mean score
+VALUES = 4
 #: as in tally.cuh: counts of a row's keys; neighbours whose best is kept
 TALLY, SUB = 2048, 16
 #: keys of a group of codes
@@ -290,8 +292,8 @@ class _Buffers:
         self.off = empty(shape.rows, plan.padded // TILE if shape.coded else 0, dtype=torch.float32)
         self.count = empty(shape.rows, plan.cluster)
         self.marks = empty(shape.rows, plan.cluster, MARKS, dtype=torch.int64) if profile else self.count
-        # As line.cuh has it: of each row sums of scores, from the fourth number on of values, and of both.
-        self.line = empty(shape.rows, 4 + 2 * shape.dim_v if shape.completed else 0, dtype=torch.float32)
+        # As line.cuh has it: of each row sums of scores, from VALUES on of values, and of both.
+        self.line = empty(shape.rows, VALUES + 2 * shape.dim_v if shape.completed else 0, dtype=torch.float32)
         # Counts of keys, as tally.cuh has them: all 0 before a step, and after it.
         self.tally = empty(shape.rows, TALLY).zero_()
 
