@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention.always import Always
+from ..attention.completion import kind_of
 from ..budget import Budget
 from ..validation import check_flag, is_integer, require
 from . import attention as _registered  # noqa: F401  registers the implementation that enable() names
@@ -56,6 +57,7 @@ def enable(
     recent: int = 0,
     strict: bool = False,
     compiled: bool = False,
+    completion: str = "none",
 ) -> PreTrainedModel:
     """Let the self-attention of ``model``'s text decoder attend to its exact top-k keys.
 
@@ -95,6 +97,11 @@ def enable(
             its bits; the rest may be rounded otherwise. Before a compiled step is used it is compared with the model's
             own pass for two tokens: logits may differ by a twentieth of the largest. What cannot be compiled is
             captured as it is, after one warning.
+        completion: ``"none"`` is the published method. ``"mean"`` and ``"linear"`` put back what a token leaves out:
+            the exact softmax mass of the unselected keys times the mean value, or a line fitted to the values along
+            the query (:func:`qaxis.topk_attention`). The chosen keys are the same. The budget's minimum must hold one
+            key more than is always kept, and a query must see a range of keys. Tokens go through the step in CUDA C++
+            over a :class:`qaxis.Cache`, else through PyTorch, which :func:`qaxis.record` tells.
 
     Returns:
         The same model.
@@ -109,12 +116,13 @@ def enable(
     always = Always(sinks, recent)
     _check_options(exactness, backend, first_dense, always)
     check_flag("compiled", compiled)
+    kind = kind_of(completion)
     check_layers(budget, {int(module.layer_idx) for module in modules})  # type: ignore[arg-type]
     settings = []
     for module in modules:
         chosen = layer_budget(budget, int(module.layer_idx), first_dense)  # type: ignore[arg-type]
-        _check_room(chosen, always)
-        settings.append(Settings(chosen, exactness, backend, always, strict))
+        _check_room(chosen, always, kind)
+        settings.append(Settings(chosen, exactness, backend, always, strict, kind))
     switch(inner, modules, NAME)
     for module, each in zip(modules, settings, strict=True):
         _set(module, each)
@@ -140,12 +148,18 @@ def _check_options(exactness: str, backend: str, first_dense: int, always: Alway
         require(is_integer(n) and n >= 0, name, n, "an integer of at least 0")
 
 
-def _check_room(budget: Budget | None, always: Always) -> None:
-    """Refuse a budget that does not hold what is always kept."""
-    total = always.sinks + always.recent
+def _check_room(budget: Budget | None, always: Always, completion: str) -> None:
+    """Refuse a budget that does not hold what is always kept, and the one key that a completion looks up to."""
+    if budget is None:
+        return
+    total, minimum = always.sinks + always.recent, budget.minimum
     require(
-        budget is None or budget.minimum >= total, "sinks + recent", total,
-        f"at most the budget's minimum {budget.minimum if budget else 0}: kept keys count towards k_eff",
+        minimum >= total, "sinks + recent", total,
+        f"at most the budget's minimum {minimum}: kept keys count towards k_eff",
+    )  # fmt: skip
+    require(
+        completion == "none" or minimum > total, "sinks + recent", total,
+        f"less than the budget's minimum {minimum}: completion={completion!r} needs one key that is kept by its score",
     )  # fmt: skip
 
 

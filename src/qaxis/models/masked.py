@@ -9,8 +9,10 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..arithmetic.fast_scores import product_scores
 from ..attention import backend
 from ..attention.always import NONE
+from ..attention.completion import completed_weights, seen_of
 from ..attention.logits import Logits
 from ..attention.selection import indices_to_mask, select_mask
 from .masks import Shown
@@ -18,6 +20,8 @@ from .settings import Settings
 
 #: queries that the masked mode handles at once; bounds memory at M * N * H booleans
 _QUERIES = 1024
+#: scores that are completed at once; bounds memory at some 60 bytes each
+_SCORES = 1 << 24
 
 
 def dense(
@@ -54,37 +58,61 @@ def masked(
     logits: Logits,
     settings: Settings,
     watched: bool = False,
+    offset: int = 0,
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:
     """Identical selection, output by a masked dense product: fast for prefill, not bitwise canonical.
 
     Args:
         q: ``[B, H, M, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. allowed: bool ``[B|1, H|1, M|1, N]``.
         watched: whether the mask of kept keys will be asked for.
+        offset: tokens before the first key, which a window dropped; completion counts groups from the first token.
 
     Returns:
         output ``[B, H, M, Dv]``; how to get the mask, bool ``[B, H, M, N]``, None without a budget.
+
+    Raises:
+        ValueError: with a completion, if the keys that a query sees are no range.
     """
     m, n, group, budget = q.shape[2], k.shape[2], q.shape[1] // k.shape[1], settings.budget
     allowed = allowed.expand(-1, -1, m, -1)
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     keys, values = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     masks: list[torch.Tensor] = []
+    completes = budget is not None and settings.completion != "none"
     for start in range(0, m, _QUERIES):
         rows = slice(start, start + _QUERIES)
-        mask = allowed[:, :, rows]
+        mask = visible = allowed[:, :, rows]
+        scores = product_scores(q[:, :, rows].float(), k.float()) if completes else None
         if budget is not None and settings.always != NONE:
             indices = backend.select(
                 q[:, :, rows], k, mask, budget.of(mask), backend="reference", always=settings.always
             )
             mask = indices_to_mask(indices, n)
         elif budget is not None:
-            mask = select_mask(q[:, :, rows], k, mask, budget.of(mask))
+            mask = select_mask(q[:, :, rows], k, mask, budget.of(mask), scores)
         if watched and budget is not None:
             masks.append(mask)
-        out[:, :, rows] = _product(q[:, :, rows], keys, values, mask, logits)
+        if scores is None:
+            out[:, :, rows] = _product(q[:, :, rows], keys, values, mask, logits)
+        else:
+            _complete(out[:, :, rows], scores, values, mask, visible, offset, logits, settings.completion)
     # A row that may see no key has no defined softmax; canonical attention gives 0.
     out = torch.where(allowed.any(-1)[..., None], out, 0.0)
     return out, None if budget is None else lambda: torch.cat(masks, 2)
+
+
+def _complete(
+    out: torch.Tensor, scores: torch.Tensor, values: torch.Tensor, selected: torch.Tensor, allowed: torch.Tensor,
+    offset: int, logits: Logits, kind: str,
+) -> None:  # fmt: skip
+    """Fill ``out`` with completed attention, in float32; ``values`` are those of every query head."""
+    wide, at_once = values.float(), max(1, _SCORES // scores[:, :, 0].numel())
+    for start in range(0, scores.shape[2], at_once):
+        rows = slice(start, start + at_once)
+        visible = allowed[:, :, rows]
+        seen = seen_of(visible, offset)
+        weights = completed_weights(scores[:, :, rows], selected[:, :, rows], visible, seen, logits, kind)
+        out[:, :, rows] = (weights @ wide).to(out.dtype)
 
 
 def one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, logits: Logits) -> torch.Tensor:

@@ -40,6 +40,8 @@ class Settings:
     backend: str = "auto"
     always: Always = NONE
     strict: bool = False
+    #: of :data:`qaxis.attention.completion.KINDS`; a dense layer leaves nothing out and ignores it
+    completion: str = "none"
 
 
 def settings_of(module: nn.Module) -> Settings | None:

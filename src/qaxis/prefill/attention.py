@@ -20,9 +20,10 @@ from ..attention.always import NONE, Always, check_always
 from ..attention.logits import Logits, checked_logits
 from ..budget import Budget, as_budget
 from ..storage.lazy import tensor_of
+from ..storage.moments import GROUP
 from ..validation import check_flag, check_qkv_form, require
 from . import cuda
-from .form import as_pads, window_of
+from .form import as_pads, completion_of, window_of
 from .plan import (
     DEFAULT_TUNING,
     MOST_KEYS,
@@ -46,6 +47,7 @@ from .triton import (
     prefill_wide_band_kernel,
 )
 from .triton_attend import prefill_attend_kernel
+from .triton_completed import prefill_completed_kernel
 
 #: a key is long if it is so many times as long as the keys are on average
 _LONG = 2.0
@@ -79,6 +81,8 @@ def prefill_attention(
     selection: bool = False,
     backend: str = "auto",
     tuning: PrefillTuning = DEFAULT_TUNING,
+    completion: str = "none",
+    offset: int = 0,
 ) -> Prefill:
     """Softmax attention over the keys that :func:`qaxis.topk_indices` selects.
 
@@ -102,6 +106,16 @@ def prefill_attention(
             ``"auto"`` is ``"cuda"`` on a GPU. Same selection.
         tuning: how the work is cut. Beside its result the call takes ``tuning.memory`` bytes (4 GiB) and an eighth
             at most, or what one query of a KV head's group needs; and a copy of k or v whose last stride is not 1.
+        completion: ``"mean"`` or ``"linear"``: what is left out is put back, as :func:`qaxis.topk_attention` says; the
+            selection is the same. Every tile of keys is then scored twice, and its values read, whatever is selected;
+            it takes no more memory. ``always`` leaves room for one key of the budget that is kept by its score.
+        offset: tokens before the first key, which a window dropped: complete groups count from the first token.
+
+    A completed output is not canonical either. Its mass, mean and spread are float32 sums of scores as matrix products
+    give them, tile after tile: with float32 tensors it is within 2^-10 of ``topk_attention``'s, of the largest value;
+    with float16 and bfloat16 the weights of all values are rounded as well, as those of selected ones are without a
+    completion. Where the scores of a query differ by as little as their rounding, the one may find a slope and the
+    other none.
 
     Only the form is checked: that q, k and v are finite, and that sums of products stay inside float32, is left to the
     caller, as looking waits for the device; the numbers of a tensor of pads are cut off at 0 and N. k and v may be
@@ -121,13 +135,14 @@ def prefill_attention(
     budget = as_budget(budget, k.shape[2])
     check_always(always, budget.minimum, "the budget's minimum")
     logits = checked_logits(logits, scale, q.shape[1], q.shape[3], q.device)
-    window = window_of(window)
+    window, kind = window_of(window), completion_of(completion, offset, budget, always)
     pads = as_pads(pads, q, k.shape[2])
     if backend == "auto":
         backend = "cuda" if q.is_cuda else "triton"
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     plan = make_plan(
-        tuple(q.shape), k.shape[1], k.shape[2], causal=causal, tuning=tuning, window=window, always=always
+        tuple(q.shape), k.shape[1], k.shape[2], causal=causal, tuning=tuning, window=window, always=always,
+        completion=kind, offset=offset,
     )  # fmt: skip
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     bits = band = None
@@ -298,19 +313,27 @@ def order_wide_bands(part: Part, stretch: Frame, chunk: Frame, capacity: int) ->
 
 
 def attend(part: Part, stretch: Frame) -> None:
-    """Attention of a stretch over the keys whose bits are set."""
+    """Attention of a stretch over the keys whose bits are set, completed if the plan says so."""
     plan, t, b, dim_v, logits = part.plan, part.plan.tuning, part.buffers, part.v.shape[3], part.logits
     tiles, cap = triton.cdiv(stretch.rows, t.attend_queries), logits.soft_cap
     factor = logits.scale * LOG2_E if cap is None else logits.scale / cap
-    prefill_attend_kernel[(tiles * part.heads,)](
+    arguments = (
         part.q, part.keys(stretch), part.v[:, :, stretch.origin :], *part.ranges[:2], b.bits, b.top, b.long_top,
         part.ranges.norm if logits.sink is None else logits.sink, part.out, *part.common(stretch), plan.m,
         *part.seen(stretch), stretch.words, plan.dim, dim_v, tiles, logits.scale * LOG2_E, factor,
         0.0 if cap is None else cap * LOG2_E, plan.off, plan.of_product, *part.strides, *part.v.stride()[:3],
-        CAUSAL=plan.causal, PADDED=part.pads is not None, CAP=cap is not None, SINK=logits.sink is not None,
-        SKIP=t.attend_skip > 1, QUERIES=t.attend_queries, KEYS=t.attend_keys, STAGES=t.attend_stages,
-        DIM=_tile_dim(plan.dim), DIM_V=_tile_dim(dim_v), WIDE=INTERPRETED, num_warps=t.attend_warps,
     )  # fmt: skip
+    options = {
+        "CAUSAL": plan.causal, "PADDED": part.pads is not None, "CAP": cap is not None, "SINK": logits.sink is not None,
+        "QUERIES": t.attend_queries, "KEYS": t.attend_keys, "STAGES": t.attend_stages, "DIM": _tile_dim(plan.dim),
+        "DIM_V": _tile_dim(dim_v), "WIDE": INTERPRETED, "num_warps": t.attend_warps,
+    }  # fmt: skip
+    if plan.completion == "none":
+        prefill_attend_kernel[(tiles * part.heads,)](*arguments, SKIP=t.attend_skip > 1, **options)
+    else:
+        # Groups count from the first token, the keys of a stretch from its origin.
+        shift, linear = (plan.offset + stretch.origin) % GROUP, plan.completion == "linear"
+        prefill_completed_kernel[(tiles * part.heads,)](*arguments, shift, LINEAR=linear, **options)
 
 
 def _by_head(part: Part, frame: Frame, x: torch.Tensor) -> torch.Tensor:

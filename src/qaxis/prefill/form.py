@@ -1,4 +1,4 @@
-"""Checks of what a prefill alone is told beside tensors: padding, windows."""
+"""Checks of what a prefill alone is told beside tensors: padding, windows, what is put back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..attention.always import NONE, Always
+from ..attention.completion import kind_of
+from ..budget import Budget
 from ..validation import check_memory, is_integer, require
 from .plan import NO_WINDOW
 
@@ -43,3 +46,20 @@ def window_of(window: int | None) -> int:
         return NO_WINDOW
     require(is_integer(window) and window >= 1, "window", window, "None or an integer of at least 1")
     return min(window, NO_WINDOW)
+
+
+def completion_of(completion: str, offset: int, budget: Budget, always: Always) -> str:
+    """The kind of a completion, once what it needs is there.
+
+    Raises:
+        ValueError: for an unknown kind, an offset that is no integer of at least 0, or a budget without room for one
+            key beside those always kept, which tells how high the scores of all others are.
+    """
+    kind = kind_of(completion)
+    require(is_integer(offset) and offset >= 0, "offset", offset, "an integer of at least 0")
+    require(
+        kind == "none" or always == NONE or sum(always) < budget.minimum, "always", always,
+        f"fewer keys together than the budget's minimum {budget.minimum}: completion={completion!r} needs one that is "
+        "kept by its score",
+    )  # fmt: skip
+    return kind

@@ -166,6 +166,10 @@ class Plan:
     #: programs of prefill_wide_band_kernel
     wide_programs: int
     tuning: PrefillTuning
+    #: what is put back of the keys that are left out, of ``completion.KINDS``
+    completion: str = "none"
+    #: tokens before the first key, which a window dropped
+    offset: int = 0
 
     @property
     def group(self) -> int:
@@ -227,7 +231,7 @@ class Plan:
 
 def make_plan(
     shape: tuple[int, ...], kv_heads: int, n: int, *, causal: bool = True, tuning: PrefillTuning = DEFAULT_TUNING,
-    window: int = NO_WINDOW, always: Always = NONE,
+    window: int = NO_WINDOW, always: Always = NONE, completion: str = "none", offset: int = 0,
 ) -> Plan:  # fmt: skip
     """Sizes for queries of ``shape [B, H, M, D]`` and ``n`` keys of ``kv_heads``.
 
@@ -260,7 +264,7 @@ def make_plan(
     long = min(n - 1, max(16, n // t.keys_a_long))
     return Plan(
         heads, kv_heads, m, n, dim, causal, window, always, stretch, chunk, kv_heads_at_once, padded, words, long,
-        lines, t,
+        lines, t, completion, offset,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @jit
-def _selected(bits_ptr, words, offset, here, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def selected_of(bits_ptr, words, offset, here, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Bits ``[QUERIES, KEYS]`` of a tile, as a mask; ``bits_ptr`` points to the rows."""
     w = offset // 32 + tl.arange(0, KEYS // 32)
     packed = tl.load(bits_ptr[:, None] + w[None, :], mask=here[:, None], other=0)
@@ -22,7 +22,7 @@ def _selected(bits_ptr, words, offset, here, QUERIES: tl.constexpr, KEYS: tl.con
 
 
 @jit
-def _highest(
+def highest_of(
     q, keys, bits_ptr, here, begin, end, n, words, dim, stride_kn,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -30,13 +30,13 @@ def _highest(
     top = tl.full((QUERIES,), -1e38, tl.float32)
     for offset in range(begin, end, KEYS):
         score = product(q, vectors_of(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
-        chosen = _selected(bits_ptr, words, offset, here, QUERIES, KEYS)
+        chosen = selected_of(bits_ptr, words, offset, here, QUERIES, KEYS)
         top = tl.maximum(top, tl.max(tl.where(chosen, score, -1e38), 1))
     return top
 
 
 @jit
-def _in_base_two(score, factor, cap, CAP: tl.constexpr):
+def in_base_two(score, factor, cap, CAP: tl.constexpr):
     """Logits in powers of two: ``score * factor``, or capped: ``cap * tanh(score * factor)``."""
     if CAP:
         return cap * (1.0 - 2.0 / (tl.exp2(score * (factor * (2.0 * _LOG2_E))) + 1.0))
@@ -56,7 +56,7 @@ def prefill_attend_kernel(
 ):  # fmt: skip
     """Softmax attention of QUERIES queries over the keys whose bits are set, on the tensor cores.
 
-    ``scale`` is that of the plain logits in powers of two; ``factor`` and ``cap`` are those of _in_base_two. SKIP:
+    ``scale`` is that of the plain logits in powers of two; ``factor`` and ``cap`` are those of in_base_two. SKIP:
     tiles without a key that is attended to are left out.
     """
     head, tile = split(tl.program_id(0), tiles)
@@ -86,8 +86,8 @@ def prefill_attend_kernel(
     of_long = length * tl.load(largest_ptr + b * (heads // group) + kv) * (of_product * scale)
     if tl.max(tl.where(here & ((units <= 0.0) | (one * (2.0 * off * scale) >= 1.0) | (of_long >= 1.0)), 1, 0), 0) > 0:
         # Except where that bound is too far above it, or products of long keys too far from it.
-        top = _highest(q, keys, bits_ptr, here, begin, end, n, words, dim, stride_kn, QUERIES, KEYS, DIM, WIDE)
-    behind = _in_base_two(top, factor, cap, CAP)
+        top = highest_of(q, keys, bits_ptr, here, begin, end, n, words, dim, stride_kn, QUERIES, KEYS, DIM, WIDE)
+    behind = in_base_two(top, factor, cap, CAP)
     weight = tl.zeros((QUERIES,), tl.float32)
     if SINK:
         sink = widen(tl.load(sink_ptr + h)) * _LOG2_E
@@ -95,13 +95,13 @@ def prefill_attend_kernel(
         weight = tl.exp2(sink - behind)
     total = tl.zeros((QUERIES, DIM_V), tl.float32)
     for offset in tl.range(begin, end, KEYS, num_stages=STAGES):
-        chosen = _selected(bits_ptr, words, offset, here, QUERIES, KEYS)
+        chosen = selected_of(bits_ptr, words, offset, here, QUERIES, KEYS)
         any_chosen = 1
         if SKIP:
             any_chosen = tl.max(tl.max(chosen.to(tl.int32), 1), 0)
         if any_chosen > 0:
             score = product(q, vectors_of(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
-            p = tl.where(chosen, tl.exp2(_in_base_two(score, factor, cap, CAP) - behind[:, None]), 0.0)
+            p = tl.where(chosen, tl.exp2(in_base_two(score, factor, cap, CAP) - behind[:, None]), 0.0)
             weight += tl.sum(p, 1)
             v = vectors_of(values, offset, n, dim_v, stride_vn, KEYS, DIM_V)
             if WIDE:
