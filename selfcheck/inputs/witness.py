@@ -104,7 +104,7 @@ def completed(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """indices and output of causal attention with what it leaves out put back; kind is "none", "mean" or "linear"."""
     told = setting or Setting()
-    (batch, heads, m, dim), (_, kv_heads, n, _) = q.shape, k.shape
+    (batch, heads, m, _), (_, kv_heads, n, _) = q.shape, k.shape
     qn, kn, vn = (x.float().numpy() for x in (q, k, v))
     begins = np.broadcast_to(np.asarray(told.begin), (batch, m))
     most = max(0, int((np.arange(n - m, n) + 1 - begins).max()))

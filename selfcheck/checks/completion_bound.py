@@ -1,0 +1,408 @@
+"""What top-k leaves out, in theory: the exact error of a completion, bounds on it, and where it hurts (section 5).
+
+Everything here is float64 or exact, but for the library's outputs, which are held to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+
+import qaxis
+from qaxis.attention.selection import indices_to_mask
+from qaxis.storage.moments import GROUP
+
+from ..harness.claim import Context, Result, value
+from ..inputs.capture import Captured, capture, first_middle_last
+from .certified import stored
+
+KINDS = ("mean", "linear")
+BUDGETS = {"c10": qaxis.Budget(0.1, 64), "c05": qaxis.Budget(0.05, 32)}
+#: measured tokens of a text, so far apart that each sees another number of keys beside whole groups
+FIRST, STEP = 200, 113
+#: float64 sums, of the largest value
+EXACT = 1e-9
+#: what rounding to float32 may move an output, of the largest value
+ROUNDED = 2.0**-18
+
+
+# ---- One query of every head -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A token's queries, one a head, and what it sees, float64.
+
+    Attributes:
+        x: scores ``[H, N]``. v: values ``[H, N, Dv]``.
+        chosen: the selected keys, bool ``[H, N]``.
+        whole: so many first keys are those of whole groups, which the line is fitted to.
+        scale: of the softmax.
+    """
+
+    x: torch.Tensor
+    v: torch.Tensor
+    chosen: torch.Tensor
+    whole: int
+    scale: float
+
+    @property
+    def p(self) -> torch.Tensor:
+        """Weights relative to the best key's."""
+        return torch.exp((self.x - self.x.amax(-1, keepdim=True)) * self.scale)
+
+
+class Line(NamedTuple):
+    """Values as a function of the score, ``mean + slope (x - middle)``; spread: squared distances of scores, summed."""
+
+    middle: torch.Tensor
+    mean: torch.Tensor
+    slope: torch.Tensor
+    spread: torch.Tensor
+
+    def at(self, x: torch.Tensor) -> torch.Tensor:
+        """Values ``[H, N, Dv]`` at scores ``[H, N]``."""
+        return self.mean[:, None] + (x - self.middle[:, None])[..., None] * self.slope[:, None]
+
+
+def fitted(rows: Rows, kind: str) -> Line:
+    """Least squares over the keys of whole groups."""
+    x, v = rows.x[:, : rows.whole], rows.v[:, : rows.whole]
+    middle, mean = x.mean(-1), v.mean(1)
+    away = x - middle[:, None]
+    spread = away.square().sum(-1)
+    slope = (away[:, None] @ v)[:, 0] / spread[:, None]
+    return Line(middle, mean, slope if kind == "linear" else torch.zeros_like(slope), spread)
+
+
+def output(rows: Rows, line: Line | None) -> torch.Tensor:
+    """What attention gives, ``[H, Dv]``: dense where ``line`` is None, else completed by it."""
+    p = rows.p
+    put = rows.v if line is None else torch.where(rows.chosen[..., None], rows.v, line.at(rows.x))
+    return (p[:, None] @ put)[:, 0] / p.sum(-1, keepdim=True)
+
+
+def selected_only(rows: Rows) -> torch.Tensor:
+    """What attention over the selected keys gives."""
+    p = torch.where(rows.chosen, rows.p, 0.0)
+    return (p[:, None] @ rows.v)[:, 0] / p.sum(-1, keepdim=True)
+
+
+def predicted(rows: Rows, line: Line) -> torch.Tensor:
+    """The error by Theorem 4: mass left out times (weighted mean of its values - that of the line)."""
+    tail = torch.where(rows.chosen, 0.0, rows.p)
+    mass, share = tail.sum(-1, keepdim=True), tail / tail.sum(-1, keepdim=True)
+    values, drawn = (share[:, None] @ rows.v)[:, 0], (share[:, None] @ line.at(rows.x))[:, 0]
+    return mass / rows.p.sum(-1, keepdim=True) * (values - drawn)
+
+
+class Known(NamedTuple):
+    """What of the residuals a selector knows that read the selected values, and those of no whole group.
+
+    Attributes:
+        chosen: residuals ``[H, N, Dv]`` of selected keys, 0 elsewhere.
+        apart: lengths ``[H, N]`` of the residuals of keys of no whole group, 0 elsewhere.
+        left: length ``[H]`` of all residuals of unselected keys of whole groups together, from the moments.
+        most: the largest length ``[H]`` of their sums by unit vectors, where the values' second moment is kept as well.
+    """
+
+    chosen: torch.Tensor
+    apart: torch.Tensor
+    left: torch.Tensor
+    most: torch.Tensor
+
+
+def known(rows: Rows, line: Line) -> Known:
+    """No value of an unselected key of a whole group is looked at, but in sums over all keys of whole groups."""
+    n, x, v = rows.whole, rows.x, rows.v
+    moment = v[:, :n].transpose(1, 2) @ v[:, :n]
+    own = torch.where(rows.chosen[..., None], v - line.at(x), 0.0)
+    apart = (v[:, n:] - line.at(x[:, n:])).norm(dim=-1)
+    inside = own[:, :n]
+    rest = moment - n * line.mean[:, :, None] * line.mean[:, None]
+    rest = rest - line.spread[:, None, None] * line.slope[:, :, None] * line.slope[:, None]
+    rest = rest - inside.transpose(1, 2) @ inside
+    # Differences of large sums: what float64 may have lost is added.
+    slack = EXACT * moment.diagonal(dim1=1, dim2=2).sum(-1)
+    left = (rest.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=0) + slack).sqrt()
+    most = (torch.linalg.eigvalsh(rest)[:, -1].clamp(min=0) + slack).sqrt()
+    return Known(own, torch.nn.functional.pad(apart, (n, 0)), left, most)
+
+
+def straight(rows: Rows, x: torch.Tensor, p: torch.Tensor, line: Line) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights ``p`` of unselected keys of whole groups as a line in ``x``, at all keys ``[H, N]``, and its slope.
+
+    Of the mean a constant: its residuals are not orthogonal to scores.
+    """
+    tail = ~rows.chosen[:, : rows.whole]
+    x, p = x[:, : rows.whole], p[:, : rows.whole]
+    count = tail.sum(-1, keepdim=True).clamp(min=1)
+    middle, mean = ((y * tail).sum(-1, keepdim=True) / count for y in (x, p))
+    away = (x - middle) * tail
+    rise = (away * p).sum(-1, keepdim=True) / away.square().sum(-1, keepdim=True).clamp(min=1e-300)
+    rise = torch.where((line.slope != 0).any(-1, keepdim=True), rise, 0.0)
+    return mean + rise * (x - middle), rise
+
+
+def bounds(rows: Rows, line: Line, seen: Known) -> tuple[torch.Tensor, torch.Tensor]:
+    """Theorem 5, ``[H]`` each: with the squares of all residuals together, and with their second moment."""
+    p, n = rows.p, rows.whole
+    ruled, _ = straight(rows, rows.x, p, line)
+    crooked = torch.where(rows.chosen[:, :n], 0.0, p[:, :n] - ruled).norm(dim=-1)
+    chosen = (torch.where(rows.chosen[:, :n], ruled, 0.0)[:, None] @ seen.chosen[:, :n])[:, 0].norm(dim=-1)
+    apart = (torch.where(rows.chosen, 0.0, p) * seen.apart).sum(-1)
+    total = p.sum(-1)
+    return (crooked * seen.left + chosen + apart) / total, (crooked * seen.most + chosen + apart) / total
+
+
+class Blurred(NamedTuple):
+    """The scores of unselected keys known only within ``width`` of ``x``, ``[H, N]`` each; of selected ones exactly."""
+
+    x: torch.Tensor
+    width: torch.Tensor
+
+
+def blurred_output(rows: Rows, line: Line, blurred: Blurred) -> torch.Tensor:
+    """Completed attention whose tail is summed over the centres of the intervals."""
+    p = torch.exp((blurred.x - rows.x.amax(-1, keepdim=True)) * rows.scale)
+    put = torch.where(rows.chosen[..., None], rows.v, line.at(blurred.x))
+    return (p[:, None] @ put)[:, 0] / p.sum(-1, keepdim=True)
+
+
+def blurred_bound(rows: Rows, line: Line, seen: Known, blurred: Blurred) -> torch.Tensor:
+    """The bound where only intervals are known: nothing but centres, widths and what :class:`Known` has."""
+    n, tail = rows.whole, ~rows.chosen
+    p = torch.exp((blurred.x - rows.x.amax(-1, keepdim=True)) * rows.scale)
+    width = torch.where(tail, blurred.width, 0.0)
+    more = torch.expm1(rows.scale * width)
+    ruled, rise = straight(rows, blurred.x, p, line)
+    crooked = torch.where(tail[:, :n], p[:, :n] - ruled, 0.0).norm(dim=-1)
+    moved = rise[:, 0].abs() * width[:, :n].norm(dim=-1) + (more * p)[:, :n].norm(dim=-1)
+    # The line through the weights is taken at the centres; a selected key's centre is its score.
+    chosen = (torch.where(tail[:, :n], 0.0, ruled)[:, None] @ seen.chosen[:, :n])[:, 0].norm(dim=-1)
+    apart = (torch.where(tail, p * (1 + more), 0.0) * seen.apart).sum(-1)
+    slope = line.slope.norm(dim=-1) * (p * (1 + more) * width).sum(-1)
+    here = blurred_output(rows, line, blurred)
+    away = (line.at(blurred.x) - here[:, None]).norm(dim=-1)
+    least = torch.where(tail, p / (1 + more), p).sum(-1)
+    return ((crooked + moved) * seen.left + chosen + apart + slope + (more * p * away * tail).sum(-1)) / least
+
+
+# ---- Measured tokens -------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """Of all measured tokens, one entry a head and token: ``numbers[what]``, and what is wrong in words."""
+
+    numbers: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    violations: int = 0
+    wrong: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def add(self, what: str, x: torch.Tensor) -> None:
+        self.numbers.setdefault(what, []).append(x.flatten())
+
+    def of(self, what: str) -> torch.Tensor:
+        return torch.cat(self.numbers[what])
+
+    def held(self, name: str, error: torch.Tensor, bound: torch.Tensor) -> None:
+        """Errors that a bound is to hold."""
+        over = int((error > bound * (1 + EXACT)).sum())
+        self.violations += over
+        if over:
+            self.wrong.append(f"{name}: {over} of {error.numel()} errors above the bound")
+
+
+def _rows_of(one: Captured, near: torch.Tensor, position: int, budget: qaxis.Budget) -> tuple[Rows, Blurred]:
+    """The queries of a token, and what 8-bit codes of the whole groups tell of its scores."""
+    group, n = one.q.shape[1] // one.k.shape[1], position + 1
+    q, k = one.q[:, :, position : position + 1], one.k[:, :, :n]
+    chosen = indices_to_mask(qaxis.topk_indices(q, k, budget, backend="reference"), n)[0, :, 0]
+    wide, keys, coded, values = (
+        q[0, :, 0].double(), *(y[0, :, :n].double().repeat_interleave(group, 0) for y in (one.k, near, one.v))
+    )  # fmt: skip
+    x = (keys @ wide[..., None])[..., 0]
+    whole = n // GROUP * GROUP
+    unread = ~chosen & (torch.arange(n) < whole)
+    centre = torch.where(unread, (coded @ wide[..., None])[..., 0], x)
+    width = torch.where(unread, wide.norm(dim=-1)[:, None] * (coded - keys).norm(dim=-1) * (1 + EXACT), 0.0)
+    rows = Rows(x, values, chosen, whole, q.shape[-1] ** -0.5)
+    return rows, Blurred(centre, width)
+
+
+def _measured(found: Found, name: str, label: str, rows: Rows, blurred: Blurred) -> None:
+    """One token: errors of every kind, and bounds."""
+    dense, mass = output(rows, None), torch.where(rows.chosen, 0.0, rows.p).sum(-1) / rows.p.sum(-1)
+    found.add(f"{name}_none", (dense - selected_only(rows)).norm(dim=-1))
+    found.add(f"{name}_mass", mass)
+    errors = {}
+    for kind in KINDS:
+        line = fitted(rows, kind)
+        seen = known(rows, line)
+        errors[kind] = dense - output(rows, line)
+        error, (together, second) = errors[kind].norm(dim=-1), bounds(rows, line, seen)
+        found.add(f"{name}_{kind}", error)
+        found.add(f"{name}_{kind}_bound", together)
+        found.add(f"{name}_{kind}_second", second)
+        for by, bound in (("bound", together), ("second moment", second)):
+            found.held(f"{label}, {kind}, {by}", error, bound)
+    deviation = (rows.v[:, : rows.whole] - line.mean[:, None]).square().sum((1, 2))
+    found.add("spread", (deviation / rows.whole).sqrt())
+    found.add("explained", line.spread * line.slope.square().sum(-1) / deviation)
+    # What a line takes off a mean's error: E / Z times the slope.
+    excess = (torch.where(rows.chosen, 0.0, rows.p) * (rows.x - line.middle[:, None])).sum(-1) / rows.p.sum(-1)
+    taken = excess[:, None] * line.slope
+    apart = (errors["mean"] - errors["linear"] - taken).norm(dim=-1).max() / rows.v.abs().max()
+    if not float(apart) <= EXACT:
+        found.wrong.append(f"{label}: mean and line differ by something else than the slope, {float(apart):.1e}")
+    found.add(f"{name}_taken", taken.norm(dim=-1))
+    here = blurred_output(rows, line, blurred)
+    wide = blurred_bound(rows, line, seen, blurred)
+    found.held(f"{label}, codes", (dense - here).norm(dim=-1), wide)
+    found.add(f"{name}_coded", (dense - here).norm(dim=-1))
+    found.add(f"{name}_moved", (output(rows, line) - here).norm(dim=-1))
+    found.add(f"{name}_coded_bound", wide)
+    found.add("width", (blurred.width.amax(-1) * rows.scale))
+
+
+def _held_to_theory(found: Found, label: str, one: Captured, position: int, budget: qaxis.Budget, rows: Rows) -> None:
+    """The library's outputs of a token have the error that Theorem 4 names, up to float32."""
+    n = position + 1
+    q, k, v = one.q[:, :, position:n], one.k[:, :, :n], one.v[:, :, :n]
+    largest = float(rows.v.abs().max())
+    for kind in KINDS:
+        got = qaxis.topk_attention(q, k, v, budget, backend="reference", completion=kind).output[0, :, 0].double()
+        line = fitted(rows, kind)
+        gap = float((output(rows, None) - got - predicted(rows, line)).abs().max()) / largest
+        found.add("rounding", torch.tensor([gap]))
+        found.names.append(f"{label}, {kind}, the library's error")
+        if not gap <= ROUNDED:
+            found.wrong.append(f"{label}, {kind}: the library's error is off by {gap:.1e} of the largest value")
+
+
+# ---- The smallest examples -------------------------------------------------------------------
+
+
+def exact_errors(powers: tuple[int, ...], values: tuple[int, ...]) -> dict[str, Fraction]:
+    """Errors of one channel in rational numbers: weights are 2^x, the first key is kept, every key is fitted to."""
+    zero = Fraction(0)
+    x, v, p = [Fraction(a) for a in powers], [Fraction(a) for a in values], [Fraction(1 << a) for a in powers]
+    total, n = sum(p, zero), len(powers)
+    dense = sum((a * b for a, b in zip(p, v, strict=True)), zero) / total
+    middle, mean = sum(x, zero) / n, sum(v, zero) / n
+    spread = sum(((a - middle) ** 2 for a in x), zero)
+    rise = sum(((a - middle) * b for a, b in zip(x, v, strict=True)), zero) / spread if spread else zero
+    found = {"none": v[0] - dense}
+    for kind, slope in (("mean", zero), ("linear", rise)):
+        tail = sum((a * (mean + slope * (b - middle)) for a, b in zip(p[1:], x[1:], strict=True)), zero)
+        found[kind] = (p[0] * v[0] + tail) / total - dense
+    return found
+
+
+#: scores in powers of two, values: without completion nothing is lost, with it something
+THREE = ((2, 1, 0), (0, 1, -2))
+
+
+def _examples(found: Found) -> dict[str, Any]:
+    """Two keys never lose by it; three may, and the library loses the same."""
+    pairs = worse = 0
+    for x, values in itertools.product(range(6), itertools.product(range(-5, 6), repeat=2)):
+        errors = exact_errors((x, 0), values)
+        pairs += 1
+        worse += any(abs(errors[kind]) > abs(errors["none"]) for kind in KINDS)
+    if worse:
+        found.wrong.append(f"{worse} examples of two keys lose by a completion")
+    errors = exact_errors(*THREE)
+    if errors["none"] or not errors["mean"] or not errors["linear"]:
+        found.wrong.append(f"the example of three keys gives {errors}")
+    # A whole group of each, so that the line is fitted to three keys of equal weight.
+    k, v = (torch.tensor(y, dtype=torch.float32).repeat_interleave(GROUP).reshape(1, 1, -1, 1) for y in THREE)
+    got = {}
+    for kind in ("none", *KINDS):
+        out = qaxis.topk_attention(
+            torch.ones(1, 1, 1, 1), k, v, GROUP, scale=math.log(2), backend="reference", completion=kind
+        ).output  # fmt: skip
+        got[kind] = float(out)
+        # Dense attention gives 0.
+        if abs(got[kind] - float(errors[kind])) > 1e-6:
+            found.wrong.append(f"three keys, {kind}: the library gives {got[kind]}, exact is {errors[kind]}")
+    found.names += ["two keys", *(f"three keys, {kind}" for kind in got)]
+    return {"pairs": pairs, "worse": worse, "three": {kind: str(error) for kind, error in errors.items()}}
+
+
+# ---- The check -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def bound(context: Context) -> Result:
+    """Identities and bounds on the heads of a model, and the smallest examples."""
+    found = Found()
+    examples = _examples(found)
+    model, ids = context.subjects.model, context.subjects.texts[0]
+    layers = first_middle_last(model)
+    captured = capture(model, ids, layers if context.quick else None)
+    positions = list(range(FIRST, ids.shape[1], STEP))
+    for one in context.progress(captured, "layers"):
+        near = stored(one.k, 4).dequantized()
+        for (i, position), (name, budget) in itertools.product(enumerate(positions), BUDGETS.items()):
+            rows, blurred = _rows_of(one, near, position, budget)
+            label = f"layer {one.layer}, position {position}, {name}"
+            found.names.append(label)
+            _measured(found, name, label, rows, blurred)
+            if one.layer in layers and i % 4 == 0:
+                _held_to_theory(found, label, one, position, budget, rows)
+    return _result(found, examples, len(captured), len(positions))
+
+
+def _rms(x: torch.Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _result(found: Found, examples: dict[str, Any], layers: int, positions: int) -> Result:
+    """Medians and shares of what was found."""
+    tokens = found.of("c10_none").numel()
+    values: dict[str, dict[str, Any]] = {
+        "tokens": value(len(BUDGETS) * tokens, "heads x tokens x budgets"), "layers": value(layers, "layers"),
+        "violations": value(found.violations, "bounds", n=5 * len(BUDGETS) * tokens),
+        "rounding": value(float(found.of("rounding").max()), "of the largest value"),
+        "explained": value(100 * float(found.of("explained").median()), "% of the squares"),
+        "width": value(float(found.of("width").median()), "logits"),
+        "pairs": value(examples["pairs"], "examples of two keys"),
+        "pairs_worse": value(examples["worse"], "examples of two keys"),
+    }  # fmt: skip
+    rows = []
+    for name in BUDGETS:
+        none, mass = found.of(f"{name}_none"), found.of(f"{name}_mass")
+        row: dict[str, Any] = {"budget": name, "mass": 100 * float(mass.mean())}
+        for kind in KINDS:
+            error = found.of(f"{name}_{kind}")
+            row[kind] = _rms(error) / _rms(none)
+            row[f"{kind}_hurts"] = 100 * float((error > none).double().mean())
+            for by in ("bound", "second"):
+                ratio = found.of(f"{name}_{kind}_{by}") / error
+                row[f"{kind}_{by}"], row[f"{kind}_{by}_least"] = float(ratio.median()), float(ratio.min())
+        line, coded = found.of(f"{name}_linear"), found.of(f"{name}_coded")
+        squares = [float(found.of(f"{name}_{what}").square().sum()) for what in ("taken", "mean", "linear")]
+        row["slope"] = squares[0] / (squares[1] - squares[2])
+        row["of_mass"] = float((found.of(f"{name}_linear_bound") / (mass * found.of("spread")[: len(mass)])).median())
+        row["coded"], row["moved"] = _rms(coded) / _rms(line), _rms(found.of(f"{name}_moved")) / _rms(line)
+        row["coded_bound"] = float((found.of(f"{name}_coded_bound") / found.of(f"{name}_linear_bound")).median())
+        rows.append(row)
+        values |= {f"{name}_{what}": value(x, "") for what, x in row.items() if what != "budget"}
+    wrong = found.wrong
+    return Result(
+        passed=not wrong,
+        verdict=wrong[0] if wrong else "no error above its bound; the library's errors are those of the theorem",
+        headline=f"{found.violations} of {values['violations']['n']} errors above their bound; of the error of a tenth "
+        f"of the keys the mean leaves {rows[0]['mean']:.2f}, the line {rows[0]['linear']:.2f}",
+        values=values,
+        cases=len(found.names),
+        data={"rows": rows, "three": examples["three"]},
+        checks=found.names,
+    )
