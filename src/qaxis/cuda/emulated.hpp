@@ -312,6 +312,14 @@ inline void multiply(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
         }
 }
 
+#if COMPLETED
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float product_in_unit(float a, float b) {
+    const float x = a * b;
+    return x > 0.0f ? std::min(x, 1.0f) : 0.0f;
+}
+#endif
+
 inline int cluster_rank() { return emulated::current->block->rank; }
 inline void cluster_sync() { emulated::wait(emulated::cluster_barrier); }
 template <class T> T* elsewhere(T* p, int rank) {

@@ -60,6 +60,15 @@ __device__ __forceinline__ void multiply(int* c, u32 a0, u32 a1, u32 a2, u32 a3,
                  : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+#if COMPLETED
+// A product, rounded, then brought into 0..1; what is no number becomes 0.
+__device__ __forceinline__ float product_in_unit(float a, float b) {
+    float x;
+    asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+}
+#endif
+
 #if defined(CLUSTER)
 __device__ __forceinline__ int cluster_rank() {
     if (CLUSTER == 1) return 0;

@@ -8,8 +8,10 @@ import torch
 
 from ..arithmetic.triton import check_device
 from ..attention.always import NONE, Always
+from ..attention.completion import kind_of
 from ..attention.logits import Logits
-from .asked import check_kept, check_rows, check_whole_groups, logits_of
+from ..storage.moments import Moments
+from .asked import check_completion, check_kept, check_rows, check_whole_groups, logits_of
 from .cuda import CudaStep, Shape, refusal, shape_of, step_of, takes, variant_of, why_none
 from .form import MadeFor, Numbers, device_of, layout, outline, readable_of
 from .index import KeyIndex
@@ -44,6 +46,7 @@ class Decoder:
     def __call__(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, scale: float | None = None, *,
         rows: torch.Tensor | None = None, always: Always = NONE, logits: Logits | None = None,
+        completion: str = "none", moments: Moments | None = None,
     ) -> Step:  # fmt: skip
         """Attend from one query a head over the k_eff keys that score highest of those that it sees.
 
@@ -63,6 +66,11 @@ class Decoder:
                 keys and k_eff of them if ``None``. Over an 8-bit cache every row ends where the cache does.
             always: the first and newest of the keys a row sees that it keeps in any case; they count towards k_eff.
             logits: what becomes of a score before the softmax, in place of ``scale``.
+            completion: ``"mean"`` or ``"linear"`` puts back what is left out, as ``topk_attention`` has it, with its
+                bits over an index without codes, as scores are canonical there. By codes those of what is left out are
+                16-bit places (``places.py``). CUDA C++ alone does it.
+            moments: of the keys and values of each row's complete groups, float32 ``[B, Hkv, Dv + D, D]`` and
+                ``[B, Hkv, Dv + D]`` (:mod:`qaxis.storage.moments`); None without completion.
 
         Returns:
             output, 0 for a row that keeps nothing; indices, ascending and padded with -1; and in ``rescored`` the
@@ -76,25 +84,34 @@ class Decoder:
         self._check(q, k, v, index, rows)
         check_kept(always, self.made_for)
         logits = logits_of(logits, scale, self.made_for)
-        return self.run(q, k, v, index, self.all_rows if rows is None else rows, logits, always)
+        kind = check_completion(completion, moments, k.shape[1], v.shape[3], always, logits, self.made_for)
+        rows = self.all_rows if rows is None else rows
+        return self.run(q, k, v, index, rows, logits, always, kind, moments)
 
     def run(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits,
-        always: Always = NONE,
+        always: Always = NONE, completion: str = "none", moments: Moments | None = None,
     ) -> Step:  # fmt: skip
         """The step itself, of arguments that fit: for a cache, whose parts are known to.
 
         What is launched depends on how they lie, not on how many tokens they have, and nothing is kept of a call.
+
+        Raises:
+            ValueError: naming ``completion``, where it is asked for and CUDA C++ does not run the step.
         """
-        step = self._step(q, k, v, index, always, logits)
+        kind = kind_of(completion)
+        step = self._step(q, k, v, index, always, logits, kind)
         if step is None:
+            if kind != "none":
+                why = self._why_not(q, k, v, index, always, logits, kind)
+                raise ValueError(f"completion={completion!r}: allowed is 'none' where CUDA C++ runs no step: {why}")
             return self._triton_step().run(q, k, v, index, rows, logits, always)
         with torch.cuda.device_of(q):
-            return Step(*step.run(q, k, v, index, rows, logits, always), step.count)
+            return Step(*step.run(q, k, v, index, rows, logits, always, kind, moments), step.count)
 
     def engine(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always = NONE,
-        logits: Logits | None = None,
+        logits: Logits | None = None, completion: str = "none",
     ) -> tuple[str, str]:  # fmt: skip
         """What runs these arguments of a step, and why not the faster one.
 
@@ -102,12 +119,15 @@ class Decoder:
             ``"cuda"`` or ``"triton"``; the reason, empty for the first.
 
         Raises:
-            RuntimeError: where neither runs, with both reasons.
+            RuntimeError: where neither runs, with both reasons; Triton runs no step with completion.
         """
         k, v = readable_of(k, v, index)
-        if self._step(q, k, v, index, always, logits) is not None:
+        kind = kind_of(completion)
+        if self._step(q, k, v, index, always, logits, kind) is not None:
             return "cuda", ""
-        why = refusal(q, k, v, index) or why_none(self._shape(q, k, v, index, always, logits))
+        why = self._why_not(q, k, v, index, always, logits, kind)
+        if kind != "none":
+            raise RuntimeError(f"no decode step runs here: {why}; Triton's has no completion")
         try:
             check_device("q", q, calls_library=True)
         except (RuntimeError, ValueError) as error:
@@ -116,11 +136,11 @@ class Decoder:
 
     def cuda_step(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always = NONE,
-        logits: Logits | None = None,
+        logits: Logits | None = None, completion: str = "none",
     ) -> CudaStep | None:  # fmt: skip
         """What runs these in CUDA C++, or None where Triton does; arguments, and what is refused, as for a step."""
         self._check(q, k, v, index, None)
-        return self._step(q, k, v, index, always, logits)
+        return self._step(q, k, v, index, always, logits, kind_of(completion))
 
     def _check(self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor | None) -> None:
         # Of lengths that grow every one would be an outline of its own.
@@ -135,16 +155,21 @@ class Decoder:
             check_rows(rows, self.made_for)
 
     def _shape(
-        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None, kind: str
     ) -> Shape:
-        return shape_of(q, k, v, index, self.made_for.n, self.made_for.k_eff, variant_of(always, logits))
+        return shape_of(q, k, v, index, self.made_for.n, self.made_for.k_eff, variant_of(always, logits, kind))
+
+    def _why_not(
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None, kind: str
+    ) -> str:
+        return refusal(q, k, v, index) or why_none(self._shape(q, k, v, index, always, logits, kind))
 
     def _step(
-        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None
+        self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, always: Always, logits: Logits | None, kind: str
     ) -> CudaStep | None:
-        found = (layout(q, k, v, index), variant_of(always, logits))
+        found = (layout(q, k, v, index), variant_of(always, logits, kind))
         if found not in self.laid_out:
-            shape = self._shape(q, k, v, index, always, logits)
+            shape = self._shape(q, k, v, index, always, logits, kind)
             self.laid_out[found] = self._new_or_kept(shape) if takes(q, k, v, index) else None
         return self.laid_out[found]
 

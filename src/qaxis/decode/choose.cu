@@ -10,13 +10,17 @@
 //
 // cuda.py lists these and, before them, seen.cuh and tally.cuh, which compiler.py puts behind its own; and defines: DIM_V, GROUP, CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED (keys and
 // values are an 8-bit cache), FORCED (some keys are always kept), LOGITS (0: scaled scores; 1: with a sink; 2: capped, perhaps
-// with a sink), PROFILE, SHARED (bytes).
+// with a sink), COMPLETED (what is left out is put back: line.cuh comes first and complete.cuh last), PROFILE, SHARED (bytes).
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) choose_and_attend(
     const void* q, SIDE(k), SIDE(v), const int* rows, const Fast* fast, const Fast* best, int* word,
     const float* units_of, const float* off, int* tally, void* out, i64* indices, int* count, i64* marks,
     int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
-    int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h) {
+    int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h
+#if COMPLETED
+    , const float* line
+#endif
+) {
     DYNAMIC_SHARED(memory);
     const Seen seen = Seen::of<CODED>(rows, blockIdx.y / heads, Room{n, k_eff, in_full, sinks, recent});
     const Program p(memory, Sizes{padded, k_eff, room, span}, seen, fast, best, marks, heads);
@@ -26,7 +30,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     mark(p, 0);
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);
     const int whole = (p.base + p.end) / 128 * 128 - p.base;
+#if COMPLETED
+    int* const words = word + (i64)p.row * padded + p.base;
+    const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, p.base, whole, in_full), query, words};
+#else
     const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, p.base, whole, in_full), query};
+#endif
     // By how many places the fast scores of a group of 128 may be off.
     const float* off_of = off + ((i64)p.row * padded + p.base) / 128;
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
@@ -36,6 +45,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     forget(p, tally);
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
+#if COMPLETED
+    attend_completed(
+        p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out,
+        Known(p, words, units_of[p.row]), fitted_keys(seen) > 0 ? line + (i64)p.row * LINE : nullptr);
+#else
     attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);
+#endif
     mark(p, 12);
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from ..cuda import compiler
 from ..cuda.compiler import ELEMENTS, MOST_STRIDE, SHARED_LIMIT, in_16_bytes, readable, runs_on, start_of, units
 from ..cuda.emulator import MOST_ROWS
 from ..storage.formats import EIGHT
+from ..storage.moments import Moments
 from ..storage.side import Stored
 from .form import Numbers
 from .index import KeyIndex
@@ -33,6 +34,8 @@ STAGES = tuple(
     HERE / f"{name}.cuh"
     for name in ("numbers", "counts", "program", "candidates", "scores", "edge", "choice", "attend")
 )
+#: what completion adds: shared, to what scores keys, to what chooses and attends
+LINE_PART, FIT_PART, COMPLETE_PART = (HERE / f"{name}.cuh" for name in ("line", "fit", "complete"))
 #: dtypes of sink logits, as attend.cuh numbers them
 SINKS = {**ELEMENTS, torch.float64: 3}
 #: needed by choose.cu
@@ -89,6 +92,8 @@ class Shape:
     forced: bool
     #: as LOGITS in choose.cu
     logits: int
+    #: what is left out is put back
+    completed: bool = False
 
     @property
     def rows(self) -> int:
@@ -101,21 +106,32 @@ class Shape:
         return self.heads // self.kv_heads
 
 
-def variant_of(always: Always, logits: Logits | None) -> tuple[bool, int]:
-    """What of these is compiled into a step: ``forced`` and ``logits`` of its shape. Their numbers are not."""
+class Variant(NamedTuple):
+    """Fields of a :class:`Shape` that follow from what a step is asked beside queries, keys and values."""
+
+    forced: bool = False
+    logits: int = 0
+    completed: bool = False
+
+
+PLAIN = Variant()
+
+
+def variant_of(always: Always, logits: Logits | None, completion: str = "none") -> Variant:
+    """What of these is compiled into a step. Their numbers are not, nor is what kind of completion it is."""
     kind = 0 if logits is None or logits.plain else 1 if logits.soft_cap is None else 2
-    return always != NONE, kind
+    return Variant(always != NONE, kind, completion != "none")
 
 
 def shape_of(
     q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, n: int, k_eff: int,
-    variant: tuple[bool, int] = (False, 0),
+    variant: Variant = PLAIN,
 ) -> Shape:  # fmt: skip
     """The shape of a step over at most ``n`` places that keeps at most ``k_eff`` keys."""
     return Shape(
         batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], n=n, head_dim=k.shape[3], dim_v=v.shape[3],
         k_eff=k_eff, dtype=q.dtype, device=q.device, each=in_16_bytes(q),
-        coded=index.codes is not None, stored=isinstance(k, Stored), forced=variant[0], logits=variant[1],
+        coded=index.codes is not None, stored=isinstance(k, Stored), **variant._asdict(),
     )  # fmt: skip
 
 
@@ -197,14 +213,16 @@ def _room(shape: Shape, cluster: int, own: int) -> int:
 def _score_programs(shape: Shape, multiprocessors: int) -> int:
     """As many as run at the same time, if each of their four warps has some keys."""
     at_once = CODES_AT_ONCE[shape.head_dim] if shape.coded else KEYS_AT_ONCE
-    most = max(1, at_once * multiprocessors // (shape.batch * shape.kv_heads))
+    # One more fits a line.
+    most = max(1, at_once * multiprocessors // (shape.batch * shape.kv_heads) - shape.completed)
     tile = TILE if shape.coded else 16 * 32 * shape.each // shape.head_dim
     return min(most, -(-shape.n // (4 * tile)))
 
 
 def _ring(shape: Shape) -> int:
-    """Bytes of codes that the four warps of a program in score_codes.cu have asked for."""
-    return 4 * AHEAD * 16 * shape.head_dim
+    """Bytes of codes that the four warps of a program in score_codes.cu have asked for, or ``FitSpace`` of fit.cuh."""
+    ring = 4 * AHEAD * 16 * shape.head_dim
+    return max(ring, 4 * shape.group * (2 * shape.head_dim + shape.dim_v + 2)) if shape.completed else ring
 
 
 def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
@@ -236,13 +254,20 @@ def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
 def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     """The kernels that score and that choose and attend, or None if they cannot be compiled."""
     common = {"elem": ELEMENTS[shape.dtype], "dim": shape.head_dim, "group": shape.group}
-    forced, before = {"forced": int(shape.forced)}, SHARED_PARTS
+    forced, before, stages = {"forced": int(shape.forced)}, SHARED_PARTS, STAGES
+    common["completed"] = int(shape.completed)
+    own = dict(common)
+    if shape.completed:
+        own["dim_v"] = shape.dim_v
+        before, stages = (*before, LINE_PART), (*stages, COMPLETE_PART)
+    fit = (FIT_PART,) if shape.completed else ()
     if shape.coded:
-        score = compiler.compiled(SCORE_CODES, "score_codes", _ring(shape), shape.device, before, **common, ahead=AHEAD)
+        memory = _ring(shape)
+        score = compiler.compiled(SCORE_CODES, "score_codes", memory, shape.device, before + fit, **own, ahead=AHEAD)
     else:
-        score = compiler.compiled(SCORE_KEYS, "score_keys", 0, shape.device, before, **common, **forced)
+        score = compiler.compiled(SCORE_KEYS, "score_keys", 0, shape.device, before + fit, **own, **forced)
     choose = compiler.compiled(
-        CHOOSE, "choose_and_attend", plan.shared, shape.device, before + STAGES, True, **common, **forced,
+        CHOOSE, "choose_and_attend", plan.shared, shape.device, before + stages, True, **common, **forced,
         dim_v=shape.dim_v, cluster=plan.cluster, threads=plan.threads, ranks=plan.ranks,
         levels=plan.turns.bit_length() - 1, coded=int(shape.coded), stored=int(shape.stored), logits=shape.logits,
         profile=int(profile), shared=plan.fixed,
@@ -265,6 +290,8 @@ class _Buffers:
         self.off = empty(shape.rows, plan.padded // TILE if shape.coded else 0, dtype=torch.float32)
         self.count = empty(shape.rows, plan.cluster)
         self.marks = empty(shape.rows, plan.cluster, MARKS, dtype=torch.int64) if profile else self.count
+        # As line.cuh has it: of each row the mean score, from the fourth number on the mean value, then the slope.
+        self.line = empty(shape.rows, 4 + 2 * shape.dim_v if shape.completed else 0, dtype=torch.float32)
         # Counts of keys, as tally.cuh has them: all 0 before a step, and after it.
         self.tally = empty(shape.rows, TALLY).zero_()
 
@@ -287,16 +314,27 @@ class CudaStep:
 
     def run(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits,
-        always: Always = NONE,
+        always: Always = NONE, completion: str = "none", moments: Moments | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Output and indices, as :meth:`choose` has them."""
-        self.score(q, k, index, rows, always)
+        """Output and indices, as :meth:`choose` has them; with completion if the shape is ``completed``, else without.
+
+        Args:
+            completion: ``"mean"`` or ``"linear"`` with ``moments``, of the rows' complete groups of keys.
+        """
+        self.score(q, k, index, rows, always, completion, moments)
         return self.choose(q, k, v, index, rows, logits, always)
 
-    def score(self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, always: Always = NONE) -> None:
-        """Scores of every key that ``rows`` see, canonical ones or fast ones by codes."""
+    def score(
+        self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, always: Always = NONE,
+        completion: str = "none", moments: Moments | None = None,
+    ) -> None:  # fmt: skip
+        """Scores of every key that ``rows`` see, canonical ones or fast ones by codes; with completion, lines too."""
         shape, plan, work = self.shape, self.plan, self.buffers
-        grid, block = (plan.score_programs, shape.batch * shape.kv_heads, 1), (128, 1, 1)
+        grid, block = (plan.score_programs + shape.completed, shape.batch * shape.kv_heads, 1), (128, 1, 1)
+        fit: list[Any] = []
+        if shape.completed:
+            assert moments is not None
+            fit = [*moments, work.line, int(completion == "linear")]
         sizes = (shape.heads, shape.kv_heads, plan.padded, shape.n, shape.k_eff)
         strides = units(q, 1)[:2]
         if index.codes is not None:
@@ -307,12 +345,13 @@ class CudaStep:
                 work.fast, work.best, work.units, work.off, work.tally, *sizes, c.first.shape[2], *always,
                 *strides, *units(c.codes, shape.each), *units(c.scales, shape.each),
                 *strides_of_left_out, fast_scores.rounding(shape.head_dim) * 3, fast_scores.SPLIT * shape.head_dim,
+                *fit,
             ], shared_mem=_ring(shape))  # fmt: skip
             return
         assert isinstance(k, torch.Tensor)
         self.score_kernel(grid, block, [
             q, k, index.norm, rows, work.word, work.best, work.units, work.tally, *sizes, *always,
-            *strides, *units(k, shape.each),
+            *strides, *units(k, shape.each), *fit,
         ])  # fmt: skip
 
     def choose(
@@ -328,7 +367,7 @@ class CudaStep:
             q, *self._side(k, q), *self._side(v, q), rows, work.fast, work.best, work.word, work.units, work.off,
             work.tally, out, indices, work.count, work.marks,
             shape.heads, shape.n, plan.padded, shape.k_eff, plan.room, plan.span, in_full, *always,
-            *units(q, 1)[:2], *_of_logits(logits, q),
+            *units(q, 1)[:2], *_of_logits(logits, q), *([work.line] if shape.completed else []),
         ], shared_mem=plan.shared)  # fmt: skip
         return out, indices
 

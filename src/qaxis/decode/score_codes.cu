@@ -1,7 +1,8 @@
 // Fast scores from 8-bit codes, with a proven error (arithmetic/fast_scores.py).
 //
 // cuda.py lists what compiler.py puts before this, seen.cuh and tally.cuh, and what is defined besides: GROUP (query heads of a
-// key head), AHEAD (products of 16 keys whose codes a warp has asked for).
+// key head), AHEAD (products of 16 keys whose codes a warp has asked for), COMPLETED (the last program of a key head is that of
+// fit.cuh).
 
 constexpr int QUARTER = DIM / 4, WORDS = DIM / 16, PARTS = GROUP > 4 ? 2 : 1;
 
@@ -22,10 +23,22 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     const int* rows, u16* fast, u16* best, float* units_of, float* off, int* tally, int heads, int kv_heads, int padded,
     int n, int k_eff, int in_full, int sinks, int recent, int q_b, int q_h, int codes_b, int codes_h, int codes_n,
     int scales_b, int scales_h, int scales_n, int left_out_b, int left_out_h, int left_out_n, int scaled,
-    double relative, double split) {
+    double relative, double split
+#if COMPLETED
+    , const float* products, const float* sums, float* line, int linear
+#endif
+) {
     let_next_begin();
     const int lane = threadIdx.x % 32, t = lane % 4, row = lane / 4;
     const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads, first_row = b * heads + g * GROUP;
+#if COMPLETED
+    if (blockIdx.x == gridDim.x - 1) {
+        DYNAMIC_SHARED(space);
+        const i64 q_of = (i64)b * q_b + (i64)(g * GROUP) * q_h;
+        const int count = fitted_keys(Seen::of<true>(rows, b, Room{n, k_eff, in_full, sinks, recent}));
+        return fit(q, q_of, q_h, products, sums, kv, line, first_row, count, linear, *(FitSpace*)space);
+    }
+#endif
     // What every group needs is asked for first: behind the codes it would wait for them. Many warps want the same, so it goes
     // through the L1 cache. The numbers of a lane are 16 of every 64, those at 16 t; of head row / 2 of each part.
     uint4 raw_query[PARTS][QUARTER / E], raw_step[QUARTER / 4];
@@ -41,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     }
     const float longest = norm[kv];
     const Seen seen = Seen::of<true>(rows, b, Room{n, k_eff, in_full, sinks, recent});
-    const int from = seen.start / 128, end = (seen.stop + 127) / 128 - from, warps = gridDim.x * (blockDim.x / 32);
+    const int from = seen.start / 128, end = (seen.stop + 127) / 128 - from, warps = (gridDim.x - COMPLETED) * (blockDim.x / 32);
     int group = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (seen.k_eff == 0 || seen.start >= seen.stop || group >= end) return;
     codes += ((i64)b * codes_b + (i64)g * codes_h + (i64)from * 128 * codes_n) * E + t * 16;

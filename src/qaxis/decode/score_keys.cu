@@ -1,7 +1,8 @@
 // Canonical scores of all keys that a row sees, at the speed at which they can be read.
 //
 // cuda.py lists what compiler.py puts before this, seen.cuh and tally.cuh, and what is defined besides: GROUP (query heads of a
-// key head), FORCED (some keys are always kept: they have a word, but are not counted).
+// key head), FORCED (some keys are always kept: they have a word, but are not counted), COMPLETED (the last program of a key head
+// is that of fit.cuh).
 
 constexpr int HEADS = pow2(GROUP), LANES = DIM / E, COLUMNS = 32 / LANES;
 constexpr int LOADS = HEADS >= 8 ? 2 : HEADS == 4 ? 4 : 8, SUMS = HEADS * LOADS;
@@ -19,13 +20,25 @@ __device__ __forceinline__ float place_of(int word, float units) {
 extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     const void* q, const void* k, const float* norm, const int* rows, int* word, int* best,
     float* units_of, int* tally, int heads, int kv_heads, int padded, int n, int k_eff, int sinks, int recent,
-    int q_b, int q_h, int k_b, int k_h, int k_n) {
+    int q_b, int q_h, int k_b, int k_h, int k_n
+#if COMPLETED
+    , const float* products, const float* sums, float* line, int linear
+#endif
+) {
     let_next_begin();
     const int lane = threadIdx.x % 32, part = lane % LANES, column = lane / LANES;
     const int kv = blockIdx.y, b = kv / kv_heads, g = kv % kv_heads, first_row = b * heads + g * GROUP;
     const float longest = norm[kv];
     const Seen seen = Seen::of<false>(rows, b, Room{n, k_eff, 0, sinks, recent});
-    const int tiles = (seen.end - seen.base + TILE - 1) / TILE, warps = gridDim.x * (blockDim.x / 32);
+    __shared__ uint4 ring[4][STAGES][LOADS][32];
+#if COMPLETED
+    static_assert(sizeof(FitSpace) <= sizeof(ring));
+    if (blockIdx.x == gridDim.x - 1) {
+        const i64 q_of = (i64)b * q_b + (i64)(g * GROUP) * q_h;
+        return fit(q, q_of, q_h, products, sums, kv, line, first_row, fitted_keys(seen), linear, *(FitSpace*)ring);
+    }
+#endif
+    const int tiles = (seen.end - seen.base + TILE - 1) / TILE, warps = (gridDim.x - COMPLETED) * (blockDim.x / 32);
     int tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (seen.k_eff == 0 || tile >= tiles) return;
     // Heads lie in the slots where tree_over_lanes wants them; loads do not, so that the lanes of a key read one row.
@@ -42,7 +55,6 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     const char* rows_of = (const char*)k + (((i64)b * k_b + (i64)g * k_h) + part) * 16;
     const int bytes = k_n * 16;
     const i64 policy = read_once();
-    __shared__ uint4 ring[4][STAGES][LOADS][32];
     auto& mine_of = ring[threadIdx.x / 32];
     auto fetch = [&](int from, int stage) {
         const int j = from + column;
