@@ -16,6 +16,8 @@ class Refusal:
     text: str
     #: whether the user asked for it; else something stands in the way
     asked: bool = False
+    #: whether canonical attention takes its place at once, whatever else could compute the call
+    canonical: bool = False
 
     def __str__(self) -> str:
         return self.text

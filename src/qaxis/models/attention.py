@@ -15,7 +15,7 @@ from ..validation import DTYPES, check_scale, require
 from . import compiled, recorders, routing
 from .attended import Attended
 from .layers import HARMLESS
-from .masks import shown_by, visible_keys
+from .masks import dropped_before, shown_by, visible_keys
 from .recorders import Call
 from .settings import NAME, Settings, count_call, settings_of
 
@@ -104,9 +104,12 @@ def _attention(
     def allowed() -> torch.Tensor:
         return visible_keys(module, attention_mask, query, key, is_causal)
 
+    def dropped() -> int:
+        return dropped_before(attention_mask, kwargs.get("sliding_window"), query.shape[2], key.shape[2])
+
     # Inside autocast a product of float32 tensors would be one of 16 bits.
     with torch.autocast(query.device.type, enabled=False):
-        done = routing.attend(query, key, value, shown, allowed, logits, settings, bool(watching))
+        done = routing.attend(query, key, value, shown, allowed, logits, settings, bool(watching), dropped)
     if query.is_cuda:
         _check_strict(module, done, settings)
         _log_once(done)

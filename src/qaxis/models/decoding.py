@@ -38,6 +38,12 @@ _SHOWN = "shown"
 #: of a dense layer, whose rows tell what is seen
 _EVERY_KEY = Budget(coverage=1.0, minimum=1)
 SEVERAL = Refusal("several queries over a window or an 8-bit cache")
+#: what a step cannot complete: sums over the keys are kept for one token over all keys in place
+FOREIGN = Refusal("a completion of keys that do not lie in a qaxis.Cache", canonical=True)
+DRAFTED = Refusal("a completion of several queries", canonical=True)
+WINDOW = Refusal("a completion in a window", canonical=True)
+TRITON = Refusal("a completion, and backend='triton'", asked=True, canonical=True)
+CODES = Refusal("a completion over 8-bit codes, and exactness='bitwise'", asked=True, canonical=True)
 
 
 @dataclass
@@ -126,12 +132,16 @@ def _decoder(q: torch.Tensor, held: Held, budget: Budget, backend: str) -> Any:
     return held.shared.workspace[key]
 
 
+def _pads(held: Held, shown: Shown) -> torch.Tensor | None:
+    """How many tokens at the start of a batch row are padding, int32 ``[B]``: while a step is captured the graph's."""
+    captured = held.shared.workspace.get(_CAPTURE) is not None
+    return held.shared.pads if shown.pads is None and captured else shown.pads
+
+
 def _rows(batch: int, held: Held, shown: Shown, budget: Budget, before: int) -> torch.Tensor:
     """Rows of queries that stand ``before`` tokens before the newest."""
-    space, pads = held.shared.workspace, shown.pads
+    space, pads = held.shared.workspace, _pads(held, shown)
     window = held.window or shown.window or 0
-    if pads is None and space.get(_CAPTURE) is not None:
-        pads = held.shared.pads
     key = (held.room, _Rows, held.clock.tensor.device, batch, budget, window, held.window > 0, before)
     if key not in space:
         device = held.clock.tensor.device
@@ -153,8 +163,10 @@ def _rows(batch: int, held: Held, shown: Shown, budget: Budget, before: int) -> 
     return rows.tensor
 
 
-def refusal(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, settings: Settings) -> Refusal | None:
-    """Why these queries cannot, or are not to, be steps; None if they can."""
+def refusal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown | None, logits: Logits, settings: Settings
+) -> Refusal | None:
+    """Why these queries cannot, or are not to, be steps; None if they can. Arguments as for :func:`attend`."""
     holder = getattr(k, HOLDER, None)
     if settings.budget is None:
         return None if _is_dense_step(q, holder, shown, settings) else DENSE
@@ -166,8 +178,37 @@ def refusal(q: torch.Tensor, k: torch.Tensor, shown: Shown | None, settings: Set
         return Refusal(f"{q.shape[2]} queries")
     if shown is None:
         return NO_RANGE
+    if settings.completion != "none":
+        return _not_completed(q, k, v, shown, logits, settings)
     if q.shape[2] > 1 and holder is not None and (holder.window or holder.quantised):
         return SEVERAL
+    return None
+
+
+def _not_completed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown, logits: Logits, settings: Settings
+) -> Refusal | None:
+    """Why a step cannot complete what it leaves out; None if it can."""
+    holder: Any = getattr(k, HOLDER, None)
+    in_place = holder is not None and getattr(v, HOLDER, None) is holder
+    if not in_place:
+        return FOREIGN
+    if q.shape[2] > 1:
+        return DRAFTED
+    # Also one that hides nothing yet: a step that is captured then is repeated once it does.
+    if holder.window or shown.window is not None:
+        return WINDOW
+    if settings.backend == "triton":
+        return TRITON
+    held, budget = _held(q, k, v), settings.budget
+    assert budget is not None
+    if settings.exactness == "bitwise" and held.index.codes is not None:
+        return CODES
+    step, kind = _decoder(q, held, budget, "auto"), settings.completion
+    try:
+        step.engine(q, held.keys, held.values, held.index, settings.always, logits, completion=kind)
+    except RuntimeError as error:
+        return Refusal(str(error), canonical=True)
     return None
 
 
@@ -213,16 +254,20 @@ def attend(
         held.shared.workspace.setdefault(_SHOWN, WeakKeyDictionary())[getattr(k, HOLDER)] = shown
     if budget is None:
         return Attended(_dense(q, k, held, shown, logits), None, "dense")
+    completing: dict[str, Any] = {} if settings.completion == "none" else {"completion": settings.completion}
     if settings.backend == "triton":
         step, engine, reason = _decoder(q, held, budget, "triton"), "triton", "backend='triton'"
     else:
         step = _decoder(q, held, budget, "auto")
-        engine, reason = step.engine(one, held.keys, held.values, held.index, settings.always, logits)
+        engine, reason = step.engine(one, held.keys, held.values, held.index, settings.always, logits, **completing)
+    if completing:
+        # Launched before the step that reads them, so that a graph that is captured has both.
+        completing["moments"] = getattr(k, HOLDER).moments(_pads(held, shown))
     done = []
     for i in range(m):
         rows = _rows(q.shape[0], held, shown, budget, m - 1 - i)
         query = q[:, :, i : i + 1]
-        done.append(step.run(query, held.keys, held.values, held.index, rows, logits, settings.always))
+        done.append(step.run(query, held.keys, held.values, held.index, rows, logits, settings.always, **completing))
     output, indices = done[0].output, done[0].indices
     if m > 1:
         output, indices = (torch.cat([getattr(x, name) for x in done], 2) for name in ("output", "indices"))

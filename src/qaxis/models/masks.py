@@ -19,6 +19,9 @@ from . import compiled
 from .settings import NAME
 from .switching import original_of
 
+#: of a mask that is made here: how many tokens a window dropped before its first key
+_DROPPED = "qaxis_dropped"
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -145,11 +148,15 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
     # Only a token's step is repeated, and none while a compiler traces.
     told = local is not None and q_length == 1 and not torch.compiler.is_compiling()
     if shown is None:
-        known = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs)
+        known, dropped = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs), 0
+        if not torch.compiler.is_compiling():
+            dropped = kwargs.get("kv_offset", 0)
+            if known is not None:
+                setattr(known, _DROPPED, dropped)
         if known is not None or not told:
             return known
         # A chunk, say, that began with the first of these keys: later tokens see none of them.
-        shown = Shown(lasts=False)
+        shown = Shown(offset=dropped, lasts=False)
     elif skip and shown.pads is None and (local is None or (kv_length <= local and not told)):
         return None
 
@@ -172,6 +179,26 @@ def shown_by(
     if isinstance(mask, ShownMask) and (m == 1 or causal) and tuple(mask.shape[2:]) == (m, n):
         return mask.shown
     return None
+
+
+def dropped_before(mask: Any, window: int | None, m: int, n: int) -> int:
+    """How many tokens came before the first of N keys that M queries meet, which a window dropped.
+
+    Args:
+        mask: of the call, as :func:`visible_keys` takes it.
+        window: of the layer, None if it has none.
+
+    Raises:
+        ValueError: if nothing tells: the window is full, and the mask is not one that is made here.
+    """
+    if isinstance(mask, ShownMask) and mask.shown is not None:
+        return mask.shown.offset
+    known = getattr(mask, _DROPPED, None)
+    # Queries that are all of the keys are all of the text; of a window that is not full nothing was dropped.
+    whole = isinstance(known, int) or window is None or n < window or m == n
+    told = "the model's own mask, which tells how many tokens a full window dropped: completion counts from the first"
+    require(whole, "attention_mask", type(mask).__name__, told)
+    return known if isinstance(known, int) else 0
 
 
 def visible_keys(

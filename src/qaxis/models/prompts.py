@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..attention.logits import Logits
@@ -27,13 +29,15 @@ def refusal(q: torch.Tensor, shown: Shown | None, settings: Settings) -> Refusal
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown, logits: Logits, settings: Settings, watched: bool
-) -> Attended:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown, logits: Logits, settings: Settings, watched: bool,
+    dropped: Callable[[], int],
+) -> Attended:  # fmt: skip
     """Attention of queries ``[B, H, M, D]``, the last of the N keys, that :func:`refusal` does not refuse.
 
     Args:
         k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``.
         watched: whether the mask of kept keys will be asked for.
+        dropped: how many tokens came before the first key; asked for a completion alone.
     """
     # Triton, for Linux only, is loaded when it is needed.
     from ..prefill import prefill_attention, selected_mask, tuning_for
@@ -44,7 +48,8 @@ def attend(
     done = prefill_attention(
         q, k, v, settings.budget, pads=shown.pads, window=shown.window, logits=logits, always=settings.always,
         selection=watched, backend="triton" if settings.backend == "triton" else "auto",
-        tuning=tuning_for(q.shape[0], q.shape[1], q.shape[2], n, room),
+        tuning=tuning_for(q.shape[0], q.shape[1], q.shape[2], n, room), completion=settings.completion,
+        offset=0 if settings.completion == "none" else dropped(),
     )  # fmt: skip
     bits = done.bits
     return Attended(done.output, None if bits is None else lambda: selected_mask(bits, n), "prefill")

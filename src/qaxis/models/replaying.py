@@ -120,6 +120,9 @@ class Replaying:
             return "qaxis is off"
         if isinstance(cache, Int8Cache) and any(settings.budget is None for settings in self.settings.values()):
             return "a layer is dense, over a cache of codes"
+        completed = any(s.budget is not None and s.completion != "none" for s in self.settings.values())
+        if completed and any(cache.is_sliding):
+            return "a completion in a window is no step"
         known = (torch.Tensor, bool, int, float, str, type(None), Cache, Int8Cache)
         strange = [name for name, x in kwargs.items() if not isinstance(x, known)]
         return f"{strange[0]} is neither a tensor nor a constant" if strange else cache.not_capturable()
@@ -198,7 +201,7 @@ class Replaying:
             keys, values = cache.update(k, v, layer)
             shown = decoding.shown_again(keys, pads)
             settings = self.settings.get(layer, _DENSE)
-            why = decoding.refusal(q, keys, shown, settings)
+            why = decoding.refusal(q, keys, values, shown, logits, settings)
             if why:
                 raise RuntimeError(f"layer {layer}: {why}")
             done = decoding.attend(q, keys, values, shown, logits, settings)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from ..attention import backend
+from ..attention.completion import seen_of
 from ..attention.logits import Logits
 from ..attention.selection import indices_to_mask
 from ..storage.lazy import dequantized, stored_or_tensor
@@ -47,6 +48,7 @@ def attend(
     logits: Logits,
     settings: Settings,
     watched: bool = False,
+    dropped: Callable[[], int] = lambda: 0,
 ) -> Attended:
     """Attention by the fastest of what may compute it.
 
@@ -54,11 +56,13 @@ def attend(
         q: ``[B, H, M, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``.
         shown: what the queries see, in a few numbers; None: only ``allowed()`` tells, bool ``[B|1, H|1, M|1, N]``.
         watched: whether the mask of kept keys will be asked for.
+        dropped: how many tokens came before the first key; asked for a completion alone.
 
     Raises:
         RuntimeError: inside :func:`only_steps`, for what is no step over a cache of ours.
+        ValueError: if there is a completion, and what a query sees is no range of keys.
     """
-    no_step = decoding.refusal(q, k, shown, settings)
+    no_step = decoding.refusal(q, k, v, shown, logits, settings)
     if _thread.only_steps:
         why = no_step or decoding.not_repeatable(k, shown)
         if why:
@@ -66,18 +70,21 @@ def attend(
     if no_step is None:
         assert shown is not None
         return decoding.attend(q, k, v, shown, logits, settings)
+    if no_step.canonical:
+        return _canonical(q, k, v, allowed(), logits, settings, dropped)._replace(refusals=(no_step,))
     no_prompt = prompts.refusal(q, shown, settings)
     if no_prompt is None:
         assert shown is not None
-        done = prompts.attend(q, _numbers(k), _numbers(v), shown, logits, settings, watched)
+        done = prompts.attend(q, _numbers(k), _numbers(v), shown, logits, settings, watched, dropped)
         return done._replace(refusals=(no_step,)) if q.shape[2] == 1 else done
     if settings.budget is None:
         return Attended(masked.dense(q, _numbers(k), _numbers(v), shown, allowed, logits, settings), None, "dense")
     refusals = _both(q.shape[2], no_step, no_prompt)
     if settings.exactness == "selection":
-        out, kept = masked.masked(q, _numbers(k), _numbers(v), allowed(), logits, settings, watched)
+        offset = 0 if settings.completion == "none" else dropped()
+        out, kept = masked.masked(q, _numbers(k), _numbers(v), allowed(), logits, settings, watched, offset)
         return Attended(out, kept, "masked", refusals)
-    return _canonical(q, k, v, allowed(), logits, settings)._replace(refusals=refusals)
+    return _canonical(q, k, v, allowed(), logits, settings, dropped)._replace(refusals=refusals)
 
 
 def _both(queries: int, no_step: Refusal, no_prompt: Refusal) -> tuple[Refusal, ...]:
@@ -96,12 +103,14 @@ def _numbers(x: torch.Tensor) -> torch.Tensor:
 
 
 def _canonical(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, logits: Logits, settings: Settings
-) -> Attended:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, logits: Logits, settings: Settings,
+    dropped: Callable[[], int],
+) -> Attended:  # fmt: skip
     """Selection and canonical sums by the kernels of any query, which read a cache as it is stored."""
     assert settings.budget is not None
     keys, values, n = stored_or_tensor(k), stored_or_tensor(v), k.shape[2]
     k_eff, name = settings.budget.of(allowed), "auto" if settings.backend == "cuda" else settings.backend
     indices = backend.select(q, keys, allowed, k_eff, backend=name, always=settings.always)
-    out = backend.attend(q, keys, values, indices, logits, backend=name)
+    seen = None if settings.completion == "none" else seen_of(allowed, dropped())
+    out = backend.attend(q, keys, values, indices, logits, backend=name, completion=settings.completion, seen=seen)
     return Attended(out, lambda: indices_to_mask(indices, n), "canonical")

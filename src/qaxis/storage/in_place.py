@@ -17,8 +17,10 @@ from .buffer import zeros
 from .clock import Clock, is_captured
 from .formats import EIGHT
 from .key_index import KeyIndex
+from .moments import Moments
 from .shared import Shared, check_states, takes
 from .side import Stored
+from .summary import Summary
 from .window import first_held, places_for
 
 #: places that buffers grow by: a sixteenth of the length, at least so many, and a multiple of a block
@@ -43,12 +45,15 @@ class KeyValues:
         length: tokens appended, also those that a window dropped.
         indexed: places whose keys the index is of: on a CPU, where nothing needs it, it follows when it is asked for.
         parts: the buffers, contiguous; ``bounds.py`` says what they are.
+        summary: moments, for who asks for them.
     """
 
     #: one launch appends on a GPU, whatever the clock says
     capturable = True
     #: whether :meth:`operands` are codes
     quantised = False
+    #: whether what a complete group of 128 tokens holds stays as it is while others follow
+    lasting = True
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class KeyValues:
         require(not (window and index == "codes"), "index", index, "'bounds' where there is a window")
         self.shared, self.window, self.room_at_first, self.reason = shared, window, room, reason
         self.length = self.indexed = 0
+        self.summary = Summary()
         self.dtypes, self.dims, self.heads = (k.dtype, v.dtype), (k.shape[3], v.shape[3]), k.shape[1]
         self.parts = _empty(k, v, index == "codes", places_for(window) if window else 0)
         shared.clock_on(k.device)
@@ -194,6 +200,7 @@ class KeyValues:
             self.parts[name].zero_()
             self.parts[name][:, :, length - first - have : length - first] = x[:, :, x.shape[2] - have :]
         self.length, self.indexed = length, 0
+        self.summary.restart()
         bounds.restate(self.parts, 0)
         if k.is_cuda:
             self._follow()
@@ -211,6 +218,16 @@ class KeyValues:
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and the values of all places, also of those that hold no token."""
         return self.parts["k"], self.parts["v"]
+
+    def groups(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the keys and the values of the groups [first, end) of 128 tokens, which are complete."""
+        k, v = (self.parts[name][:, :, first * bounds.GROUP : end * bounds.GROUP] for name in ("k", "v"))
+        return k, v
+
+    def moments(self, pads: torch.Tensor | None = None) -> Moments:
+        """As :meth:`qaxis.storage.shared.Holder.moments`."""
+        require(not self.window, "window", self.window, "0: of a window no moments are kept")
+        return self.summary.of(self, pads)
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor, KeyIndex]:
         """Views as :meth:`views` has them, and the index of these keys; of all room while a graph is captured."""
@@ -231,6 +248,7 @@ class KeyValues:
         for name in ("k", "v"):
             # A dense token reads all places: what was NaN there would be so in a product with 0.
             self.parts[name][:, :, length : self.length].zero_()
+        self.summary.cut(self.length, length)
         self.length = min(length, self.length)
         if self.indexed > self.length:
             self.indexed = self.length
@@ -247,6 +265,7 @@ class KeyValues:
                 x.copy_(chosen)
             else:
                 self._replace(name, chosen)
+        self.summary.select(indices)
 
     def move(self, device: torch.device | str) -> None:
         """Move all buffers to ``device``, without waiting."""
@@ -254,14 +273,15 @@ class KeyValues:
             if x.device != torch.device(device):
                 with torch.inference_mode(False):
                     self._replace(name, x.to(device, non_blocking=True))
+        self.summary.move(device)
 
     def _replace(self, name: str, x: torch.Tensor) -> None:
         self.parts[name] = x
         self.shared.moved()
 
     def nbytes(self) -> int:
-        """Bytes of the buffers, room for growth included."""
-        return sum(x.untyped_storage().nbytes() for x in self.parts.values())
+        """Bytes of the buffers, room for growth included, and of moments that were asked for."""
+        return sum(x.untyped_storage().nbytes() for x in self.parts.values()) + self.summary.nbytes()
 
 
 def _empty(k: torch.Tensor, v: torch.Tensor, coded: bool, places: int) -> dict[str, torch.Tensor]:

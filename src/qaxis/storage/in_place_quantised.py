@@ -17,8 +17,10 @@ from .buffer import Growing
 from .clock import Clock, is_captured
 from .formats import EIGHT, Format
 from .key_index import KeyIndex, largest_scales, whole_groups
+from .moments import Moments
 from .shared import Shared, check_states, takes
 from .side import Side, Stored
+from .summary import Summary
 
 #: groups whose numbers are made at once
 _AT_ONCE = 64
@@ -38,6 +40,8 @@ class StoredKeyValues:
         sides: keys, values.
         reason: why the keys have no index that kernels read; empty if they have.
         capturable: whether a GPU appends a token in one launch, whatever the clock says.
+        lasting: whether what a complete group of 128 tokens holds stays as it is while others follow.
+        summary: moments, for who asks for them.
     """
 
     window = 0
@@ -51,6 +55,8 @@ class StoredKeyValues:
         self.quantised = eight and k.dtype in (torch.float32, torch.bfloat16) and v.shape[3] > 0
         self.capturable = eight and v.shape[3] > 0
         self.reason = "" if self.quantised else "keys of this format are dequantised for every token"
+        self.lasting = all(_GROUP % grid.tokens == 0 for grid in grids)
+        self.summary = Summary()
         #: tokens that the index is of
         self.indexed = 0
         self.norms = Growing(k.new_zeros(*k.shape[:2], 0, dtype=torch.float32))
@@ -224,9 +230,30 @@ class StoredKeyValues:
             norm = largest_norm(keys)
             return keys, values, KeyIndex(norm, torch.zeros_like(norm), torch.zeros_like(self.largest_scales))
         self._follow()
-        whole = is_captured(self.norm)
-        k, v = (_of_all_room(side) if whole else side.stored() for side in self.sides)
+        if is_captured(self.norm):
+            for side in self.sides:
+                side.open_group()
+            k, v = self.whole()
+        else:
+            k, v = (side.stored() for side in self.sides)
         return k, v, KeyIndex(self.norm, self.residual, self.largest_scales, k)
+
+    def whole(self) -> tuple[Stored, Stored]:
+        """Both sides with every place that they have room for: where these lie does not change with a token."""
+        k, v = (
+            Stored(side.grid, side.dtype, side.dim, side.width, **{n: g.buffer for n, g in side.parts.items()})
+            for side in self.sides
+        )
+        return k, v
+
+    def groups(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values of the groups [first, end) of 128 tokens, which are complete, dequantised."""
+        k, v = (side.numbers(first * _GROUP, end * _GROUP) for side in self.sides)
+        return k, v
+
+    def moments(self, pads: torch.Tensor | None = None) -> Moments:
+        """As :meth:`qaxis.storage.shared.Holder.moments`."""
+        return self.summary.of(self, pads)
 
     @torch.no_grad()
     def crop(self, length: int) -> None:
@@ -235,6 +262,7 @@ class StoredKeyValues:
             self.check_finite()
         if length >= self.length:
             return
+        self.summary.cut(self.length, length)
         for side in self.sides:
             side.crop(length)
         self.indexed = min(self.indexed, length // _GROUP * _GROUP)
@@ -259,6 +287,7 @@ class StoredKeyValues:
             with torch.inference_mode(False):
                 chosen = x[rows]
             setattr(self, name, x.copy_(chosen) if chosen.shape == x.shape else chosen)
+        self.summary.select(indices)
         self._note_moves()
 
     def move(self, device: torch.device | str) -> None:
@@ -268,21 +297,16 @@ class StoredKeyValues:
         with torch.inference_mode(False):
             for name in ("norm", "residual", "largest_scales", "broken"):
                 setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        self.summary.move(device)
         self._note_moves()
 
     def nbytes(self) -> int:
-        """Bytes of the buffers, room for growth included, and of what the index needs."""
+        """Bytes of the buffers, room for growth included, of what the index needs, and of moments asked for."""
         own = (self.norms.buffer, self.norm, self.residual, self.largest_scales, self.broken)
         # Two of them may lie in one storage.
         index = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in own}
-        return sum(side.nbytes() for side in self.sides) + sum(index.values())
+        return sum(side.nbytes() for side in self.sides) + sum(index.values()) + self.summary.nbytes()
 
     def leave(self) -> None:
         """Take no more part in what the cache's layers share."""
         self.shared.part(self)
-
-
-def _of_all_room(side: Side) -> Stored:
-    """The side with every place that it has room for: where it lies does not change with a token."""
-    side.open_group()
-    return Stored(side.grid, side.dtype, side.dim, side.width, **{n: g.buffer for n, g in side.parts.items()})

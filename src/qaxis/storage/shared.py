@@ -10,6 +10,9 @@ import torch
 from ..validation import check_form, require
 from .clock import Clock
 from .key_index import KeyIndex
+from .moments import Moments
+from .side import Stored
+from .summary import Summary
 
 
 class Holder(Protocol):
@@ -23,12 +26,14 @@ class Holder(Protocol):
         length: tokens appended, also those that a window dropped.
         indexed: places, from the first on, whose keys the index is of.
         reason: why the keys have no index of codes where one would be faster; empty if they have.
+        summary: moments, for who asks for them.
     """
 
     shared: Shared
     length: int
     indexed: int
     reason: str
+    summary: Summary
 
     @property
     def clock(self) -> Clock:
@@ -74,6 +79,10 @@ class Holder(Protocol):
     def capturable(self) -> bool:
         """Whether a GPU appends a token in one launch, whatever the clock says."""
 
+    @property
+    def lasting(self) -> bool:
+        """Whether what a complete group of 128 tokens holds stays as it is while others follow."""
+
     def check(self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")) -> None:
         """Check that states can be appended, by form; ValueError names what cannot."""
 
@@ -94,6 +103,30 @@ class Holder(Protocol):
 
     def operands(self) -> tuple[Any, Any, KeyIndex]:
         """Keys and values, tensors or :class:`~qaxis.storage.side.Stored`, and the index of the keys."""
+
+    def moments(self, pads: torch.Tensor | None = None) -> Moments:
+        """Moments of the complete groups of 128 tokens that hold no padding, as :mod:`qaxis.storage.moments` has them.
+
+        Kept, and brought up to date, from the first time on that they are asked for. These are the buffers themselves:
+        they change when more is asked for, or rows change places. Where kernels read what is stored, a GPU is not
+        waited for; other formats, and a CPU, take PyTorch.
+
+        Args:
+            pads: int32 ``[B]`` on the holder's device, tokens at the start of a row that are padding; None for none.
+
+        Returns:
+            Float32 ``[B, Hkv, Dv + D, D]`` and ``[B, Hkv, Dv + D]``; 0 for a row that has no such group.
+
+        Raises:
+            ValueError: for a layer with a window, or pads that do not fit.
+            RuntimeError: while a graph is captured, where they were not asked for before or PyTorch makes them.
+        """
+
+    def groups(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values of the groups [first, end) of 128 tokens, which are complete."""
+
+    def whole(self) -> tuple[torch.Tensor | Stored, torch.Tensor | Stored]:
+        """The keys and the values of all places, as they are stored."""
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
@@ -164,6 +197,8 @@ class Shared:
         for clock, at in zip(self.clocks.values(), mark[0], strict=True):
             clock.at = at
         for holder, (length, indexed) in zip(self.holders, mark[1], strict=True):
+            # A group that is completed once more may hold another token.
+            holder.summary.cut(holder.length, length)
             holder.length, holder.indexed = length, indexed
 
     @property

@@ -264,13 +264,22 @@ class Side:
 
     def _group(self, g: int) -> torch.Tensor:
         """The numbers of a complete group, ``[B, Hkv, group_size, D]``."""
+        return self.numbers(g * self.grid.tokens, (g + 1) * self.grid.tokens)
+
+    def numbers(self, start: int, end: int) -> torch.Tensor:
+        """The numbers of the tokens [start, end), ``[B, Hkv, end - start, D]``; few are dequantised if all have codes
+        and are whole groups."""
+        tokens = self.grid.tokens
+        if start % tokens or end % tokens or end > self.parts["codes"].length:
+            return self.dequantized()[:, :, start:end]
         parts = {name: growing.view() for name, growing in self.parts.items()}
-        parts["codes"] = parts["codes"][:, :, g * self.grid.tokens : (g + 1) * self.grid.tokens]
+        parts["codes"] = parts["codes"][:, :, start:end]
         for name in ("scales", "zeros"):
             if name in parts:
-                parts[name] = parts[name][:, :, g : g + 1]
-        parts["newest"] = parts["newest"][:, :, :0]
-        parts["first"] = parts["first"][:, :, : self.sinks if g == 0 else 0]
+                parts[name] = parts[name][:, :, start // tokens : end // tokens]
+        if "newest" in parts:
+            parts["newest"] = parts["newest"][:, :, :0]
+        parts["first"] = parts["first"][:, :, start : min(end, self.sinks)]
         return Stored(self.grid, self.dtype, self.dim, self.width, **parts).dequantized()
 
     def nbytes(self) -> int:

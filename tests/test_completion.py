@@ -1,0 +1,279 @@
+"""Completion of what top-k leaves out, canonical: against sums in double precision, and what it has to keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qaxis
+from qaxis.attention import backend, completed
+from qaxis.attention.always import Always
+from qaxis.attention.completion import GROUP, Seen, completed_weights, kind_of, seen_of
+from qaxis.attention.logits import Logits
+from qaxis.attention.selection import causal_mask
+
+KINDS = ("mean", "linear")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def tensors(n, m=2, batch=1, kv_heads=1, group=1, dim=16, dim_v=16, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    sizes = ((kv_heads * group, m, dim), (kv_heads, n, dim), (kv_heads, n, dim_v))
+    q, k, v = (torch.randn(batch, *size, generator=g) for size in sizes)
+    # Keys with a direction of their own, and values that follow them: there is a mean, and a slope.
+    k = k + torch.randn(batch, kv_heads, 1, dim, generator=g)
+    v = v + 0.3 + k[..., :1]
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def as_rows(x, like):
+    """A range of :class:`Seen` as int64 ``[B, H, M]``."""
+    return x.expand(*like.shape[:3])
+
+
+def direct(q, k, v, indices, kind, seen, logits):
+    """The meaning, key by key, in double precision."""
+    group, n = q.shape[1] // k.shape[1], k.shape[2]
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    begins, ends = (as_rows(x, q) for x in seen[:2])
+    place = torch.arange(n)
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).reshape(-1, 3).tolist():
+        keys, values = k[b, h // group].double(), v[b, h // group].double()
+        score = keys @ q[b, h, i].double()
+        logit = logits.of(score)
+        begin, end = int(begins[b, h, i]), int(ends[b, h, i])
+        visible = (place >= begin) & (place < end)
+        taken = torch.zeros(n, dtype=torch.bool)
+        taken[indices[b, h, i][indices[b, h, i] >= 0]] = True
+        top = logit[taken].max()
+        p = torch.where(visible, (logit - top).exp(), 0.0)
+        token = place + seen.offset
+        fitted = (token // GROUP * GROUP >= begin + seen.offset) & (token // GROUP * GROUP + GROUP <= end + seen.offset)
+        stand_in = torch.zeros_like(values)
+        if fitted.any():
+            s, x = score[fitted], values[fitted]
+            slope = ((s - s.mean()) @ (x - x.mean(0))) / (s - s.mean()).square().sum()
+            stand_in = x.mean(0) + (score - s.mean())[:, None] * (slope if kind == "linear" else 0.0 * slope)
+        below = p[taken].sum() if not fitted.any() else p.sum()
+        if logits.sink is not None:
+            below = below + (logits.sink[h].double() - top).exp()
+        rest = visible & ~taken & fitted.any()
+        out[b, h, i] = (p[taken] @ values[taken] + p[rest] @ stand_in[rest]) / below
+    return out
+
+
+def all_seen(m, n):
+    return seen_of(causal_mask(m, n, "cpu"))
+
+
+def same_bits(x, y):
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(129, 420), m=st.integers(1, 4), batch=st.integers(1, 2), kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3), dim=st.sampled_from([3, 8, 16, 17]), dim_v=st.sampled_from([1, 5, 16]),
+    k_eff=st.integers(1, 100), kind=st.sampled_from(KINDS), dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 10**6), scale=st.sampled_from([None, 0.01, 1.0]),
+)  # fmt: skip
+def test_any_shape_is_what_double_precision_gives(
+    n, m, batch, kv_heads, group, dim, dim_v, k_eff, kind, dtype, seed, scale
+):
+    q, k, v = tensors(n, m, batch, kv_heads, group, dim, dim_v, seed, dtype)
+    got = qaxis.topk_attention(q, k, v, k_eff, scale=scale, completion=kind)
+    expected = direct(q, k, v, got.indices, kind, all_seen(m, n), Logits(dim**-0.5 if scale is None else scale))
+    rounding = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(got.output.double(), expected, rtol=rounding, atol=rounding)
+    plain = qaxis.topk_attention(q, k, v, k_eff, scale=scale)
+    assert torch.equal(got.indices, plain.indices)
+    assert torch.equal(got.indices, qaxis.topk_indices(q, k, k_eff))
+
+
+@pytest.mark.parametrize("n", [200, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_put_back_brings_the_output_to_dense(n, kind):
+    q, k, v = tensors(n, kv_heads=2, group=2)
+    dense = qaxis.topk_attention(q, k, v, n).output
+    plain, whole = (qaxis.topk_attention(q, k, v, 16, completion=c).output for c in ("none", kind))
+    assert (whole - dense).norm() < 0.6 * (plain - dense).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_complete_group_nothing_is_put_back(kind):
+    # The newer of two queries sees a complete group, the older one key less.
+    q, k, v = tensors(128, kv_heads=2, group=2)
+    plain, whole = (qaxis.topk_attention(q, k, v, 9, completion=c).output for c in ("none", kind))
+    assert same_bits(plain[:, :, 0], whole[:, :, 0]) and not torch.equal(plain[:, :, 1], whole[:, :, 1])
+    few = [qaxis.topk_attention(q, k[:, :, :100], v[:, :, :100], 9, completion=c).output for c in ("none", kind)]
+    assert same_bits(*few)
+    # A group that padding or a window cuts is not complete.
+    indices = qaxis.topk_indices(q, k, 9, causal=False)
+    seen = Seen(torch.tensor([1]), torch.tensor([128]))
+    cut = [backend.attend(q, k, v, indices, Logits(0.25), completion=c, seen=seen) for c in ("none", kind)]
+    assert same_bits(*cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_every_key_kept_it_is_dense(kind):
+    q, k, v = tensors(300, kv_heads=2, group=2)
+    assert same_bits(*(qaxis.topk_attention(q, k, v, 300, completion=c).output for c in ("none", kind)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_that_keeps_no_key_gets_zeros(kind):
+    q, k, v = tensors(200)
+    none = torch.full((1, 1, 2, 4), -1)
+    out = completed.attend(q, k, v, none, Logits(0.25), kind, Seen(torch.tensor([0]), torch.tensor([200])))
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_all_the_same_are_given_back(kind):
+    q, k, v = tensors(333, kv_heads=2, group=2)
+    v = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(3)).expand(1, 2, 333, 16)
+    out = qaxis.topk_attention(q, k, v, 7, completion=kind).output
+    torch.testing.assert_close(out, v.repeat_interleave(2, 1)[:, :, :2], rtol=1e-5, atol=1e-6)
+
+
+def test_values_on_a_line_along_the_query_are_restored():
+    """Attention to all keys, from a few of them; also where most of a token's keys are in no complete group."""
+    for n in (255, 256, 384):
+        q, k, v = tensors(n, m=1)
+        score = qaxis.canonical_scores(q, k)[0, 0, 0]
+        v = (0.5 + score[:, None] * torch.linspace(-1, 1, 16))[None, None]
+        dense = qaxis.topk_attention(q, k, v, n).output
+        line, mean = (qaxis.topk_attention(q, k, v, 5, completion=kind).output for kind in ("linear", "mean"))
+        torch.testing.assert_close(line, dense, rtol=1e-4, atol=1e-4)
+        assert float((mean - dense).abs().max()) > 0.05
+
+
+def test_equal_scores_have_no_slope():
+    """Where rounding alone tells scores apart a line is a constant, and nothing is divided by it."""
+    q, k, v = tensors(256)
+    k = k[:, :, :1].expand(1, 1, 256, 16)
+    mean, line = (qaxis.topk_attention(q, k, v, 9, completion=kind).output for kind in KINDS)
+    assert same_bits(mean, line) and line.isfinite().all()
+    zero = qaxis.topk_attention(torch.zeros_like(q), k, v, 9, completion="linear").output
+    # All weights are the same, and all keys but the nine stand for the mean of the complete groups.
+    groups = [v[0, 0, :n].mean(0) for n in (128, 256)]
+    by_hand = [(v[0, 0, :9].sum(0) + (n - 9) * mean) / n for n, mean in zip((255, 256), groups, strict=True)]
+    torch.testing.assert_close(zero[0, 0], torch.stack(by_hand), rtol=1e-5, atol=1e-5)
+
+
+def test_names():
+    q, k, v = tensors(256)
+    line, block = (qaxis.topk_attention(q, k, v, 9, completion=c).output for c in ("linear", "block"))
+    assert same_bits(line, block) and kind_of("block") == "linear"
+    for wrong in ("quadratic", "", "Mean", None, 1, True, ["mean"]):
+        with pytest.raises(ValueError, match="completion=.*'none', 'mean' or 'linear'"):
+            qaxis.topk_attention(q, k, v, 9, completion=wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_how_tensors_lie_and_who_selects_changes_no_bit(kind, dtype):
+    q, k, v = tensors(260, kv_heads=2, group=2, batch=2, dtype=dtype)
+    plain = qaxis.topk_attention(q, k, v, 9, completion=kind).output
+    strided = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in (q, k, v)]
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    for other in (strided, turned):
+        assert same_bits(plain, qaxis.topk_attention(*other, 9, completion=kind).output)
+    assert plain.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_selects_and_the_bits_are_the_same(kind):
+    q, k, v = tensors(140, m=1)
+    got = [qaxis.topk_attention(q, k, v, 9, completion=kind, backend=b).output for b in ("reference", "triton")]
+    assert same_bits(*got)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_rows_and_batches_are_computed_as_if_alone(kind, monkeypatch):
+    q, k, v = tensors(300, m=5, batch=2, kv_heads=2, group=3)
+    whole = qaxis.topk_attention(q, k, v, 11, completion=kind).output
+    for b in range(2):
+        for h in range(6):
+            one = (q[b : b + 1, h : h + 1], *(x[b : b + 1, h // 3 : h // 3 + 1] for x in (k, v)))
+            assert same_bits(whole[b, h], qaxis.topk_attention(*one, 11, completion=kind).output[0, 0])
+    for i in range(5):
+        n = 296 + i
+        row = qaxis.topk_attention(q[:, :, i : i + 1], k[:, :, :n], v[:, :, :n], 11, completion=kind).output
+        assert same_bits(whole[:, :, i : i + 1], row)
+    # However many rows are handled at once.
+    from qaxis.arithmetic import reference as canonical
+
+    for elements in (1, 16 * 512 * 2):
+        monkeypatch.setattr(canonical, "CHUNK_ELEMENTS", elements)
+        some = [x[:, :1] for x in (q[:1], k[:1], v[:1])]
+        assert same_bits(whole[:1, :1], qaxis.topk_attention(*some, 11, completion=kind).output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("logits", [Logits(0.25), Logits(0.25, 2.0), Logits(0.25, None, torch.tensor([0.5, 9.0]))])
+def test_caps_sinks_padding_and_kept_keys(kind, logits):
+    """What models add: raw scores are fitted, logits weighed; the sink may be above every key."""
+    q, k, v = tensors(300, m=3, group=2)
+    place, always = torch.arange(300), Always(3, 5)
+    seen = Seen(torch.tensor([[[0, 40, 200]]]), torch.tensor([[[300, 290, 300]]]))
+    allowed = (place >= seen.begin[..., None]) & (place < seen.end[..., None])
+    assert all(map(torch.equal, seen[:2], seen_of(allowed)[:2]))
+    indices = backend.select(q, k, allowed, torch.full((1, 1, 3), 20), always=always)
+    got = backend.attend(q, k, v, indices, logits, completion=kind, seen=seen)
+    torch.testing.assert_close(got.double(), direct(q, k, v, indices, kind, seen, logits), rtol=1e-4, atol=1e-4)
+    # The last sees no complete group.
+    plain = backend.attend(q, k, v, indices, logits)
+    assert same_bits(got[:, :, 2], plain[:, :, 2]) and not torch.equal(got[:, :, 1], plain[:, :, 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropped", [1, 16, 127, 140])
+def test_what_a_window_dropped_is_counted(kind, dropped):
+    """Groups and runs begin with the first token, wherever the first key is that is left."""
+    q, k, v = tensors(600, m=2, group=2)
+    begin, end = torch.tensor([[[150, 160]]]), torch.tensor([[[590, 600]]])
+    place = torch.arange(600)
+    allowed = (place >= begin[..., None]) & (place < end[..., None])
+    indices = backend.select(q, k, allowed, torch.full((1, 1, 2), 20))
+    whole = backend.attend(q, k, v, indices, Logits(0.25), completion=kind, seen=Seen(begin, end))
+    left = (k[:, :, dropped:], v[:, :, dropped:], indices - dropped)
+    seen = Seen(begin - dropped, end - dropped, dropped)
+    assert same_bits(whole, backend.attend(q, *left, Logits(0.25), completion=kind, seen=seen))
+    away = Seen(begin - dropped, end - dropped, dropped + 1)
+    assert not torch.equal(whole, backend.attend(q, *left, Logits(0.25), completion=kind, seen=away))
+
+
+def test_a_mask_with_holes_is_refused():
+    allowed = torch.ones(1, 1, 2, 9, dtype=torch.bool)
+    assert seen_of(allowed)[0].tolist() == [[[0, 0]]] and seen_of(allowed)[1].tolist() == [[[9, 9]]]
+    allowed[0, 0, 1, 4] = False
+    with pytest.raises(ValueError, match=r"attention_mask.*hidden between visible ones.*range of keys"):
+        seen_of(allowed)
+    # Nothing at all is a range.
+    begin, end, offset = seen_of(torch.zeros(1, 1, 1, 9, dtype=torch.bool), 7)
+    assert int(begin) == int(end) == 0 and offset == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_a_dense_product_give_the_same(kind):
+    """What is not canonical: a coefficient for every value."""
+    q, k, v = tensors(400, m=3, batch=2, kv_heads=2, group=2)
+    seen, logits = all_seen(3, 400), Logits(0.25, 5.0, torch.tensor([0.5, 1.0, -4.0, 7.0]))
+    place = torch.arange(400)
+    visible = ((place >= seen.begin[..., None]) & (place < seen.end[..., None])).expand(2, 4, 3, 400)
+    indices = qaxis.topk_indices(q, k, 20)
+    selected = torch.zeros(2, 4, 3, 400, dtype=torch.bool).scatter_(-1, indices, True)
+    weights = completed_weights(qaxis.canonical_scores(q, k), selected, visible, seen, logits, kind)
+    canonical = completed.attend(q, k, v, indices, logits, kind, seen)
+    torch.testing.assert_close(weights @ v.repeat_interleave(2, 1), canonical, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_that_leave_float32_are_left_out(kind):
+    q, k, v = tensors(256, m=1)
+    v = v.sign() * 3e38
+    out = qaxis.topk_attention(q, k, v, 9, completion=kind).output
+    assert not out.isnan().any()

@@ -1,0 +1,424 @@
+"""``enable(completion=)``: what a model's attention puts back, which way it goes then, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
+
+import qaxis
+from qaxis import Budget
+from qaxis.attention import completed
+from qaxis.attention.always import Always
+from qaxis.attention.completion import Seen, seen_of
+from qaxis.attention.logits import Logits
+from qaxis.attention.selection import causal_mask
+from qaxis.models import attention, decoding, generation, replaying, routing
+from qaxis.models.attended import Attended, Refusal
+from qaxis.models.holding import HOLDER
+from qaxis.models.masks import Shown, dropped_before
+from qaxis.models.settings import Settings, settings_of
+from tests import test_replaying
+
+KINDS = ("mean", "linear")
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+FEW = Budget(0.05, 9)
+WINDOW = 200
+
+
+def prompt(n=150, batch=1, seed=1):
+    return torch.randint(3, 97, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def windowed(window=WINDOW, layers=1):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, head_dim=32,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=window,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+def wide(dtype=torch.float32, layers=1):
+    """A model whose keys have codes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, head_dim=64,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().to(dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every attention call with what it gave."""
+    seen = []
+    attend = routing.attend
+
+    def spy(q, k, v, *rest):
+        done = attend(q, k, v, *rest)
+        seen.append((q, k, v, done))
+        return done
+
+    monkeypatch.setattr(routing, "attend", spy)
+    return seen
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "block"])
+def test_a_forward_pass_is_topk_attention(llama, calls, kind):
+    with (
+        torch.inference_mode(),
+        qaxis.sparse(llama, FEW, completion=kind),
+        qaxis.record(llama, masks=True) as recording,
+    ):
+        whole = llama(prompt(), use_cache=False).logits
+    assert len(calls) == 2 and {x[3].engine for x in calls} == {"canonical"}
+    for i, (q, k, v, done) in enumerate(calls):
+        expected = qaxis.topk_attention(q, k, v, FEW, completion=kind)
+        assert torch.equal(done.output, expected.output)
+        kept = torch.zeros(1, 6, 150, 151, dtype=torch.bool).scatter_(-1, expected.indices % 151, True)[..., :150]
+        # What is recorded is what was kept: nothing that is put back counts.
+        assert torch.equal(recording.layers[i].masks[0], kept)
+    with torch.inference_mode(), qaxis.sparse(llama, FEW):
+        assert not torch.equal(whole, llama(prompt(), use_cache=False).logits)
+
+
+@torch.inference_mode()
+def test_none_is_what_it_was(llama, calls):
+    assert Settings().completion == "none" and attention._settings(llama.model.layers[0].self_attn).completion == "none"
+    with qaxis.sparse(llama, FEW, completion="none"):
+        llama(prompt())
+    q, k, v, done = calls[0]
+    assert torch.equal(done.output, qaxis.topk_attention(q, k, v, FEW).output)
+
+
+def attended(q, k, v, kind, exactness="auto", backend="auto", shown=None, allowed=None, budget=FEW, **more):
+    m, n = q.shape[2], k.shape[2]
+    settings = Settings(budget, exactness, backend, completion=kind, **more)
+    allowed = causal_mask(m, n, "cpu") if allowed is None else allowed
+    return routing.attend(q, k, v, shown, lambda: allowed, Logits(0.25), settings)
+
+
+def tensors(n=270, m=None, batch=1):
+    g = torch.Generator().manual_seed(0)
+    sizes = (batch, 4, n if m is None else m, 16), (batch, 2, n, 16), (batch, 2, n, 16)
+    return tuple(torch.randn(*size, generator=g) for size in sizes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_and_a_chunk_give_the_rows_of_the_prompt(kind):
+    q, k, v = tensors()
+    whole = attended(q, k, v, kind)
+    for start, stop in ((127, 128), (128, 129), (255, 256), (120, 130), (250, 270)):
+        part = attended(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], kind)
+        assert part.engine == "canonical" and torch.equal(part.output, whole.output[:, :, start:stop])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_padding_is_not_put_back(llama, calls, kind):
+    """A row sees what is not padding; the group that padding cuts takes no part in the fit."""
+    ids, mask = prompt(300, 2), torch.ones(2, 300, dtype=torch.long)
+    mask[1, :100] = 0
+    with qaxis.sparse(llama, FEW, completion=kind):
+        llama(ids, attention_mask=mask, use_cache=False)
+    q, k, v, done = calls[0]
+    for row, pads in ((0, 0), (1, 100)):
+        allowed = causal_mask(300, 300, "cpu") & (torch.arange(300) >= pads)
+        one = [x[row : row + 1] for x in (q, k, v)]
+        alone = attended(*one, kind, allowed=allowed, budget=FEW)
+        assert torch.equal(done.output[row : row + 1], alone.output)
+        begin, end = torch.tensor([pads]), torch.arange(1, 301).clamp(min=pads)[None, None]
+        expected = completed.attend(*one, allowed_indices(*one[:2], allowed), Logits(0.25), kind, Seen(begin, end))
+        assert torch.equal(alone.output, expected)
+
+
+def allowed_indices(q, k, allowed):
+    from qaxis.attention import backend
+
+    return backend.select(q, k, allowed, FEW.of(allowed))
+
+
+@pytest.mark.parametrize("kind", ["ours", "sibling", "dynamic", "static"])
+def test_what_a_window_dropped_counts_in_every_cache(kind):
+    """Groups begin with the first token of the text: a token gives what the whole text gives without a cache."""
+    model, ids = windowed(), prompt(336)
+    unwindowed = copy.deepcopy(model.config)
+    unwindowed.sliding_window, unwindowed.layer_types = None, ["full_attention"]
+    cache = {
+        "ours": lambda: qaxis.Cache(model.config), "sibling": lambda: qaxis.Cache(unwindowed),
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=400),
+    }[kind]()  # fmt: skip
+    with torch.inference_mode(), qaxis.sparse(model, 9, completion="linear"):
+        whole = model(ids, use_cache=False).logits
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 320), (320, 323), (323, 324))]
+        parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(324, 336)]
+        parts = torch.cat(parts, 1)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode(), qaxis.sparse(model, 9):
+        assert (model(ids, use_cache=False).logits - whole)[:, -16:].abs().max() > 0.01
+
+
+def test_how_many_tokens_a_window_dropped_is_told_or_refused():
+    model, ids = windowed(), prompt(260)
+    mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
+    assert dropped_before(None, None, 1, 500) == dropped_before(mask, None, 1, 500) == 0
+    assert dropped_before(mask, 201, 1, 200) == dropped_before(None, 150, 200, 200) == 0
+    for given in (None, mask):
+        with pytest.raises(ValueError, match=r"attention_mask=.*dropped: completion"):
+            dropped_before(given, 200, 1, 200)
+    own, cache = torch.ones(1, 1, 1, 200, dtype=torch.bool), DynamicCache(config=model.config)
+    with torch.inference_mode(), qaxis.sparse(model, 9, completion="mean"):
+        # All of the text is there.
+        model(ids, attention_mask=torch.ones(1, 1, 260, 260, dtype=torch.bool).tril(), use_cache=False)
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"attention_mask='Tensor'.*completion"):
+            model(ids[:, :1], attention_mask=own, past_key_values=cache)
+        # Nothing but a completion asks for it.
+        with qaxis.sparse(model, 9):
+            model(ids[:, :1], attention_mask=own, past_key_values=cache)
+
+
+def test_a_mask_that_is_no_range_is_refused_by_name(llama):
+    mask = torch.ones(1, 1, 150, 150, dtype=torch.bool).tril()
+    mask[..., 60] = False
+    for exactness in qaxis.models.settings.EXACTNESS:
+        options = {"exactness": exactness, "completion": "linear"}
+        with torch.inference_mode(), qaxis.sparse(llama, FEW, **options):
+            with pytest.raises(ValueError, match=r"attention_mask=.*hidden between visible ones.*completion"):
+                llama(prompt(), attention_mask=mask, use_cache=False)
+            # Of a dense layer nothing is left out.
+            with qaxis.sparse(llama, "dense", **options):
+                llama(prompt(), attention_mask=mask, use_cache=False)
+
+
+@torch.inference_mode()
+def test_dense_layers_ignore_it(llama):
+    with qaxis.sparse(llama, "dense"):
+        dense = llama(prompt()).logits
+    with qaxis.sparse(llama, "dense", completion="linear", sinks=200):
+        assert torch.equal(dense, llama(prompt()).logits)
+    with qaxis.sparse(llama, FEW, first_dense=2, completion="mean"):
+        assert torch.equal(dense, llama(prompt()).logits)
+    with qaxis.sparse(llama, {0: "dense", "default": 9}, completion="mean"), qaxis.record(llama) as recording:
+        llama(prompt())
+    assert recording.layers[0].dense_calls == recording.layers[1].sparse_calls == 1
+
+
+@pytest.mark.parametrize("always", [Always(), Always(2, 3)])
+def test_dense_products_give_the_same_within_rounding(llama, always):
+    ids, options = prompt(300), {"completion": "linear", **always._asdict()}
+    found = []
+    for exactness in ("auto", "selection"):
+        with torch.inference_mode(), qaxis.sparse(llama, FEW, exactness=exactness, **options):
+            found.append(llama(ids, use_cache=False).logits)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_names_and_room_are_checked(llama):
+    for wrong in ("lines", "", None, 1, True):
+        with pytest.raises(ValueError, match="completion=.*'none', 'mean' or 'linear'"):
+            qaxis.enable(llama, FEW, completion=wrong)
+    with pytest.raises(ValueError, match=r"sinks \+ recent=9: .*less than .* minimum 9: completion='mean'"):
+        qaxis.enable(llama, FEW, sinks=4, recent=5, completion="mean")
+    for options in ({"sinks": 4, "recent": 5}, {"sinks": 4, "recent": 4, "completion": "mean"}):
+        with qaxis.sparse(llama, {0: "dense", "default": FEW}, **options):
+            pass
+    assert settings_of(llama.model.layers[0].self_attn) is None
+
+
+def test_what_is_set_is_put_back_copied_and_pickled(llama):
+    qaxis.enable(llama, FEW, completion="block")
+    with qaxis.sparse(llama, FEW):
+        assert settings_of(llama.model.layers[1].self_attn).completion == "none"
+    for model in (llama, copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+        assert [settings_of(layer.self_attn).completion for layer in model.model.layers] == ["linear"] * 2
+    qaxis.disable(llama)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ways_to_generate_agree(llama, kind):
+    ids = prompt()
+    with qaxis.sparse(llama, FEW, completion=kind):
+        plain = llama.generate(ids, **GREEDY)
+        for options in (
+            {"past_key_values": DynamicCache(config=llama.config)},
+            {"past_key_values": StaticCache(llama.config, max_cache_len=180)}, {"prompt_lookup_num_tokens": 3},
+            {"past_key_values": qaxis.Cache(llama.config, index="bounds")},
+        ):  # fmt: skip
+            assert torch.equal(plain, llama.generate(ids, **GREEDY, **options))
+        beams = [llama.generate(ids, num_beams=3, **GREEDY) for _ in range(2)]
+        # 8 bits change numbers: the same way twice.
+        codes = [llama.generate(ids, past_key_values=qaxis.Int8Cache(llama.config), **GREEDY) for _ in range(2)]
+    assert torch.equal(*beams) and torch.equal(*codes)
+
+
+# Which way it goes
+
+
+def held(cache, layer=0):
+    """Keys and values as a layer of a cache of ours hands them to attention."""
+    kv = cache.layers[layer].kv
+    k, v = kv.views() if isinstance(cache, qaxis.Cache) else cache.layers[layer].update(*none_of(kv), lazy=True)
+    for x in (k, v):
+        setattr(x, HOLDER, kv)
+    return k, v
+
+
+def none_of(kv):
+    return [torch.zeros(kv.batch, kv.heads, 0, d, dtype=t) for d, t in zip(kv.dims, kv.dtypes, strict=True)]
+
+
+def way(model, kind="linear", backend="cuda", tokens=1, cache=None, ids=None, **options):
+    """How attention of the tokens after a prompt went, and what they gave."""
+    ids = prompt(140) if ids is None else ids
+    cache = qaxis.Cache(model.config, index="bounds") if cache is None else cache
+    with torch.inference_mode():
+        with qaxis.sparse(model, FEW, backend="reference", completion=kind):
+            model(ids, past_key_values=cache)
+        with qaxis.sparse(model, FEW, backend=backend, completion=kind, **options), qaxis.record(model) as recording:
+            logits = model(ids[:, :tokens], past_key_values=cache).logits
+    return set(recording.engines), logits
+
+
+def test_refusals_are_told(llama):
+    foreign = DynamicCache(config=llama.config)
+    for expected, options in (
+        (decoding.FOREIGN, {"cache": foreign}), (decoding.DRAFTED, {"tokens": 2}),
+        (decoding.DRAFTED, {"tokens": 2, "cache": qaxis.Int8Cache(llama.config)}),
+        (decoding.TRITON, {"backend": "triton"}), (Refusal("backend='reference'"), {"backend": "reference"}),
+        (Refusal("there is no GPU"), {"backend": "auto"}),
+    ):  # fmt: skip
+        assert way(llama, **options)[0] == {f"canonical: {expected}"}
+    assert way(windowed(), ids=prompt(230), cache=None)[0] == {f"canonical: {decoding.WINDOW}"}
+    assert way(windowed(), tokens=1)[0] == {f"canonical: {decoding.WINDOW}"}
+
+
+def test_where_no_step_runs_attention_is_canonical(llama, monkeypatch):
+    class Nothing:
+        def engine(self, *args, completion, **kwargs):
+            raise RuntimeError(f"completion={completion!r}: no step")
+
+    monkeypatch.setattr(decoding, "_decoder", lambda *args: Nothing())
+    assert way(llama)[0] == {"canonical: completion='linear': no step"}
+
+
+def test_strict_mode_refuses_what_nobody_asked_for(llama):
+    module, strict = llama.model.layers[1].self_attn, Settings(strict=True, completion="mean")
+    for refusal in (decoding.FOREIGN, decoding.DRAFTED, decoding.WINDOW):
+        with pytest.raises(RuntimeError, match=f"layer 1: canonical attention, as {refusal}"):
+            attention._check_strict(module, Attended(torch.zeros(1), None, "canonical", (refusal,)), strict)
+    for refusal in (decoding.TRITON, decoding.CODES):
+        attention._check_strict(module, Attended(torch.zeros(1), None, "canonical", (refusal,)), strict)
+
+
+def test_what_is_no_step_is_not_captured(llama):
+    cache = qaxis.Cache(llama.config)
+    with torch.inference_mode(), qaxis.sparse(llama, FEW, backend="cuda", completion="mean"):
+        llama(prompt(20), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="no step that can be repeated: a completion of several queries"):
+            with routing.only_steps():
+                llama(prompt(2), past_key_values=cache)
+    model = windowed()
+    for kind, expected in (("none", ""), ("mean", "a completion in a window is no step")):
+        with torch.inference_mode(), qaxis.sparse(model, FEW, completion=kind):
+            cache = qaxis.Cache(model.config)
+            model(prompt(20), past_key_values=cache)
+            kwargs = {"input_ids": prompt(1), "position_ids": torch.tensor([[20]]), "past_key_values": cache}
+            assert replaying.Replaying(model, model.forward, None)._refusal((), kwargs) == expected
+
+
+class Step:
+    """In the place of a decoder: canonical sums, if the moments that it is given are those of what the rows see."""
+
+    def engine(self, q, k, v, index, always, logits, completion="none"):
+        return "cuda", ""
+
+    def run(self, q, k, v, index, rows, logits, always, completion="none", moments=None):
+        from qaxis.attention import backend
+        from qaxis.storage.moments import add_groups, empty
+
+        place = torch.arange(k.shape[2])
+        allowed = ((place >= rows[:, :1]) & (place < rows[:, 1:2]))[:, None, None]
+        indices = backend.select(q, k, allowed, rows[:, 2, None, None].long(), always=always)
+        for row, (begin, end) in enumerate(rows[:, :2].tolist()):
+            one = [x[row : row + 1] for x in (k, v)]
+            expected = add_groups(empty(*one), *one, -(-begin // 128), end // 128)
+            assert all(torch.equal(x[row : row + 1], y) for x, y in zip(moments, expected, strict=True))
+        out = completed.attend(q, k, v, indices, logits, completion, seen_of(allowed))
+        from qaxis.decode.triton_step import Step as Result
+
+        return Result(out, indices, torch.zeros(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_those_of_what_a_token_sees(llama, monkeypatch, kind):
+    """A padded batch whose rows change places: every token as canonical attention has it."""
+    monkeypatch.setattr(decoding, "_decoder", lambda *args: Step())
+    ids, mask = prompt(254, 2), torch.ones(2, 262, dtype=torch.long)
+    mask[1, :60] = 0
+    found = {}
+    for backend in ("reference", "cuda"):
+        cache = qaxis.Cache(llama.config, index="bounds")
+        with torch.inference_mode(), qaxis.sparse(llama, FEW, backend="reference", completion=kind):
+            llama(ids, attention_mask=mask[:, :254], past_key_values=cache)
+        with torch.inference_mode(), qaxis.sparse(llama, FEW, backend=backend, completion=kind):
+            for i in range(254, 262):
+                rows = mask.flip(0) if i > 257 else mask
+                if i == 258:
+                    cache.reorder_cache(torch.tensor([1, 0]))
+                if i == 260:
+                    cache.crop(-2)
+                out = llama(
+                    ids[:, :1] + i - 254, attention_mask=rows[:, : cache.get_seq_length() + 1], past_key_values=cache
+                )
+                found.setdefault(backend, []).append(out.logits)
+    assert all(map(torch.equal, *found.values()))
+
+
+def test_while_a_step_is_captured_the_pads_are_the_graphs(llama, monkeypatch):
+    asked = []
+    monkeypatch.setattr(decoding, "_decoder", lambda *args: Step())
+    cache, pads = qaxis.Cache(llama.config, index="bounds"), torch.tensor([7], dtype=torch.int32)
+    with torch.inference_mode():
+        llama(prompt(150), past_key_values=cache)
+        kv, q = cache.layers[0].kv, torch.randn(1, 6, 1, 16)
+        moments = kv.moments
+        monkeypatch.setattr(kv, "moments", lambda pads: asked.append(pads) or moments(pads))
+        cache.shared.pads = pads
+        settings = Settings(FEW, backend="cuda", completion="mean")
+        decoding.attend(q, *held(cache), Shown(), Logits(0.25), settings)
+        with decoding.rows_into(cache.shared, object()):
+            decoding.attend(q, *held(cache), Shown(), Logits(0.25), settings)
+    assert asked[0] is None and asked[1] is pads
+
+
+@pytest.fixture
+def replayed(llama, monkeypatch):
+    """As in test_replaying.py, with a completion in the graph and in the model."""
+    monkeypatch.setattr(replaying, "CapturedStep", test_replaying.Graph)
+    monkeypatch.setattr(replaying, "LEAST", 8)
+    monkeypatch.setattr(generation, "replaying", test_replaying.without_gpu())
+    model = copy.deepcopy(llama)
+    test_replaying.Graph.model, test_replaying.Graph.made = copy.deepcopy(llama), []
+    return model
+
+
+@pytest.mark.parametrize("kind", ["none", "linear"])
+def test_tokens_are_replays_once_two_were_proven(replayed, monkeypatch, kind):
+    """A graph that completes stands for a model that does, and for no other: the two tokens run both ways differ."""
+    enable = qaxis.enable
+    monkeypatch.setattr(
+        qaxis, "enable", lambda model, *args, **options: enable(model, *args, completion="linear", **options)
+    )
+    enable(replayed, Budget(0.2, 5), backend="reference", completion=kind)
+    out = replayed.generate(prompt(140), **{**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12})
+    replays = [graph.replays for graph in test_replaying.Graph.made]
+    enable(replayed, Budget(0.2, 5), backend="reference", completion=kind)
+    monkeypatch.setattr(replaying, "WARM", 10**9)
+    eager = replayed.generate(prompt(140), **{**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12})
+    assert torch.equal(out, eager) and replays == ([1] if kind == "none" else [9])
