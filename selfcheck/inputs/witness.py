@@ -125,7 +125,9 @@ def completed(
             kept = [groups[b, g, group] for group in whole] if kind != "none" else []
             keys, values = kn[b, g, begin:end], vn[b, g, begin:end]
             count = k_eff(coverage, minimum, end - begin)
-            chosen, output[b, h, i] = _completed_row(qn[b, h, i], keys, values, count, kept, kind, begin, h, told)
+            ends = (whole.start * GROUP - told.offset - begin, whole.stop * GROUP - told.offset - begin)
+            row = _completed_row(qn[b, h, i], keys, values, count, kept, ends, kind, begin, h, told)
+            chosen, output[b, h, i] = row
             indices[b, h, i, : len(chosen)] = chosen + begin
     return {"indices": torch.from_numpy(indices), "output": torch.from_numpy(output).to(q.dtype)}
 
@@ -138,9 +140,12 @@ def moments(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _completed_row(
     q: np.ndarray, keys: np.ndarray, values: np.ndarray, count: int, kept: list[tuple[np.ndarray, np.ndarray]],
-    kind: str, begin: int, head: int, told: Setting,
+    ends: tuple[int, int], kind: str, begin: int, head: int, told: Setting,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """(selected of the keys that are seen, output) of one query; ``kept``: moments of the groups it sees whole."""
+    """(selected of the keys that are seen, output) of one query.
+
+    ``kept``: moments of the groups that it sees whole, whose keys are those from ``ends[0]`` up to ``ends[1]``.
+    """
     score, scale = tree(q * keys), q.shape[0] ** -0.5 if told.scale is None else told.scale
     logit, factor = score, F32(scale * math.log2(math.e))
     if told.cap is not None or told.sink is not None:
@@ -156,31 +161,50 @@ def _completed_row(
     weight = exp2((logit[chosen] - top) * factor)
     below, above = tree(weight), tree(weight * values[chosen].T)
     below = below if sink is None else below + exp2((sink - top) * factor)
-    if not kept:
+    inside = (chosen >= ends[0]) & (chosen < ends[1])
+    many = GROUP * len(kept) - int(inside.sum())
+    if not kept or many == 0:
         return chosen, above / below
     products, sums = np.zeros_like(kept[0][0]), np.zeros_like(kept[0][1])
     for one in kept:
         products, sums = products + one[0], sums + one[1]
-    n, dim, wide = F32(GROUP * len(kept)), q.shape[0], values.shape[1]
-    cross, total = tree(products * q), tree(sums[wide:] * q)
-    mean_score, mean_value, slope = total / n, sums[:wide] / n, np.zeros(wide, F32)
-    second = tree(q * cross[-dim:])
-    spread = second - total * mean_score
-    if kind == "linear" and spread > second * LEAST:
-        slope = (cross[:wide] - mean_score * sums[:wide]) / spread
+    # Of all keys of whole groups along the query, then of those that are not selected.
+    dim, wide = q.shape[0], values.shape[1]
+    cross = tree(products * q)
+    second, own = tree(q * cross[-dim:]), np.where(inside, score[chosen], F32(0))
+    total = tree(sums[wide:] * q) - tree(own)
+    mean = total / F32(many)
+    spread = (second - tree(own * own)) - total * mean
     left = np.ones(len(score), bool)
     left[chosen] = False
-    runs = (begin + told.offset + np.arange(len(score))) // RUN
+    mass, excess = _tail(score, logit, left, top, factor, mean, begin + told.offset)
+    alpha, beta = mass / F32(many), F32(0)
+    if kind == "linear" and spread > second * LEAST:
+        tilted = alpha - excess / spread * mean
+        alpha, beta = (tilted, excess / spread) if np.isfinite(tilted) else (alpha, beta)
+    added = alpha * sums[:wide] + beta * cross[:wide]
+    weight = weight - np.where(inside, alpha + beta * score[chosen], F32(0))
+    above = tree(weight * values[chosen].T) + np.where(np.isfinite(added), added, F32(0))
+    return chosen, above / (below + mass)
+
+
+def _tail(
+    score: np.ndarray, logit: np.ndarray, left: np.ndarray, top: np.ndarray, factor: np.float32, mean: np.ndarray,
+    first: int,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Sum of the weights of the keys that are ``left``, and of weights times distances of scores from ``mean``.
+
+    By runs of 16, which begin with the first token of all; ``first`` tokens come before the first score.
+    """
+    runs = (first + np.arange(len(score))) // RUN
     mass, excess = np.zeros(runs[-1] + 1, F32), np.zeros(runs[-1] + 1, F32)
     for run in range(runs[0], runs[-1] + 1):
         # Sixteen places, of which those that hold nothing add zero.
         p, away, here = np.zeros(RUN, F32), np.zeros(RUN, F32), np.flatnonzero(runs == run)
-        place, best = (begin + told.offset + here) % RUN, here[np.argmax(score[here])]
+        place, best = (first + here) % RUN, here[np.argmax(score[here])]
         p[place] = np.where(left[here], exp2((logit[here] - logit[best]) * factor), F32(0))
         away[place] = np.where(left[here], score[here] - score[best], F32(0))
         share, apart = tree(p), tree(p * away)
         relative = exp2((min(logit[best], top) - top) * factor)
-        mass[run], excess[run] = relative * share, relative * (apart + share * (score[best] - mean_score))
-    mean, rise = tree(mass) * mean_value, tree(excess) * slope
-    added = np.where(np.isfinite(mean), mean, F32(0)) + np.where(np.isfinite(rise), rise, F32(0))
-    return chosen, (above + added) / (below + tree(mass))
+        mass[run], excess[run] = relative * share, relative * (apart + share * (score[best] - mean))
+    return tree(mass), tree(excess)
