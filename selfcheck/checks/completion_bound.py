@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ class Rows:
     Attributes:
         x: scores ``[H, N]``. v: values ``[H, N, Dv]``.
         chosen: the selected keys, bool ``[H, N]``.
-        whole: so many first keys are those of whole groups, which the line is fitted to.
+        whole: so many first keys are those of whole groups; the line is fitted to the unselected ones of them.
         scale: of the softmax.
     """
 
@@ -50,6 +51,11 @@ class Rows:
     chosen: torch.Tensor
     whole: int
     scale: float
+
+    @property
+    def fitted(self) -> torch.Tensor:
+        """The keys that the line is fitted to, bool ``[H, N]``."""
+        return ~self.chosen & (torch.arange(self.x.shape[1]) < self.whole)
 
     @property
     def p(self) -> torch.Tensor:
@@ -71,12 +77,13 @@ class Line(NamedTuple):
 
 
 def fitted(rows: Rows, kind: str) -> Line:
-    """Least squares over the keys of whole groups."""
-    x, v = rows.x[:, : rows.whole], rows.v[:, : rows.whole]
-    middle, mean = x.mean(-1), v.mean(1)
-    away = x - middle[:, None]
+    """Least squares over the unselected keys of whole groups."""
+    among = rows.fitted.double()
+    count = among.sum(-1, keepdim=True)
+    middle, mean = (among * rows.x).sum(-1) / count[:, 0], (among[:, None] @ rows.v)[:, 0] / count
+    away = among * (rows.x - middle[:, None])
     spread = away.square().sum(-1)
-    slope = (away[:, None] @ v)[:, 0] / spread[:, None]
+    slope = (away[:, None] @ rows.v)[:, 0] / spread[:, None]
     return Line(middle, mean, slope if kind == "linear" else torch.zeros_like(slope), spread)
 
 
@@ -102,62 +109,56 @@ def predicted(rows: Rows, line: Line) -> torch.Tensor:
 
 
 class Known(NamedTuple):
-    """What of the residuals a selector knows that read the selected values, and those of no whole group.
+    """What a selector knows of residuals that read the values of selected keys, and of keys of no whole group.
 
     Attributes:
-        chosen: residuals ``[H, N, Dv]`` of selected keys, 0 elsewhere.
         apart: lengths ``[H, N]`` of the residuals of keys of no whole group, 0 elsewhere.
-        left: length ``[H]`` of all residuals of unselected keys of whole groups together, from the moments.
-        most: the largest length ``[H]`` of their sums by unit vectors, where the values' second moment is kept as well.
+        together: length ``[H]`` of all residuals of unselected keys of whole groups, if beside the moments the sum of
+            the squares of values is kept.
+        most: their largest length ``[H]`` along one direction, if the second moment of values is.
     """
 
-    chosen: torch.Tensor
     apart: torch.Tensor
-    left: torch.Tensor
+    together: torch.Tensor
     most: torch.Tensor
 
 
 def known(rows: Rows, line: Line) -> Known:
     """No value of an unselected key of a whole group is looked at, but in sums over all keys of whole groups."""
-    n, x, v = rows.whole, rows.x, rows.v
-    moment = v[:, :n].transpose(1, 2) @ v[:, :n]
-    own = torch.where(rows.chosen[..., None], v - line.at(x), 0.0)
-    apart = (v[:, n:] - line.at(x[:, n:])).norm(dim=-1)
-    inside = own[:, :n]
-    rest = moment - n * line.mean[:, :, None] * line.mean[:, None]
-    rest = rest - line.spread[:, None, None] * line.slope[:, :, None] * line.slope[:, None]
-    rest = rest - inside.transpose(1, 2) @ inside
+    n, v = rows.whole, rows.v[:, : rows.whole]
+    moment, own = v.transpose(1, 2) @ v, torch.where(rows.chosen[:, :n, None], v, 0.0)
+    apart = (rows.v[:, n:] - line.at(rows.x[:, n:])).norm(dim=-1)
+    left = moment - own.transpose(1, 2) @ own
+    left = left - rows.fitted.sum(-1)[:, None, None] * line.mean[:, :, None] * line.mean[:, None]
+    left = left - line.spread[:, None, None] * line.slope[:, :, None] * line.slope[:, None]
     # Differences of large sums: what float64 may have lost is added.
     slack = EXACT * moment.diagonal(dim1=1, dim2=2).sum(-1)
-    left = (rest.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=0) + slack).sqrt()
-    most = (torch.linalg.eigvalsh(rest)[:, -1].clamp(min=0) + slack).sqrt()
-    return Known(own, torch.nn.functional.pad(apart, (n, 0)), left, most)
+    together = (left.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=0) + slack).sqrt()
+    most = (torch.linalg.eigvalsh(left)[:, -1].clamp(min=0) + slack).sqrt()
+    return Known(torch.nn.functional.pad(apart, (n, 0)), together, most)
 
 
 def straight(rows: Rows, x: torch.Tensor, p: torch.Tensor, line: Line) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights ``p`` of unselected keys of whole groups as a line in ``x``, at all keys ``[H, N]``, and its slope.
+    """The line in ``x`` through the weights ``p`` of the keys that are fitted to, at all keys ``[H, N]``; its slope.
 
     Of the mean a constant: its residuals are not orthogonal to scores.
     """
-    tail = ~rows.chosen[:, : rows.whole]
-    x, p = x[:, : rows.whole], p[:, : rows.whole]
-    count = tail.sum(-1, keepdim=True).clamp(min=1)
-    middle, mean = ((y * tail).sum(-1, keepdim=True) / count for y in (x, p))
-    away = (x - middle) * tail
-    rise = (away * p).sum(-1, keepdim=True) / away.square().sum(-1, keepdim=True).clamp(min=1e-300)
+    among = rows.fitted.double()
+    count = among.sum(-1, keepdim=True)
+    middle, mean = ((among * y).sum(-1, keepdim=True) / count for y in (x, p))
+    away = among * (x - middle)
+    rise = (away * p).sum(-1, keepdim=True) / away.square().sum(-1, keepdim=True)
     rise = torch.where((line.slope != 0).any(-1, keepdim=True), rise, 0.0)
     return mean + rise * (x - middle), rise
 
 
 def bounds(rows: Rows, line: Line, seen: Known) -> tuple[torch.Tensor, torch.Tensor]:
     """Theorem 5, ``[H]`` each: with the squares of all residuals together, and with their second moment."""
-    p, n = rows.p, rows.whole
+    p, total = rows.p, rows.p.sum(-1)
     ruled, _ = straight(rows, rows.x, p, line)
-    crooked = torch.where(rows.chosen[:, :n], 0.0, p[:, :n] - ruled).norm(dim=-1)
-    chosen = (torch.where(rows.chosen[:, :n], ruled, 0.0)[:, None] @ seen.chosen[:, :n])[:, 0].norm(dim=-1)
+    crooked = (rows.fitted * (p - ruled)).norm(dim=-1)
     apart = (torch.where(rows.chosen, 0.0, p) * seen.apart).sum(-1)
-    total = p.sum(-1)
-    return (crooked * seen.left + chosen + apart) / total, (crooked * seen.most + chosen + apart) / total
+    return (crooked * seen.together + apart) / total, (crooked * seen.most + apart) / total
 
 
 class Blurred(NamedTuple):
@@ -175,22 +176,20 @@ def blurred_output(rows: Rows, line: Line, blurred: Blurred) -> torch.Tensor:
 
 
 def blurred_bound(rows: Rows, line: Line, seen: Known, blurred: Blurred) -> torch.Tensor:
-    """The bound where only intervals are known: nothing but centres, widths and what :class:`Known` has."""
-    n, tail = rows.whole, ~rows.chosen
+    """Theorem 6: nothing but centres, widths, the line's moments, and what :class:`Known` has."""
+    among, tail = rows.fitted, ~rows.chosen
     p = torch.exp((blurred.x - rows.x.amax(-1, keepdim=True)) * rows.scale)
     width = torch.where(tail, blurred.width, 0.0)
     more = torch.expm1(rows.scale * width)
     ruled, rise = straight(rows, blurred.x, p, line)
-    crooked = torch.where(tail[:, :n], p[:, :n] - ruled, 0.0).norm(dim=-1)
-    moved = rise[:, 0].abs() * width[:, :n].norm(dim=-1) + (more * p)[:, :n].norm(dim=-1)
-    # The line through the weights is taken at the centres; a selected key's centre is its score.
-    chosen = (torch.where(tail[:, :n], 0.0, ruled)[:, None] @ seen.chosen[:, :n])[:, 0].norm(dim=-1)
+    crooked = (among * (p - ruled)).norm(dim=-1)
+    moved = rise[:, 0].abs() * (among * width).norm(dim=-1) + (among * more * p).norm(dim=-1)
     apart = (torch.where(tail, p * (1 + more), 0.0) * seen.apart).sum(-1)
     slope = line.slope.norm(dim=-1) * (p * (1 + more) * width).sum(-1)
     here = blurred_output(rows, line, blurred)
     away = (line.at(blurred.x) - here[:, None]).norm(dim=-1)
     least = torch.where(tail, p / (1 + more), p).sum(-1)
-    return ((crooked + moved) * seen.left + chosen + apart + slope + (more * p * away * tail).sum(-1)) / least
+    return ((crooked + moved) * seen.together + apart + slope + (more * p * away * tail).sum(-1)) / least
 
 
 # ---- Measured tokens -------------------------------------------------------------------------
@@ -228,11 +227,9 @@ def _rows_of(one: Captured, near: torch.Tensor, position: int, budget: qaxis.Bud
         q[0, :, 0].double(), *(y[0, :, :n].double().repeat_interleave(group, 0) for y in (one.k, near, one.v))
     )  # fmt: skip
     x = (keys @ wide[..., None])[..., 0]
-    whole = n // GROUP * GROUP
-    unread = ~chosen & (torch.arange(n) < whole)
-    centre = torch.where(unread, (coded @ wide[..., None])[..., 0], x)
-    width = torch.where(unread, wide.norm(dim=-1)[:, None] * (coded - keys).norm(dim=-1) * (1 + EXACT), 0.0)
-    rows = Rows(x, values, chosen, whole, q.shape[-1] ** -0.5)
+    rows = Rows(x, values, chosen, n // GROUP * GROUP, q.shape[-1] ** -0.5)
+    centre = torch.where(rows.fitted, (coded @ wide[..., None])[..., 0], x)
+    width = torch.where(rows.fitted, wide.norm(dim=-1)[:, None] * (coded - keys).norm(dim=-1) * (1 + EXACT), 0.0)
     return rows, Blurred(centre, width)
 
 
@@ -252,8 +249,8 @@ def _measured(found: Found, name: str, label: str, rows: Rows, blurred: Blurred)
         found.add(f"{name}_{kind}_second", second)
         for by, bound in (("bound", together), ("second moment", second)):
             found.held(f"{label}, {kind}, {by}", error, bound)
-    deviation = (rows.v[:, : rows.whole] - line.mean[:, None]).square().sum((1, 2))
-    found.add("spread", (deviation / rows.whole).sqrt())
+    deviation = (rows.fitted[..., None] * (rows.v - line.mean[:, None])).square().sum((1, 2))
+    found.add(f"{name}_spread", (deviation / rows.fitted.sum(-1)).sqrt())
     found.add("explained", line.spread * line.slope.square().sum(-1) / deviation)
     # What a line takes off a mean's error: E / Z times the slope.
     excess = (torch.where(rows.chosen, 0.0, rows.p) * (rows.x - line.middle[:, None])).sum(-1) / rows.p.sum(-1)
@@ -261,7 +258,6 @@ def _measured(found: Found, name: str, label: str, rows: Rows, blurred: Blurred)
     apart = (errors["mean"] - errors["linear"] - taken).norm(dim=-1).max() / rows.v.abs().max()
     if not float(apart) <= EXACT:
         found.wrong.append(f"{label}: mean and line differ by something else than the slope, {float(apart):.1e}")
-    found.add(f"{name}_taken", taken.norm(dim=-1))
     here = blurred_output(rows, line, blurred)
     wide = blurred_bound(rows, line, seen, blurred)
     found.held(f"{label}, codes", (dense - here).norm(dim=-1), wide)
@@ -289,51 +285,58 @@ def _held_to_theory(found: Found, label: str, one: Captured, position: int, budg
 # ---- The smallest examples -------------------------------------------------------------------
 
 
-def exact_errors(powers: tuple[int, ...], values: tuple[int, ...]) -> dict[str, Fraction]:
-    """Errors of one channel in rational numbers: weights are 2^x, the first key is kept, every key is fitted to."""
+def exact_errors(powers: Sequence[int], values: Sequence[int]) -> dict[str, Fraction]:
+    """Errors of one channel in rational numbers: weights are 2^x, the first key is kept, the others are fitted to."""
     zero = Fraction(0)
     x, v, p = [Fraction(a) for a in powers], [Fraction(a) for a in values], [Fraction(1 << a) for a in powers]
-    total, n = sum(p, zero), len(powers)
+    total, n = sum(p, zero), len(powers) - 1
     dense = sum((a * b for a, b in zip(p, v, strict=True)), zero) / total
-    middle, mean = sum(x, zero) / n, sum(v, zero) / n
-    spread = sum(((a - middle) ** 2 for a in x), zero)
-    rise = sum(((a - middle) * b for a, b in zip(x, v, strict=True)), zero) / spread if spread else zero
+    middle, mean = sum(x[1:], zero) / n, sum(v[1:], zero) / n
+    spread = sum(((a - middle) ** 2 for a in x[1:]), zero)
+    together = sum(((a - middle) * b for a, b in zip(x[1:], v[1:], strict=True)), zero)
     found = {"none": v[0] - dense}
-    for kind, slope in (("mean", zero), ("linear", rise)):
+    for kind, slope in (("mean", zero), ("linear", together / spread if spread else zero)):
         tail = sum((a * (mean + slope * (b - middle)) for a, b in zip(p[1:], x[1:], strict=True)), zero)
         found[kind] = (p[0] * v[0] + tail) / total - dense
     return found
 
 
-#: scores in powers of two, values: without completion nothing is lost, with it something
-THREE = ((2, 1, 0), (0, 1, -2))
+#: scores in powers of two, and values: nothing is lost without a completion; with a mean, with a line
+EXAMPLES = {"mean": ((2, 1, 0), (0, 1, -2)), "linear": ((3, 2, 1, 0), (0, 0, 1, -2))}
 
 
 def _examples(found: Found) -> dict[str, Any]:
-    """Two keys never lose by it; three may, and the library loses the same."""
-    pairs = worse = 0
-    for x, values in itertools.product(range(6), itertools.product(range(-5, 6), repeat=2)):
-        errors = exact_errors((x, 0), values)
-        pairs += 1
-        worse += any(abs(errors[kind]) > abs(errors["none"]) for kind in KINDS)
+    """With fewer keys than in :data:`EXAMPLES` a completion never loses; with those it does, in the library too."""
+    tried = worse = 0
+    small = [((x, 0), v) for x in range(6) for v in itertools.product(range(-5, 6), repeat=2)]
+    more = itertools.product(itertools.combinations_with_replacement((4, 3, 2, 1, 0), 3), range(-2, 3), range(-2, 3))
+    for kinds, powers, values in [
+        *((KINDS, *one) for one in small), *((KINDS[1:], x, (0, a, b)) for x, a, b in more)
+    ]:  # fmt: skip
+        errors = exact_errors(powers, values)
+        tried += 1
+        worse += any(abs(errors[kind]) > abs(errors["none"]) for kind in kinds)
     if worse:
-        found.wrong.append(f"{worse} examples of two keys lose by a completion")
-    errors = exact_errors(*THREE)
-    if errors["none"] or not errors["mean"] or not errors["linear"]:
-        found.wrong.append(f"the example of three keys gives {errors}")
-    # A whole group of each, so that the line is fitted to three keys of equal weight.
-    k, v = (torch.tensor(y, dtype=torch.float32).repeat_interleave(GROUP).reshape(1, 1, -1, 1) for y in THREE)
-    got = {}
-    for kind in ("none", *KINDS):
-        out = qaxis.topk_attention(
-            torch.ones(1, 1, 1, 1), k, v, GROUP, scale=math.log(2), backend="reference", completion=kind
-        ).output  # fmt: skip
-        got[kind] = float(out)
-        # Dense attention gives 0.
-        if abs(got[kind] - float(errors[kind])) > 1e-6:
-            found.wrong.append(f"three keys, {kind}: the library gives {got[kind]}, exact is {errors[kind]}")
-    found.names += ["two keys", *(f"three keys, {kind}" for kind in got)]
-    return {"pairs": pairs, "worse": worse, "three": {kind: str(error) for kind, error in errors.items()}}
+        found.wrong.append(f"{worse} of {tried} smaller examples lose by a completion")
+    exact: dict[str, dict[str, str]] = {}
+    for name, (powers, values) in EXAMPLES.items():
+        errors = exact_errors(powers, values)
+        exact[name] = {kind: str(error) for kind, error in errors.items()}
+        if errors["none"] or not errors[name]:
+            found.wrong.append(f"the example of {len(powers)} keys gives {exact[name]}")
+        # A whole group of each.
+        k, v = (torch.tensor(y, dtype=torch.float32).repeat_interleave(GROUP) for y in (powers, values))
+        for kind, error in errors.items():
+            got = qaxis.topk_attention(
+                torch.ones(1, 1, 1, 1), k.reshape(1, 1, -1, 1), v.reshape(1, 1, -1, 1), GROUP, scale=math.log(2),
+                backend="reference", completion=kind,
+            ).output  # fmt: skip
+            # Dense attention gives 0.
+            if abs(float(got) - float(error)) > 1e-6:
+                found.wrong.append(f"{len(powers)} keys, {kind}: the library gives {float(got)}, exact is {error}")
+            found.names.append(f"{len(powers)} keys, {kind}")
+    found.names.append("fewer keys")
+    return {"tried": tried, "worse": worse, "exact": exact}
 
 
 # ---- The check -------------------------------------------------------------------------------
@@ -373,8 +376,7 @@ def _result(found: Found, examples: dict[str, Any], layers: int, positions: int)
         "rounding": value(float(found.of("rounding").max()), "of the largest value"),
         "explained": value(100 * float(found.of("explained").median()), "% of the squares"),
         "width": value(float(found.of("width").median()), "logits"),
-        "pairs": value(examples["pairs"], "examples of two keys"),
-        "pairs_worse": value(examples["worse"], "examples of two keys"),
+        "smaller": value(examples["worse"], "examples", n=examples["tried"]),
     }  # fmt: skip
     rows = []
     for name in BUDGETS:
@@ -388,9 +390,7 @@ def _result(found: Found, examples: dict[str, Any], layers: int, positions: int)
                 ratio = found.of(f"{name}_{kind}_{by}") / error
                 row[f"{kind}_{by}"], row[f"{kind}_{by}_least"] = float(ratio.median()), float(ratio.min())
         line, coded = found.of(f"{name}_linear"), found.of(f"{name}_coded")
-        squares = [float(found.of(f"{name}_{what}").square().sum()) for what in ("taken", "mean", "linear")]
-        row["slope"] = squares[0] / (squares[1] - squares[2])
-        row["of_mass"] = float((found.of(f"{name}_linear_bound") / (mass * found.of("spread")[: len(mass)])).median())
+        row["of_mass"] = float((found.of(f"{name}_linear_bound") / (mass * found.of(f"{name}_spread"))).median())
         row["coded"], row["moved"] = _rms(coded) / _rms(line), _rms(found.of(f"{name}_moved")) / _rms(line)
         row["coded_bound"] = float((found.of(f"{name}_coded_bound") / found.of(f"{name}_linear_bound")).median())
         rows.append(row)
@@ -403,6 +403,6 @@ def _result(found: Found, examples: dict[str, Any], layers: int, positions: int)
         f"of the keys the mean leaves {rows[0]['mean']:.2f}, the line {rows[0]['linear']:.2f}",
         values=values,
         cases=len(found.names),
-        data={"rows": rows, "three": examples["three"]},
+        data={"rows": rows, "examples": examples["exact"]},
         checks=found.names,
     )
