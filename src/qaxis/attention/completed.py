@@ -95,8 +95,8 @@ def _rows(
     left = visible & ~taken.scatter_(1, torch.where(live, chosen, n), True)[:, :n]
     # Runs and the tree over them begin with the first token, also where a window dropped it.
     score, left, visible = (torch.nn.functional.pad(x, (offset, 0)) for x in (score, left, visible))
-    rest = completion.tail(score, left, visible, plain.top, line.mean, logits)
-    weights = completion.affine(rest, line, kind)
+    rest = completion.tail(score, left, visible, plain.top, fitted.mean, logits)
+    weights = completion.affine(rest, fitted.mean, line, kind)
     instead = torch.where(counted, weights.alpha[:, None] + weights.beta[:, None] * picked, 0.0)
     done = weighted_sums(picked, own, live, logits, head, instead)
     numerator = done.numerator + completion.added(fitted, weights)

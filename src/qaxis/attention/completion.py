@@ -86,6 +86,11 @@ class Fitted(NamedTuple):
     values: torch.Tensor
     cross: torch.Tensor
 
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean of their raw scores, float32 ``[R]``."""
+        return self.total / torch.full_like(self.total, max(self.many, 1))
+
 
 def along(q: torch.Tensor, moments: Moments, count: int) -> Fitted:
     """What ``moments`` say along queries ``[R, D]``, float32, of one KV head.
@@ -132,13 +137,12 @@ class Tail(NamedTuple):
 
     #: sum of weights, W
     mass: torch.Tensor
-    #: sum of weights times the scores' distance from the mean score of the unselected keys of complete groups, E
+    #: sum of weights times the scores' distance from the mean score of all keys of complete groups
     excess: torch.Tensor
 
 
 def tail(
-    score: torch.Tensor, left: torch.Tensor, visible: torch.Tensor, top: torch.Tensor, mean_score: torch.Tensor,
-    logits: Logits,
+    score: torch.Tensor, left: torch.Tensor, visible: torch.Tensor, top: torch.Tensor, mean: torch.Tensor, logits: Logits
 ) -> Tail:  # fmt: skip
     """Mass and excess of the keys that are ``left``, by runs of 16 and a tree over all runs.
 
@@ -146,6 +150,7 @@ def tail(
         score: float32 raw scores ``[R, N]``; runs and the tree begin at the first.
         left, visible: bool ``[R, N]``.
         top: the highest selected logit, float32 ``[R]``. Where a key that is left has a higher one it counts as that.
+        mean: what the excess is relative to, float32 ``[R]``: :attr:`Fitted.mean`, known before any key is selected.
     """
     short = -score.shape[-1] % RUN
     score = torch.nn.functional.pad(score, (0, short)).unflatten(-1, (-1, RUN))
@@ -158,7 +163,7 @@ def tail(
     mass, excess = canonical.tree_sum(p), canonical.tree_sum(p * torch.where(left, score - best[..., None], 0.0))
     weight = canonical.exp2((torch.minimum(highest, top[:, None]) - top[:, None]) * factor)
     weight = torch.where(some & left.any(-1), weight, 0.0)
-    excess = weight * (excess + mass * (best - mean_score[:, None]))
+    excess = weight * (excess + mass * (best - mean[:, None]))
     return Tail(canonical.tree_sum(weight * mass), canonical.tree_sum(excess))
 
 
@@ -169,11 +174,16 @@ class Affine(NamedTuple):
     beta: torch.Tensor
 
 
-def affine(rest: Tail, line: Line, kind: str) -> Affine:
-    """Least squares of the tail's weights, with its mass; no slope where scores hardly differ, or for ``"mean"``."""
+def affine(rest: Tail, mean: torch.Tensor, line: Line, kind: str) -> Affine:
+    """Least squares of the tail's weights, with its mass; no slope where scores hardly differ, or for ``"mean"``.
+
+    Args:
+        mean: what the tail's excess is relative to.
+    """
     level = rest.mass / line.many.clamp(min=1).float()
     sloped = line.spread > 0 if kind == "linear" else torch.zeros_like(line.spread, dtype=torch.bool)
-    beta = torch.where(sloped, rest.excess / torch.where(sloped, line.spread, 1.0), 0.0)
+    excess = rest.excess + rest.mass * (mean - line.mean)
+    beta = torch.where(sloped, excess / torch.where(sloped, line.spread, 1.0), 0.0)
     alpha = level - beta * line.mean
     fine = alpha.isfinite() & beta.isfinite()
     return Affine(torch.where(fine, alpha, level), torch.where(fine, beta, 0.0))
