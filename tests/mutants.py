@@ -84,6 +84,8 @@ SITUATIONS, CACHES = "test_cache_situations.py::", "src/qaxis/models/cache.py"
 CACHE_FILE, HOLDING = "src/qaxis/models/cache_file.py", "src/qaxis/models/holding.py"
 LAYERS_QUANTISED, SHARED = "src/qaxis/models/quantised.py", "src/qaxis/storage/shared.py"
 IN_PLACE, QUANTISED = "src/qaxis/storage/in_place.py", "src/qaxis/storage/in_place_quantised.py"
+MOMENTS, SUMMARY = "test_moments.py::", "src/qaxis/storage/summary.py"
+TRITON_MOMENTS = "src/qaxis/storage/triton_moments.py"
 APPEND, APPEND_QUANTISED = "src/qaxis/storage/append.py", "src/qaxis/storage/append_quantised.py"
 BOUNDS, PLACES, LAYERS_IN_PLACE = (
     "src/qaxis/storage/bounds.py",
@@ -281,6 +283,19 @@ MUTANTS = (
     Mutant("test_decode_cuda.py::test_fast_scores_are_off_by_no_more_than_they_say", "what codes leave out is no error of a place", BY_CODES, "others[p] + each_off[p] * (scaled", "others[p] + 0.0f * (scaled"),
     Mutant("test_decode_cuda.py::test_uneven_channels_do_not_make_more_candidates", "one length for channels of all sizes", "src/qaxis/decode/cuda.py", "    scaled = index.scaled_residuals\n    if scaled is None:", "    scaled = None\n    if scaled is None:"),
     Mutant("test_decode_cuda.py::test_scaled_residuals_that_do_not_fit_are_named", "scaled residuals not checked", "src/qaxis/storage/key_index.py", "        if self.scaled_residuals is not None:\n", "        if self.scaled_residuals is None:\n"),
+    Mutant(MOMENTS + "test_whatever_happens_they_are_those_made_anew", "moments of what was cropped", IN_PLACE, "        self.summary.cut(self.length, length)\n", ""),
+    Mutant(MOMENTS + "test_whatever_happens_they_are_those_made_anew", "moments of what was cropped from codes", QUANTISED, "        self.summary.cut(self.length, length)\n", ""),
+    Mutant(MOMENTS + "test_whatever_happens_they_are_those_made_anew", "moments of what was refilled", IN_PLACE, "        self.summary.restart()\n", ""),
+    Mutant(MOMENTS + "test_a_launch_follows_the_clock_alone", "moments of what was taken back", SHARED, "            holder.summary.cut(holder.length, length)\n", ""),
+    Mutant(MOMENTS + "test_whatever_happens_they_are_those_made_anew", "moments stay with their rows", QUANTISED, "        self.summary.select(indices)\n", ""),
+    Mutant(MOMENTS + "test_whatever_happens_they_are_those_made_anew", "rows change places without what they counted", SUMMARY, "            for to, x in zip((*self.moments, self.state), chosen, strict=True):\n", "            for to, x in zip(self.moments, chosen[:2], strict=True):\n"),
+    Mutant(MOMENTS + "test_every_width_and_dtype", "a group that padding begins in counts", SUMMARY, "pads // GROUP + (pads % GROUP > 0).int()", "pads // GROUP"),
+    Mutant(MOMENTS + "test_groups_that_change_when_more_of_them_are_quantised_are_added_anew", "groups that change are not added anew", SUMMARY, "        if not holder.lasting:\n", "        if False:\n"),
+    Mutant(MOMENTS + "test_a_copy_goes_on_by_itself_and_modes_of_torch_change_nothing", "moments made in inference mode", SUMMARY, "        with torch.inference_mode(False):\n            products", "        if True:\n            products"),
+    Mutant(MOMENTS + "test_every_width_and_dtype", "Triton: halves are added, not neighbours", TRITON_MOMENTS, "tl.sum(tl.reshape(products, (TOKENS >> (level + 1), 2, ROWS, COLUMNS)), 1)", "tl.sum(tl.reshape(products, (2, TOKENS >> (level + 1), ROWS, COLUMNS)), 0)"),
+    Mutant(MOMENTS + "test_however_many_tokens_the_kernel_takes_at_once", "Triton: the first half of a group twice", TRITON_MOMENTS, "t + half * (TOKENS // 2), end", "t, end"),
+    Mutant(MOMENTS + "test_every_width_and_dtype", "Triton: sums are those of every tile", TRITON_MOMENTS, "mask=(row < x_dim) & sums_too", "mask=row < x_dim"),
+    Mutant(MOMENTS + "test_a_launch_follows_the_clock_alone", "Triton: pads that change are not seen", TRITON_MOMENTS, "    if (counted != begin) | (done < end):\n", "    if (counted < 0) | (done < end):\n"),
     Mutant("test_in_place.py::test_the_index_grows_to_what_one_made_anew_is", "a group is scaled by its scales, not by their roots", "src/qaxis/storage/bounds.py", "over_roots(left_out, exponents, GROUP)", "over_roots(left_out, exponents * 2, GROUP)"),
     Mutant(ROWS + "test_rows_of_any_shape", "ranks beyond the first turn are left out", "src/qaxis/decode/attend.cuh", "for (int c = 0; c < p.turns; c++) {", "for (int c = 0; c < 1; c++) {"),
     Mutant(ROWS + "test_the_highest_score_is_one_of_a_key_that_is_kept", "a key that is not kept sets the highest score", "src/qaxis/decode/program.cuh", "return !FORCED || forced(j) || ranked() > 0;", "return true;"),

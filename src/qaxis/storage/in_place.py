@@ -219,6 +219,10 @@ class KeyValues:
         """The keys and the values of all places, also of those that hold no token."""
         return self.parts["k"], self.parts["v"]
 
+    def all_room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`whole`."""
+        return self.whole()
+
     def groups(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and the values of the groups [first, end) of 128 tokens, which are complete."""
         k, v = (self.parts[name][:, :, first * bounds.GROUP : end * bounds.GROUP] for name in ("k", "v"))

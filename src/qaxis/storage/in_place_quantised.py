@@ -233,12 +233,12 @@ class StoredKeyValues:
         if is_captured(self.norm):
             for side in self.sides:
                 side.open_group()
-            k, v = self.whole()
+            k, v = self.all_room()
         else:
             k, v = (side.stored() for side in self.sides)
         return k, v, KeyIndex(self.norm, self.residual, self.largest_scales, k)
 
-    def whole(self) -> tuple[Stored, Stored]:
+    def all_room(self) -> tuple[Stored, Stored]:
         """Both sides with every place that they have room for: where these lie does not change with a token."""
         k, v = (
             Stored(side.grid, side.dtype, side.dim, side.width, **{n: g.buffer for n, g in side.parts.items()})

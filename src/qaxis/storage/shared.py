@@ -125,8 +125,8 @@ class Holder(Protocol):
     def groups(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and the values of the groups [first, end) of 128 tokens, which are complete."""
 
-    def whole(self) -> tuple[torch.Tensor | Stored, torch.Tensor | Stored]:
-        """The keys and the values of all places, as they are stored."""
+    def all_room(self) -> tuple[torch.Tensor | Stored, torch.Tensor | Stored]:
+        """The keys and the values of every place, as they are stored: where these lie does not change with a token."""
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""

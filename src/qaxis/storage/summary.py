@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from .shared import Holder
 
 #: rows and columns of products that are added together, by a program of a GPU; values and keys have rows of their own
-TILE_ROWS, TILE_COLUMNS = 32, 64
-#: of a tile: which group of the keys is the first that it counts, and up to which one it counted
-BEGIN, DONE = 0, 1
-#: a first group that no row has
+TILE_ROWS, TILE_COLUMNS = 16, 64
+#: a first group that no row has: nothing is counted yet
 _NOTHING = -1
 #: groups whose numbers are made at once
 _AT_ONCE = 64
@@ -46,7 +44,7 @@ class Summary:
     Attributes:
         moments: the buffers, ``products [B, Hkv, Dv + D, D]`` and ``sums [B, Hkv, Dv + D]``; None before they are
             asked for.
-        state: int32 ``[B, Hkv, tiles, 2]``, of every tile :data:`BEGIN` and :data:`DONE`.
+        state: int32 ``[B, Hkv, tiles, 2]``, of every tile the first group that it counts and the one that comes next.
     """
 
     def __init__(self) -> None:
@@ -61,15 +59,18 @@ class Summary:
         if self.moments is None:
             if captured:
                 raise RuntimeError("moments are asked for first while a graph is captured: ask for them once before")
-            self._make(holder)
+            self.make(holder)
         assert self.moments is not None
         if holder.device.type == "cuda" and holder.lasting:
             # Triton exists for Linux only: without a GPU nothing here needs it.
             from . import triton_moments
+            from .triton import readable
 
-            if triton_moments.readable(holder):
+            sides = holder.all_room()
+            if readable(*sides):
+                # Tokens that were cropped, or taken back, are behind it else.
                 holder.clock.move_to(holder.length)
-                triton_moments.follow(self, holder, pads)
+                triton_moments.follow(self, holder.clock.tensor, *sides, pads)
                 return self.moments
         if captured:
             raise RuntimeError(
@@ -78,7 +79,8 @@ class Summary:
         self._follow(holder, pads)
         return self.moments
 
-    def _make(self, holder: Holder) -> None:
+    def make(self, holder: Holder) -> None:
+        """Make the buffers, in which no group is counted yet."""
         head, (dim, dim_v) = (holder.batch, holder.heads), holder.dims
         of_values, of_keys, columns = tiles_of(dim, dim_v)
         with torch.inference_mode(False):

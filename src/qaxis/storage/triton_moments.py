@@ -7,27 +7,20 @@ both. The bits are those of ``moments.py``. A launch that is repeated at the sam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from ..arithmetic.triton import INTERPRETED, check_device, jit, log2, row_and_block, tl
 from .moments import GROUP
+from .side import Stored
 from .summary import TILE_COLUMNS, TILE_ROWS, Summary, tiles_of
 from .triton import load_numbers, side_arguments
-from .triton import readable as are_readable
-
-if TYPE_CHECKING:
-    from .shared import Holder
 
 _GROUP = tl.constexpr(GROUP)
 #: tokens whose products are formed at once: more take more registers; the interpreter likes many
-AT_ONCE = GROUP if INTERPRETED else 8
-
-
-def readable(holder: Holder) -> bool:
-    """Whether the kernel reads keys and values as they are stored."""
-    return are_readable(*holder.whole())
+AT_ONCE = GROUP if INTERPRETED else 16
+WARPS = 8
 
 
 @jit
@@ -41,19 +34,18 @@ def _of_tokens(
 ):  # fmt: skip
     """Trees over TOKENS tokens from ``t`` on: of products [ROWS, COLUMNS], and of x [ROWS]."""
     if TOKENS > AT_ONCE:
-        products, sums = _of_tokens(
-            x_rows, x_scales, x_first, x_rows_n, x_rows_d, x_scales_n, x_first_n, x_sinks,
-            k_rows, k_scales, k_first, k_rows_n, k_rows_d, k_scales_n, k_first_n, k_sinks,
-            t, end, row, x_dim, column, dim, X_STORED, X_SHARING, X_WIDTH, X_PER_TOKEN,
-            K_STORED, K_SHARING, K_WIDTH, K_PER_TOKEN, TOKENS // 2, AT_ONCE, LOG_AT_ONCE, ROWS, COLUMNS,
-        )  # fmt: skip
-        later, further = _of_tokens(
-            x_rows, x_scales, x_first, x_rows_n, x_rows_d, x_scales_n, x_first_n, x_sinks,
-            k_rows, k_scales, k_first, k_rows_n, k_rows_d, k_scales_n, k_first_n, k_sinks,
-            t + TOKENS // 2, end, row, x_dim, column, dim, X_STORED, X_SHARING, X_WIDTH, X_PER_TOKEN,
-            K_STORED, K_SHARING, K_WIDTH, K_PER_TOKEN, TOKENS // 2, AT_ONCE, LOG_AT_ONCE, ROWS, COLUMNS,
-        )  # fmt: skip
-        return products + later, sums + further
+        # What is added to -0.0 stays what it is: the sum of both halves.
+        products, sums = tl.full((ROWS, COLUMNS), -0.0, tl.float32), tl.full((ROWS,), -0.0, tl.float32)
+        for half in range(2):
+            more, further = _of_tokens(
+                x_rows, x_scales, x_first, x_rows_n, x_rows_d, x_scales_n, x_first_n, x_sinks,
+                k_rows, k_scales, k_first, k_rows_n, k_rows_d, k_scales_n, k_first_n, k_sinks,
+                t + half * (TOKENS // 2), end, row, x_dim, column, dim, X_STORED, X_SHARING, X_WIDTH, X_PER_TOKEN,
+                K_STORED, K_SHARING, K_WIDTH, K_PER_TOKEN, TOKENS // 2, AT_ONCE, LOG_AT_ONCE, ROWS, COLUMNS,
+            )  # fmt: skip
+            products += more
+            sums += further
+        return products, sums
     else:
         position = t + tl.arange(0, TOKENS)[:, None]
         x = load_numbers(
@@ -162,27 +154,37 @@ def _follow_kernel(
         )  # fmt: skip
 
 
-def follow(summary: Summary, holder: Holder, pads: torch.Tensor | None) -> None:
+def follow(
+    summary: Summary,
+    clock: torch.Tensor,
+    k: torch.Tensor | Stored,
+    v: torch.Tensor | Stored,
+    pads: torch.Tensor | None = None,
+) -> None:
     """Add what became complete, as the clock says, to the moments that ``summary`` has.
 
     Args:
-        holder: a :func:`readable` one.
+        clock: int32 ``[1]``.
+        k, v: ``[B, Hkv, N, D]`` and ``[B, Hkv, N, Dv]`` with all room, as kernels read them
+            (:func:`qaxis.storage.triton.readable`).
         pads: int32 ``[B]``, or None.
     """
     assert summary.moments is not None and summary.state is not None
     check_device("cache", summary.state, calls_library=True)
-    sides, (dim, dim_v) = holder.whole(), holder.dims
+    batch, heads, _, dim = k.shape
+    dim_v = v.shape[3]
     of_values, of_keys, columns = tiles_of(dim, dim_v)
     tiles = (of_values + of_keys) * columns
-    numbers, constants = [], {}
-    for name, side in zip("KV", sides, strict=True):
+    numbers: list[torch.Tensor | int] = []
+    constants: dict[str, Any] = {}
+    for name, side in zip("KV", (k, v), strict=True):
         pointers, sizes, own = side_arguments(side)
-        # Complete groups are all in codes, and the end of the host is not told to a kernel that reads the clock.
+        # Complete groups are all in codes, and an end that the host knows is not told to a kernel that reads the clock.
         numbers += [*pointers[:3], *sizes[1:-3]]
         constants |= {f"{name}_{key}": value for key, value in own.items()}
     with torch.cuda.device_of(summary.state):
-        _follow_kernel[(holder.batch * holder.heads * tiles,)](
-            holder.clock.tensor, holder.clock.tensor if pads is None else pads, summary.state, *summary.moments,
-            holder.heads, dim, dim_v, tiles, of_values, columns, *numbers, **constants, PADDED=pads is not None,
-            AT_ONCE=AT_ONCE, LOG_AT_ONCE=log2(AT_ONCE), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, enable_fp_fusion=False,
+        _follow_kernel[(batch * heads * tiles,)](
+            clock, clock if pads is None else pads, summary.state, *summary.moments, heads, dim, dim_v, tiles,
+            of_values, columns, *numbers, **constants, PADDED=pads is not None, AT_ONCE=AT_ONCE,
+            LOG_AT_ONCE=log2(AT_ONCE), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
