@@ -111,6 +111,7 @@ REPLAYING, REPLAYS = "src/qaxis/models/replaying.py", "test_replaying.py::"
 CAPTURED, STATE = "src/qaxis/models/captured.py", "src/qaxis/models/model_state.py"
 GENERATE, STAND_IN = "src/qaxis/models/generation.py", "src/qaxis/models/stand_in.py"
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
+COMPLETED_PROMPTS, PUT_BACK = "test_prefill_completion.py::", "src/qaxis/prefill/triton_completed.py"
 ROWS = "test_decode_rows.py::"
 TRITON_ROWS = "test_triton_rows.py::"
 EVIDENCE, TRACING = "selfcheck/harness/states.py", "selfcheck/harness/tracing.py"
@@ -335,6 +336,14 @@ MUTANTS = (
     Mutant("test_prefill_seen.py::test_one_long_key_leaves_the_bands_as_they_are", "no key is long", "src/qaxis/prefill/attention.py", "_LONG = 2.0", "_LONG = 1e9"),
     Mutant("test_prefill_seen.py::test_a_team_of_warps_selects_the_same", "select.cu: scores that are read anew are not masked", "src/qaxis/prefill/select.cu", "return c == 0 || c == blocks - 1 ? ranked(four, c) : four;", "return four;"),
     Mutant("test_prefill_seen.py::test_logits_change_outputs_not_the_selection", "sinks are left out of the softmax", "src/qaxis/prefill/triton_attend.py", "weight = tl.exp2(sink - behind)", "weight = weight * 1.0"),
+    Mutant(COMPLETED_PROMPTS + "test_what_is_left_out_is_put_back", "a prompt: what is selected is put back as well", PUT_BACK, " & (many > 0)[:, None] & (chosen == 0)", " & (many > 0)[:, None]"),
+    Mutant(COMPLETED_PROMPTS + "test_groups_lie_inside_what_a_query_sees", "a prompt: a group that padding cuts counts", PUT_BACK, "first = (begin + shift + _GROUP - 1) // _GROUP", "first = (begin + shift) // _GROUP"),
+    Mutant(COMPLETED_PROMPTS + "test_groups_count_from_the_first_token_of_a_window", "a prompt: groups count from the first key that is there", "src/qaxis/prefill/attention.py", "(plan.offset + stretch.origin) % GROUP", "stretch.origin % GROUP"),
+    Mutant(COMPLETED_PROMPTS + "test_the_spread_is_right_where_all_scores_are_large", "a prompt: squares of scores, not of distances, are summed", PUT_BACK, "        usual = _usual_of(", "        usual = 0.0 * _usual_of("),
+    Mutant(COMPLETED_PROMPTS + "test_scores_that_hardly_differ_have_no_slope", "a prompt: a slope along what is rounding", PUT_BACK, "sloped = spread > (spread + keys_fitted * mean * mean) * _LEAST_SPREAD", "sloped = spread > 0.0"),
+    Mutant(COMPLETED_PROMPTS + "test_shares_below_the_smallest_float16_are_put_back", "a prompt: shares below float16's smallest number are lost", PUT_BACK, "tl.where(many > 0, _ROOM / largest, 1.0)", "tl.where(many > 0, 1.0, 1.0)"),
+    Mutant(COMPLETED_PROMPTS + "test_masked_attention_is_completed", "masked: groups count from the first key that is there", MASKED, "seen = seen_of(visible, offset)", "seen = seen_of(visible)"),
+    Mutant(COMPLETED_PROMPTS + "test_what_does_not_fit_is_refused_by_name", "a prompt: no key is kept by its score", "src/qaxis/prefill/form.py", "sum(always) < budget.minimum", "sum(always) <= budget.minimum"),
     Mutant("test_prefill_seen.py::test_windows_of_later_stretches_have_an_origin_of_their_own", "bits of a stretch handed over from its first word on", "src/qaxis/prefill/attention.py", "slice(stretch.start, stretch.start + stretch.rows), stretch.origin // 32", "slice(stretch.start, stretch.start + stretch.rows), 0"),
     Mutant("prefill", "one key too few of the list", "src/qaxis/prefill/select.cu", "if (better < missing)", "if (better < missing - 1)"),
     Mutant(TOPK + "test_no_plan_changes_the_selection[16400-500-2-512-1-64-200]", "lists that overflow are used as they are", TOPK_KERNEL, "fits = fits && theirs <= capacity", "fits = fits && theirs >= 0"),

@@ -112,10 +112,10 @@ def prefill_attention(
         offset: tokens before the first key, which a window dropped: complete groups count from the first token.
 
     A completed output is not canonical either. Its mass, mean and spread are float32 sums of scores as matrix products
-    give them, tile after tile: with float32 tensors it is within 2^-10 of ``topk_attention``'s, of the largest value;
-    with float16 and bfloat16 the weights of all values are rounded as well, as those of selected ones are without a
-    completion. Where the scores of a query differ by as little as their rounding, the one may find a slope and the
-    other none.
+    give them, tile after tile, and in float16 and bfloat16 the weights of all values are rounded: for scores as normal
+    numbers give them it is within 2^-17 (float32), 2^-10 or 2^-7 of what ``topk_attention`` returns, of the largest
+    value. Where the spread of a query's scores is at the least that has a slope (``completion.LEAST_SPREAD``), the one
+    may find a slope and the other none.
 
     Only the form is checked: that q, k and v are finite, and that sums of products stay inside float32, is left to the
     caller, as looking waits for the device; the numbers of a tensor of pads are cut off at 0 and N. k and v may be

@@ -135,7 +135,7 @@ def prefill_completed_kernel(
         spread = squares - away_sum * mean
         excess -= mass * mean
         mean += usual
-        sloped = spread > _LEAST_SPREAD * (spread + keys_fitted * mean * mean)
+        sloped = spread > (spread + keys_fitted * mean * mean) * _LEAST_SPREAD
         slope = tl.where(sloped, excess / tl.where(sloped, spread, 1.0), 0.0)
     room = tl.full((QUERIES,), 1.0, tl.float32)
     if v_ptr.dtype.element_ty == tl.float16:
