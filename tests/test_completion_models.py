@@ -7,7 +7,16 @@ import pickle
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
 import qaxis
 from qaxis import Budget
@@ -18,6 +27,7 @@ from qaxis.attention.logits import Logits
 from qaxis.attention.selection import causal_mask
 from qaxis.models import attention, decoding, generation, replaying, routing
 from qaxis.models.attended import Attended, Refusal
+from qaxis.models.compiled import CompiledForward
 from qaxis.models.holding import HOLDER
 from qaxis.models.masks import Shown, dropped_before
 from qaxis.models.settings import Settings, settings_of
@@ -294,8 +304,11 @@ def test_refusals_are_told(llama):
         (Refusal("there is no GPU"), {"backend": "auto"}),
     ):  # fmt: skip
         assert way(llama, **options)[0] == {f"canonical: {expected}"}
-    assert way(windowed(), ids=prompt(230), cache=None)[0] == {f"canonical: {decoding.WINDOW}"}
-    assert way(windowed(), tokens=1)[0] == {f"canonical: {decoding.WINDOW}"}
+    # Whatever else is allowed to compute a token.
+    assert way(llama, backend="triton", exactness="selection")[0] == {f"canonical: {decoding.TRITON}"}
+    for n in (140, 230):
+        for cache in (None, qaxis.Cache(llama.config, index="bounds")):
+            assert way(windowed(), ids=prompt(n), cache=cache)[0] == {f"canonical: {decoding.WINDOW}"}
 
 
 def test_where_no_step_runs_attention_is_canonical(llama, monkeypatch):
@@ -422,3 +435,119 @@ def test_tokens_are_replays_once_two_were_proven(replayed, monkeypatch, kind):
     monkeypatch.setattr(replaying, "WARM", 10**9)
     eager = replayed.generate(prompt(140), **{**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12})
     assert torch.equal(out, eager) and replays == ([1] if kind == "none" else [9])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("index", ["codes", "bounds", "int8"])
+def test_steps_complete_what_they_leave_out(kind, index):
+    """In CUDA C++, emulated, a padded batch: over bounds the bits of the reference, over 8-bit codes close to it."""
+    model = wide(torch.bfloat16 if index == "int8" else torch.float32)
+    ids, mask = prompt(268, 2), torch.ones(2, 270, dtype=torch.long)
+    mask[1, :7] = 0
+    found = {}
+    for backend in ("reference", "cuda"):
+        cache = qaxis.Int8Cache(model.config) if index == "int8" else qaxis.Cache(model.config, index=index)
+        with torch.inference_mode():
+            with qaxis.sparse(model, FEW, backend="reference", completion=kind):
+                model(ids, attention_mask=mask[:, :268], past_key_values=cache)
+            with qaxis.sparse(model, FEW, backend=backend, completion=kind), qaxis.record(model) as recording:
+                for i in (268, 269):
+                    out = model(ids[:, :1], attention_mask=mask[:, : i + 1], past_key_values=cache)
+                    found.setdefault(backend, []).append(out.logits)
+    assert set(recording.engines) == {"cuda"}
+    if index == "bounds":
+        assert all(map(torch.equal, *found.values()))
+    else:
+        for x, y in zip(*found.values(), strict=True):
+            assert (x.float() - y.float()).norm() < (2e-2 if index == "int8" else 2e-3) * y.float().norm()
+
+
+def test_capped_logits_and_layers_with_and_without_a_window():
+    """Gemma 2: a token of a layer with a window is canonical, one of the others a step, both with the same bits."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=64, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=150, query_pre_attn_scalar=64, initializer_range=0.3,
+    )  # fmt: skip
+    model, ids, found = Gemma2ForCausalLM(config).eval(), prompt(262), []
+    for backend in ("reference", "cuda"):
+        cache = qaxis.Cache(config, index="bounds")
+        with torch.inference_mode():
+            with qaxis.sparse(model, FEW, backend="reference", sinks=2, recent=3, completion="linear"):
+                model(ids, past_key_values=cache)
+            with qaxis.sparse(model, FEW, backend=backend, sinks=2, recent=3, completion="linear"):
+                with qaxis.record(model) as recording:
+                    found.append([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(2)])
+    assert recording.engines == {"cuda": 2, f"canonical: {decoding.WINDOW}": 2}
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_over_emulated_steps(kind):
+    """Tokens, beams that change places and drafts that are taken back, over every index: those of the reference."""
+    model, ids = wide(), prompt(124)
+    options = {**GREEDY, "max_new_tokens": 8, "min_new_tokens": 8}
+    for cache in (lambda: qaxis.Cache(model.config, index="bounds"), lambda: qaxis.Cache(model.config)):
+        found = {}
+        for backend in ("reference", "cuda"):
+            with qaxis.sparse(model, FEW, backend=backend, completion=kind):
+                found[backend] = [
+                    model.generate(ids, past_key_values=cache(), **options, **more)
+                    for more in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3})
+                ]
+        assert all(map(torch.equal, *found.values()))
+    model = wide(torch.bfloat16)
+    with qaxis.sparse(model, FEW, backend="cuda", completion=kind), qaxis.record(model) as recording:
+        out = model.generate(
+            ids, past_key_values=qaxis.Int8Cache(model.config), **options, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    assert all(x.isfinite().all() for x in out.logits)
+    assert recording.engines["cuda"] == 7
+
+
+def test_bitwise_takes_no_step_over_codes():
+    model = wide()
+    for exactness, expected in (("auto", "cuda"), ("bitwise", f"canonical: {decoding.CODES}")):
+        for cache in (qaxis.Cache(model.config), qaxis.Cache(model.config, index="bounds")):
+            coded = cache.layers[0].index == "codes"
+            assert way(model, cache=cache, exactness=exactness)[0] == {expected if coded else "cuda"}
+    assert way(wide(torch.bfloat16), cache=qaxis.Int8Cache(model.config), exactness="bitwise")[0] == {
+        f"canonical: {decoding.CODES}"
+    }
+
+
+def test_what_the_step_cannot_read_is_canonical():
+    """8-bit caches of float32, which only Triton's step reads, and scales that leave float32."""
+    model = wide()
+    (engine,), _ = way(model, cache=qaxis.Int8Cache(model.config))
+    assert engine.startswith("canonical: no decode step runs here: keys and values are not two caches of 8 bits")
+    cache = qaxis.Cache(model.config, index="bounds")
+    with torch.inference_mode():
+        model(prompt(140), past_key_values=cache)
+        k, v = held(cache)
+        settings = Settings(FEW, backend="cuda", completion="mean")
+        why = decoding.refusal(torch.zeros(1, 2, 1, 64), k, v, Shown(), Logits(1e-35), settings)
+    assert why.canonical and "scaled by less" in str(why)
+
+
+def test_a_compiled_step_completes():
+    """Its attention is the opaque operation, which appends, brings the moments up to date and runs the step."""
+    model, ids = wide(layers=2), prompt(127)
+    qaxis.enable(model, FEW, backend="cuda", completion="linear")
+    compiled = CompiledForward(model.forward)
+    compiled.forward = torch.compile(model.forward, dynamic=False, fullgraph=True, backend="aot_eager")
+    found = []
+    with torch.no_grad():
+        for step in (None, compiled):
+            cache, logits = qaxis.Cache(model.config, index="bounds"), []
+            model(ids, past_key_values=cache)
+            replays = replaying.Replaying(model, model.forward, step)
+            for i in range(127, 130):
+                kwargs = {"input_ids": ids[:, i - 127, None], "position_ids": torch.tensor([[i]]), "return_dict": True}
+                kwargs |= {"past_key_values": cache, "attention_mask": None}
+                # The first goes as it is: it tells what a token sees, and asks for the moments.
+                whole = step is None or i == 127
+                logits.append((model(**kwargs) if whole else replays._compiled(None, **kwargs)).logits)
+            found.append(logits)
+    assert all(map(torch.equal, *found))

@@ -65,8 +65,8 @@ struct Known {
         const Fast best = p.best[key / SUB];
         return CODED ? of_place(best) : score_of(best);
     }
-    // Of any run, whose keys are `visible`; those that are not `left` get the best score, so that they differ from it by 0.
-    __device__ __forceinline__ float read_any(int key, u32 visible, u32 left, float (&s)[SUB]) const {
+    // Of any run, whose keys are `visible`; those that cannot be left get the best score, so that they differ from it by 0.
+    __device__ __forceinline__ float read_any(int key, u32 visible, float (&s)[SUB]) const {
         float best = -__int_as_float(0x7f800000);
 #pragma unroll
         for (int e = 0; e < SUB; e++) {
@@ -77,8 +77,9 @@ struct Known {
                 best = fmaxf(best, s[e]);
             }
         }
+        const u32 ranked = between(key, p.first, p.last);
 #pragma unroll
-        for (int e = 0; e < SUB; e++) s[e] = left >> e & 1 ? s[e] : best;
+        for (int e = 0; e < SUB; e++) s[e] = ranked >> e & 1 ? s[e] : best;
         return visible ? best : 0.0f;
     }
 };
@@ -136,11 +137,11 @@ __device__ __forceinline__ void sum_left(const Program& p, const Logits& logits,
         const int block = i * CLUSTER + p.rank, key = block * BLOCK + p.lane * SUB;
         if (block >= p.blocks) break;
         const u32 taken = p.bitmap[i * WORDS + p.lane / 2] >> (p.lane % 2 * SUB);
-        const u32 visible = between(key, p.begin, p.end), left = visible & ~taken;
+        u32 visible = 0xffff;
         float s[SUB], best, sum[2];
         if (__all_sync(ALL, known.whole(key))) best = known.read(key, s);
-        else best = known.read_any(key, visible, left, s);
-        sum_run(logits, s, best, left, per, mean, top, sum);
+        else visible = between(key, p.begin, p.end), best = known.read_any(key, visible, s);
+        sum_run(logits, s, best, visible & ~taken, per, mean, top, sum);
         tree_over_lanes<2, 32>(sum, p.lane);
         if (p.lane < 2) push(p.position + 2 * block + p.lane, 0, __float_as_int(sum[0]));
     }

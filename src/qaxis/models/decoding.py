@@ -205,6 +205,11 @@ def _not_completed(
     if settings.exactness == "bitwise" and held.index.codes is not None:
         return CODES
     step, kind = _decoder(q, held, budget, "auto"), settings.completion
+    # Triton, for Linux only, is loaded when it is needed.
+    from ..decode.asked import LEAST_SCALE
+
+    if logits.scale < LEAST_SCALE:
+        return Refusal(f"a completion of logits scaled by less than {LEAST_SCALE:g}", canonical=True)
     try:
         step.engine(q, held.keys, held.values, held.index, settings.always, logits, completion=kind)
     except RuntimeError as error:

@@ -97,11 +97,14 @@ def enable(
             its bits; the rest may be rounded otherwise. Before a compiled step is used it is compared with the model's
             own pass for two tokens: logits may differ by a twentieth of the largest. What cannot be compiled is
             captured as it is, after one warning.
-        completion: ``"none"`` is the published method. ``"mean"`` and ``"linear"`` put back what a token leaves out:
-            the exact softmax mass of the unselected keys times the mean value, or a line fitted to the values along
-            the query (:func:`qaxis.topk_attention`). The chosen keys are the same. The budget's minimum must hold one
-            key more than is always kept, and a query must see a range of keys. Tokens go through the step in CUDA C++
-            over a :class:`qaxis.Cache`, else through PyTorch, which :func:`qaxis.record` tells.
+        completion: ``"none"`` is the published method. ``"mean"`` and ``"linear"`` (``"block"`` is the same) put back
+            what is left out: the exact softmax mass of the unselected keys times the mean value, or a line fitted to
+            the values along the query (:func:`qaxis.topk_attention`). The chosen keys are the same, and dense layers
+            leave nothing out. The budget's minimum must be one key more than is always kept. A query must see a range
+            of keys, or the call is refused. A token over a :class:`qaxis.Cache` or :class:`qaxis.Int8Cache` without a
+            window goes through the step in CUDA C++: over bounds canonical, over 8-bit codes with the left out ones
+            weighed by scores of 16 bits, unless ``exactness="bitwise"``. Else, and several tokens at once, canonical
+            by PyTorch, which takes far longer; :func:`qaxis.record` tells. Prompts go the same ways as without.
 
     Returns:
         The same model.
