@@ -172,12 +172,14 @@ def _completed_row(
     dim, wide = q.shape[0], values.shape[1]
     cross = tree(products * q)
     second, own = tree(q * cross[-dim:]), np.where(inside, score[chosen], F32(0))
-    total = tree(sums[wide:] * q) - tree(own)
+    whole = tree(sums[wide:] * q)
+    total, before = whole - tree(own), whole / F32(GROUP * len(kept))
     mean = total / F32(many)
     spread = (second - tree(own * own)) - total * mean
     left = np.ones(len(score), bool)
     left[chosen] = False
-    mass, excess = _tail(score, logit, left, top, factor, mean, begin + told.offset)
+    mass, excess = _tail(score, logit, left, top, factor, before, begin + told.offset)
+    excess = excess + mass * (before - mean)
     alpha, beta = mass / F32(many), F32(0)
     if kind == "linear" and spread > second * LEAST:
         tilted = alpha - excess / spread * mean
