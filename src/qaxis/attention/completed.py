@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..arithmetic import reference as canonical
@@ -33,6 +35,7 @@ def attend(
     width = max(n + seen.offset, dim + v.shape[-1])
     at_once = max(1, canonical.CHUNK_ELEMENTS // (max(dim, v.shape[-1]) * canonical.next_power_of_two(width)))
     begins, ends = (x.expand(batch, heads, m) for x in (seen.begin, seen.end))
+    place = torch.arange(n, device=q.device)
     firsts, lasts = (x.expand(batch, heads, m) for x in seen.groups())
     for b in range(batch):
         for g in range(k.shape[1]):
@@ -45,11 +48,10 @@ def attend(
                     rows = (ranges[h] == torch.tensor([first, last], device=q.device)).all(-1).nonzero()[:, 0]
                     for some in rows.split(at_once):
                         head = own.start + h
-                        begin, end = begins[b, head, some], ends[b, head, some]
-                        chosen, queries = indices[b, head, some], q[b, head, some].float()
-                        done = _rows(
-                            queries, keys, values, chosen, begin, end, seen.offset, moments, (first, last), logits,
-                            head, kind,
+                        begin, end = begins[b, head, some, None], ends[b, head, some, None]
+                        done = rows_of(
+                            q[b, head, some].float(), keys, values, indices[b, head, some],
+                            (place >= begin) & (place < end), moments, (first, last), logits, head, kind, seen.offset,
                         )  # fmt: skip
                         out[b, head, some] = done.to(q.dtype)
     return out
@@ -75,11 +77,19 @@ class _Sums:
         return self.moments
 
 
-def _rows(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor, begin: torch.Tensor,
-    end: torch.Tensor, offset: int, moments: Moments, groups: tuple[int, int], logits: Logits, head: int, kind: str,
+def rows_of(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor, visible: torch.Tensor,
+    moments: Moments, groups: tuple[int, int], logits: Logits, head: int, kind: str, offset: int = 0,
+    known: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Output float32 ``[R, Dv]`` of queries ``[R, D]`` of one head that see the same complete groups."""
+    """Output float32 ``[R, Dv]`` of queries ``[R, D]`` of one head that see the same complete groups.
+
+    Args:
+        keys: ``[N, D]``. values: ``[N, Dv]``; float32. chosen: int64 ``[R, K]``, padded with -1.
+        visible: bool ``[R, N]``.
+        moments, groups: of the complete groups [first, last) of 128, counted from the first token.
+        known: from canonical scores ``[R, N]`` to those by which the keys that are left are weighed.
+    """
     count = max(0, groups[1] - groups[0]) * GROUP
     n, safe, live = keys.shape[0], chosen.clamp(min=0), chosen >= 0
     score = canonical.pair_scores(q[:, None, :], keys)
@@ -89,10 +99,9 @@ def _rows(
     fitted = completion.along(q, moments, count)
     counted = live & (chosen + offset >= groups[0] * GROUP) & (chosen + offset < groups[1] * GROUP)
     line = completion.without(fitted, picked, counted)
-    place = torch.arange(n, device=q.device)
-    visible = (place >= begin[:, None]) & (place < end[:, None])
     taken = torch.zeros(q.shape[0], n + 1, dtype=torch.bool, device=q.device)
     left = visible & ~taken.scatter_(1, torch.where(live, chosen, n), True)[:, :n]
+    score = score if known is None else known(score)
     # Runs and the tree over them begin with the first token, also where a window dropped it.
     score, left, visible = (torch.nn.functional.pad(x, (offset, 0)) for x in (score, left, visible))
     rest = completion.tail(score, left, visible, plain.top, fitted.mean, logits)

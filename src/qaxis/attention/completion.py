@@ -142,7 +142,8 @@ class Tail(NamedTuple):
 
 
 def tail(
-    score: torch.Tensor, left: torch.Tensor, visible: torch.Tensor, top: torch.Tensor, mean: torch.Tensor, logits: Logits
+    score: torch.Tensor, left: torch.Tensor, visible: torch.Tensor, top: torch.Tensor, mean: torch.Tensor,
+    logits: Logits,
 ) -> Tail:  # fmt: skip
     """Mass and excess of the keys that are ``left``, by runs of 16 and a tree over all runs.
 

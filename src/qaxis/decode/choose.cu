@@ -18,7 +18,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
     int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h
 #if COMPLETED
-    , const float* line
+    , const float* line, int linear
 #endif
 ) {
     DYNAMIC_SHARED(memory);
@@ -48,7 +48,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
 #if COMPLETED
     attend_completed(
         p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out,
-        Known(p, words, units_of[p.row]), fitted_keys(seen) > 0 ? line + (i64)p.row * LINE : nullptr);
+        Known(p, words, units_of[p.row]), Whole(seen), line + (i64)p.row * LINE, linear);
 #else
     attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);
 #endif

@@ -1,8 +1,9 @@
-// What is left out, put back (attention/completion.py, tail and completed). cuda.py puts it behind attend.cuh where outputs are
-// completed.
+// What is left out, put back (attention/completion.py). cuda.py puts it behind attend.cuh where outputs are completed.
 //
-// Every program walks its own blocks, a warp a block, a lane a run of 16 keys; the bitmap says which of them are left. Sums of
-// blocks go to the first program of the cluster, which adds them by their absolute number: zeros stand for blocks before `base`.
+// First what scores alone tell: sums over the chosen keys, by ranks, and over those that are left, by runs. For the latter every
+// program walks its own blocks, a warp a block, a lane a run of 16 keys; the bitmap says which of them are left. All sums go to
+// every program of the cluster, which adds those of blocks by their absolute number: zeros stand for blocks before `base`. Then the
+// weights of chosen keys are known, less what the moments have of them, and values are summed as ever.
 // Instructions count: each of a row's keys comes by. So a run's best score is the one that the score kernels kept, and what
 // differs between keys is a mask, no branch.
 
@@ -129,7 +130,7 @@ __device__ __forceinline__ void mark_winners(const Program& p) {
     }
 }
 
-// This warp's blocks, each told to the first program: it has room for two numbers of all blocks, where its candidates were.
+// This warp's blocks, each told to all programs: they have room for two numbers of all blocks, where their candidates were.
 __device__ __forceinline__ void sum_left(const Program& p, const Logits& logits, const Known& known, float mean, float top) {
     const float per = logits.factor * (-1.0f / 256.0f);
 #pragma unroll 1
@@ -143,13 +144,15 @@ __device__ __forceinline__ void sum_left(const Program& p, const Logits& logits,
         else visible = between(key, p.begin, p.end), best = known.read_any(key, visible, s);
         sum_run(logits, s, best, visible & ~taken, per, mean, top, sum);
         tree_over_lanes<2, 32>(sum, p.lane);
-        if (p.lane < 2) push(p.position + 2 * block + p.lane, 0, __float_as_int(sum[0]));
+        if (p.lane < 2)
+#pragma unroll
+            for (int r = 0; r < CLUSTER; r++) push(p.position + 2 * block + p.lane, r, __float_as_int(sum[0]));
     }
 }
 
 struct Rest { float mass, excess; };
 
-// Of all blocks, by the first program, once the cluster has waited: 32 blocks or sums a warp, level by level.
+// Of all blocks, once the cluster has waited: 32 blocks or sums a warp, level by level.
 __device__ __forceinline__ Rest sum_blocks(const Program& p) {
     int *from = p.position, *to = p.s.counts, first = p.base / BLOCK, count = p.blocks;
     auto sum_32 = [&](int i) {
@@ -175,56 +178,171 @@ __device__ __forceinline__ Rest sum_blocks(const Program& p) {
     return {__fadd_rn(__shfl_sync(ALL, sum, 0), 0.0f), __fadd_rn(__shfl_sync(ALL, sum, 1), 0.0f)};
 }
 
-// x where it is a number that is not infinite, else 0.
-__device__ __forceinline__ float if_finite(float x) {
-    return (__float_as_uint(x) & 0x7f800000u) < 0x7f800000u ? x : 0.0f;
+// The highest logit of the chosen keys, whose words stay; as to_logits in attend.cuh.
+__device__ __forceinline__ float highest_logit(const Program& p, const Logits& logits, int live, int highest) {
+    float top = LOGITS == 2 ? 0.0f : logits.of(score_of(highest));
+    if constexpr (LOGITS == 2) {
+        if (p.tid == 0) p.s.highest = NONE;
+        __syncthreads();
+        highest = NONE;
+#pragma unroll 1
+        for (int i = p.tid; i < live; i += THREADS) highest = max(highest, word_of(logits.of(score_of(p.chosen[i]))));
+        tell_highest(p, highest);
+        cluster_sync();
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
+        top = score_of(highest);
+    }
+    return LOGITS > 0 && logits.has_sink ? fmaxf(top, logits.sink) : top;
 }
 
-// As write_output, with what `line` has for the rest.
+// Sums over chosen keys: of weights; of those in complete groups, how many they are, of their scores and the squares.
+struct Picked {
+    float weight, total, second;
+    int many;
+};
+
+// Over the lanes of a warp, by neighbours.
+__device__ __forceinline__ void sum_lanes(float (&x)[3]) {
+#pragma unroll
+    for (int m = 1; m < 32; m *= 2)
+#pragma unroll
+        for (int e = 0; e < 3; e++) x[e] = __fadd_rn(x[e], __shfl_xor_sync(ALL, x[e], m));
+}
+
+// Those of this program, told to all: in near_word, which nobody reads any more, 4 numbers a program. A warp takes neighbouring
+// ranks, 32 a turn, no more than 32 turns.
+__device__ __forceinline__ void sum_picked(const Program& p, const Logits& logits, const Whole& whole, int live, float top) {
+    const int turns = max(1, p.span() / (32 * WARPS));
+    float sum[3] = {};
+    int many = 0;
+#pragma unroll 1
+    for (int u = 0; u < turns; u++) {
+        const int i = (p.warp * turns + u) * 32 + p.lane;
+        float x[3] = {};
+        bool counted = false;
+        if (i < live) {
+            const float score = score_of(p.chosen[i]);
+            const int j = p.base + p.chosen_position[i];
+            counted = j >= whole.from && j < whole.to;
+            x[0] = logits.power(logits.of(score), top);
+            if (counted) x[1] = score, x[2] = __fmul_rn(score, score);
+        }
+        sum_lanes(x);
+        many += __popc(__ballot_sync(ALL, counted));
+#pragma unroll
+        for (int e = 0; e < 3; e++) sum[e] = p.lane == u ? x[e] : sum[e];
+    }
+    sum_lanes(sum);
+    int* const sums = p.s.counts;
+    if (p.lane == 0) {
+#pragma unroll
+        for (int e = 0; e < 3; e++) sums[4 * p.warp + e] = __float_as_int(sum[e]);
+        sums[4 * p.warp + 3] = many;
+    }
+    __syncthreads();
+    if (p.warp > 0) return;
+#pragma unroll
+    for (int e = 0; e < 3; e++) sum[e] = p.lane < WARPS ? __int_as_float(sums[4 * p.lane + e]) : 0.0f;
+    many = __reduce_add_sync(ALL, p.lane < WARPS ? sums[4 * p.lane + 3] : 0);
+    sum_lanes(sum);
+    const int told[4] = {__float_as_int(sum[0]), __float_as_int(sum[1]), __float_as_int(sum[2]), many};
+    if (p.lane < CLUSTER)
+#pragma unroll
+        for (int e = 0; e < 4; e++) push(p.s.near_word + 4 * p.rank + e, p.lane, told[e]);
+}
+
+// Those of the cluster, once it has waited.
+__device__ __forceinline__ Picked picked_of(const Program& p) {
+    float x[3][CLUSTER];
+    int many = 0;
+#pragma unroll
+    for (int r = 0; r < CLUSTER; r++) {
+#pragma unroll
+        for (int e = 0; e < 3; e++) x[e][r] = __int_as_float(p.s.near_word[4 * r + e]);
+        many += p.s.near_word[4 * r + 3];
+    }
+    tree<CLUSTER>(x[0]), tree<CLUSTER>(x[1]), tree<CLUSTER>(x[2]);
+    return {x[0][0], __fadd_rn(x[1][0], 0.0f), __fadd_rn(x[2][0], 0.0f), many};
+}
+
+struct Affine { float alpha, beta, mass; };  // weights of what is left, of complete groups; and the mass of all that is left
+
+__device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) < 0x7f800000u; }
+
+// Nothing is put back where no key of complete groups is left.
+__device__ __forceinline__ Affine weights_of_rest(
+    const Rest& rest, const Picked& picked, int count, const float* line, float mean_of_all, int linear) {
+    const int many = count - picked.many;
+    if (many <= 0) return {0.0f, 0.0f, 0.0f};
+    const float n = (float)many, total = __fsub_rn(line[0], picked.total), second = __fsub_rn(line[1], picked.second);
+    const float mean = __fdiv_rn(total, n), spread = __fsub_rn(second, __fmul_rn(total, mean)), level = __fdiv_rn(rest.mass, n);
+    float beta = 0.0f;
+    // A share below 2^-12 is rounding.
+    if (linear && spread > __fmul_rn(line[1], 0x1p-12f) && spread > 0.0f)
+        beta = __fdiv_rn(__fadd_rn(rest.excess, __fmul_rn(rest.mass, __fsub_rn(mean_of_all, mean))), spread);
+    const float alpha = __fsub_rn(level, __fmul_rn(beta, mean));
+    return finite(alpha) && finite(beta) ? Affine{alpha, beta, rest.mass} : Affine{level, 0.0f, rest.mass};
+}
+
+// As weigh in attend.cuh, less what the affine weights have of a key of complete groups.
+__device__ __forceinline__ void weigh_less(
+    const Program& p, const Logits& logits, const Whole& whole, const Affine& rest, int live, float top) {
+#pragma unroll 1
+    for (int i = p.tid; i < p.span(); i += THREADS) {
+        float weight = 0.0f;
+        if (i < live) {
+            const float score = score_of(p.chosen[i]);
+            const int j = p.base + p.chosen_position[i];
+            weight = logits.power(logits.of(score), top);
+            if (j >= whole.from && j < whole.to)
+                weight = __fsub_rn(weight, __fadd_rn(rest.alpha, __fmul_rn(rest.beta, score)));
+        }
+        p.chosen[i] = __float_as_int(weight);
+    }
+}
+
+// As write_output, with the values that the affine weights have of all keys of complete groups.
 __device__ __forceinline__ void write_completed(
-    const Program& p, const Logits& logits, float top, const Rest& rest, float mean, float slope, void* out) {
+    const Program& p, const Logits& logits, float top, const Affine& rest, float weight, const float* line, void* out) {
     Shared& s = p.s;
     const bool sinks = LOGITS > 0 && logits.has_sink;
-    const float sink = sinks ? logits.power(logits.sink, top) : 0.0f;
+    if (sinks) weight = __fadd_rn(weight, logits.power(logits.sink, top));
     const int d = p.tid;
     if (d >= DIM_V) return;
-    float x[CLUSTER], w[CLUSTER];
+    float x[CLUSTER];
 #pragma unroll
-    for (int r = 0; r < CLUSTER; r++) x[r] = s.numerators[r][d], w[r] = s.denominators[r];
-    tree<CLUSTER>(x), tree<CLUSTER>(w);
-    if (sinks) w[0] = __fadd_rn(w[0], sink);
-    const float added = __fadd_rn(if_finite(__fmul_rn(rest.mass, mean)), if_finite(__fmul_rn(rest.excess, slope)));
-    const float y = __fdiv_rn(__fadd_rn(__fadd_rn(x[0], 0.0f), added), __fadd_rn(w[0], rest.mass));
+    for (int r = 0; r < CLUSTER; r++) x[r] = s.numerators[r][d];
+    tree<CLUSTER>(x);
+    const float added = __fadd_rn(__fmul_rn(rest.alpha, line[VALUES + d]), __fmul_rn(rest.beta, line[CROSS + d]));
+    const float y = __fdiv_rn(__fadd_rn(__fadd_rn(x[0], 0.0f), finite(added) ? added : 0.0f), __fadd_rn(weight, rest.mass));
     store(out, (i64)p.row * DIM_V + d, sinks && !(logits.sink < __int_as_float(0x7f800000)) ? 0.0f : y);
 }
 
-static_assert(DIM_V <= THREADS);
+static_assert(DIM_V <= THREADS && CLUSTER <= 32 && WARPS <= 32);
 
-// As attend; without a line, as the row sees no complete group, nothing is put back.
+// As attend.
 __device__ __forceinline__ void attend_completed(
     const Program& p, const Rows& values, const Logits& logits, int highest, int most, i64* indices, void* out,
-    const Known& known, const float* line) {
-    const int live = p.live();
-    const float mean = line ? line[0] : 0.0f;
+    const Known& known, const Whole& whole, const float* line, int linear) {
+    const int live = p.live(), count = whole.keys();
     mark_winners(p);
     write_indices(p, live, most, indices);
-    const float top = weigh(p, logits, live, highest);
+    const float top = highest_logit(p, logits, live, highest);
+    const float mean = count > 0 ? __fdiv_rn(line[0], (float)count) : 0.0f;
     __syncthreads();
-    // Values are waited for, weights are computed: of the warps that share a scheduler half do the one while the others do the
-    // other.
-#pragma unroll 1
-    for (int phase = 0; phase < 2; phase++) {
-        if ((phase ^ p.warp / 4) & 1) sum_warp(p, values, live);
-        else if (line) sum_left(p, logits, known, mean, top);
-    }
-    float mean_value = 0.0f, slope = 0.0f;
-    if (line && p.rank == 0 && p.tid < DIM_V) mean_value = line[VALUE + p.tid], slope = line[SLOPE + p.tid];
+    sum_picked(p, logits, whole, live, top);
+    if (count > 0) sum_left(p, logits, known, mean, top);
+    cluster_sync();
+    const Picked picked = picked_of(p);
+    Affine rest = {0.0f, 0.0f, 0.0f};
+    if (count > 0) rest = weights_of_rest(sum_blocks(p), picked, count, line, mean, linear);
+    weigh_less(p, logits, whole, rest, live, top);
+    __syncthreads();
+    sum_warp(p, values, live);
     __syncthreads();
     mark(p, 11);
     sum_program(p);
     cluster_sync();
-    if (p.rank != 0) return;
-    Rest rest = {0.0f, 0.0f};
-    if (line) rest = sum_blocks(p);
-    write_completed(p, logits, top, rest, mean_value, slope, out);
+    if (p.rank == 0) write_completed(p, logits, top, rest, picked.weight, line, out);
 }

@@ -222,7 +222,7 @@ def _score_programs(shape: Shape, multiprocessors: int) -> int:
 def _ring(shape: Shape) -> int:
     """Bytes of codes that the four warps of a program in score_codes.cu have asked for, or ``FitSpace`` of fit.cuh."""
     ring = 4 * AHEAD * 16 * shape.head_dim
-    return max(ring, 4 * shape.group * (2 * shape.head_dim + shape.dim_v + 2)) if shape.completed else ring
+    return max(ring, 4 * shape.group * (2 * shape.head_dim + shape.dim_v)) if shape.completed else ring
 
 
 def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
@@ -290,7 +290,7 @@ class _Buffers:
         self.off = empty(shape.rows, plan.padded // TILE if shape.coded else 0, dtype=torch.float32)
         self.count = empty(shape.rows, plan.cluster)
         self.marks = empty(shape.rows, plan.cluster, MARKS, dtype=torch.int64) if profile else self.count
-        # As line.cuh has it: of each row the mean score, from the fourth number on the mean value, then the slope.
+        # As line.cuh has it: of each row sums of scores, from the fourth number on of values, and of both.
         self.line = empty(shape.rows, 4 + 2 * shape.dim_v if shape.completed else 0, dtype=torch.float32)
         # Counts of keys, as tally.cuh has them: all 0 before a step, and after it.
         self.tally = empty(shape.rows, TALLY).zero_()
@@ -322,7 +322,7 @@ class CudaStep:
             completion: ``"mean"`` or ``"linear"`` with ``moments``, of the rows' complete groups of keys.
         """
         self.score(q, k, index, rows, always, completion, moments)
-        return self.choose(q, k, v, index, rows, logits, always)
+        return self.choose(q, k, v, index, rows, logits, always, completion)
 
     def score(
         self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, always: Always = NONE,
@@ -356,7 +356,7 @@ class CudaStep:
 
     def choose(
         self, q: torch.Tensor, k: Numbers, v: Numbers, index: KeyIndex, rows: torch.Tensor, logits: Logits,
-        always: Always = NONE,
+        always: Always = NONE, completion: str = "none",
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Output ``[B, H, 1, Dv]`` in q's dtype and indices int64 ``[B, H, 1, k_eff]``, once keys are scored."""
         shape, plan, work = self.shape, self.plan, self.buffers
@@ -367,7 +367,8 @@ class CudaStep:
             q, *self._side(k, q), *self._side(v, q), rows, work.fast, work.best, work.word, work.units, work.off,
             work.tally, out, indices, work.count, work.marks,
             shape.heads, shape.n, plan.padded, shape.k_eff, plan.room, plan.span, in_full, *always,
-            *units(q, 1)[:2], *_of_logits(logits, q), *([work.line] if shape.completed else []),
+            *units(q, 1)[:2], *_of_logits(logits, q),
+            *([work.line, int(completion == "linear")] if shape.completed else []),
         ], shared_mem=plan.shared)  # fmt: skip
         return out, indices
 

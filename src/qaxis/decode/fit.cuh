@@ -1,4 +1,4 @@
-// The line through a row's values (attention/completion.py, fit), by one program of 128 threads for all heads of a group. It is a
+// Moments along a row's query (attention/completion.py, along), by one program of 128 threads for all heads of a group. It is a
 // program of the score kernels, which wait for memory: cuda.py puts it before them where outputs are completed.
 //
 // Sums along the query have the order of a score: a lane's neighbouring numbers, then neighbouring lanes (rule 2). A warp asks
@@ -11,7 +11,6 @@ constexpr int AT_ONCE = DEEP_FIT * ROWS_FIT, WIDTH = DIM_V + DIM;  // rows of pr
 // In memory that the score kernels have for keys on their way.
 struct FitSpace {
     float query[GROUP][DIM], cross[GROUP][WIDTH];
-    float mean[GROUP], spread[GROUP];  // spread: 0 where there is no slope
 };
 
 // The sum over all numbers of a row, from a lane's.
@@ -75,7 +74,7 @@ __device__ __forceinline__ void cross_products(const float* products, const void
 }
 
 // Lines of the GROUP rows from first_row on, which share `products [kv, WIDTH, DIM]` and `sums [kv, WIDTH]` of `count` keys. Not
-// linear: there is no slope, and products are not read.
+// linear: products are not read, and what comes of them is 0, as there is no slope then.
 __device__ __forceinline__ void fit(
     const void* q, i64 q_of, int q_h, const float* products, const float* sums, int kv, float* line, int first_row, int count,
     int linear, FitSpace& s) {
@@ -94,7 +93,6 @@ __device__ __forceinline__ void fit(
             load_query(q, q_of + (i64)(i / (DIM / E)) * q_h, i % (DIM / E), &s.query[0][0] + i * E);
     }
     __syncthreads();
-    const float n = (float)count;
 #pragma unroll 1
     for (int h = warp; h < GROUP; h += warps) {
         float x[NUMBERS], y[NUMBERS];
@@ -104,22 +102,13 @@ __device__ __forceinline__ void fit(
             x[e] = __fmul_rn(s.query[h][d], sums[DIM_V + d]);
             y[e] = linear ? __fmul_rn(s.query[h][d], s.cross[h][DIM_V + d]) : 0.0f;
         }
-        const float total = sum_of_row(x), second = sum_of_row(y), mean = __fdiv_rn(total, n);
-        const float spread = __fsub_rn(second, __fmul_rn(total, mean));
-        if (lane == 0) {
-            s.mean[h] = line[h * LINE] = mean;
-            // A share below 2^-12 is rounding.
-            s.spread[h] = linear && spread > __fmul_rn(second, 0x1p-12f) ? spread : 0.0f;
-        }
+        const float total = sum_of_row(x), second = sum_of_row(y);
+        if (lane == 0) line[h * LINE] = total, line[h * LINE + 1] = second;
     }
-    __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < GROUP * DIM_V; i += blockDim.x) {
         const int h = i / DIM_V, d = i % DIM_V;
-        const float sum = sums[d], spread = s.spread[h];
-        line[h * LINE + VALUE + d] = __fdiv_rn(sum, n);
-        const bool sloped = spread != 0.0f;
-        const float together = sloped ? __fsub_rn(s.cross[h][d], __fmul_rn(s.mean[h], sum)) : 0.0f;
-        line[h * LINE + SLOPE + d] = sloped ? __fdiv_rn(together, spread) : 0.0f;
+        line[h * LINE + VALUES + d] = sums[d];
+        line[h * LINE + CROSS + d] = linear ? s.cross[h][d] : 0.0f;
     }
 }

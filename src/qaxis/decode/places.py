@@ -1,20 +1,20 @@
 """What a completed step over 8-bit codes gives, from the places that it left behind: its meaning, in PyTorch.
 
 Which keys are kept, and their weights, are canonical. Of those that are left only a 16-bit place is known, so the tail
-is that of ``attention/completion.py`` with the score ``(place - 32767.5) (1 / units)`` in place of the canonical one, in
-single operations of float32. Keys without a place, as they have no code, and all keys of a row without units (its query
-is too short, or the range too large) have their canonical score.
+is that of ``attention/completion.py`` with the score ``(place - 32767.5) (1 / units)`` in place of the canonical one,
+in single operations of float32. Keys without a place, as they have no code, and all keys of a row without units (its
+query is too short, or the range too large) have their canonical score.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from ..arithmetic import reference as canonical
-from ..attention import completion
 from ..attention.always import NONE, Always
+from ..attention.completed import rows_of
 from ..attention.logits import Logits
-from ..attention.reference import weighted_sums
 from ..storage.moments import GROUP, add_groups, empty
 from .rows import BEGIN, END
 
@@ -40,11 +40,11 @@ def attend(
         q: ``[B, H, 1, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``; of an 8-bit cache dequantised.
         indices: int64 ``[B, H, 1, K]``, the keys that the step kept, padded with -1.
         rows: int32 ``[B, 4]``, what each row sees (``rows.py``).
-        places: uint16 ``[B * H, N or more]``, and units: float32 ``[B * H]``, as the step's buffers ``fast`` and ``units``.
+        places, units: uint16 ``[B * H, N or more]`` and float32 ``[B * H]``, the step's buffers ``fast`` and ``units``.
         kind: ``"mean"`` or ``"linear"``.
         in_full: first tokens of the cache that have no code.
     """
-    batch, heads, _, dim = q.shape
+    batch, heads = q.shape[:2]
     group, n = heads // k.shape[1], k.shape[2]
     out = torch.zeros(batch, heads, 1, v.shape[-1], dtype=q.dtype, device=q.device)
     place = torch.arange(n, device=q.device)
@@ -52,23 +52,20 @@ def attend(
         begin, end = int(rows[b, BEGIN]), int(rows[b, END])
         visible = ((place >= begin) & (place < end))[None]
         first, last = -(-begin // GROUP), end // GROUP
+        has = placed(place, begin, end, in_full, always)
         for g in range(k.shape[1]):
             moments = add_groups(empty(k[b, g], v[b, g]), k[b, g], v[b, g], first, last)
             keys, values = (torch.where(visible[0, :, None], x[b, g].float(), 0.0) for x in (k, v))
             for h in range(g * group, (g + 1) * group):
-                query, chosen = q[b, h].float(), indices[b, h]
-                live, safe = chosen >= 0, chosen.clamp(min=0)
-                score = canonical.pair_scores(query[:, None, :], keys)
-                sums = weighted_sums(score.gather(1, safe), values[safe], live, logits, h)
-                if last > first and bool(live.any()):
-                    taken = torch.zeros(1, n + 1, dtype=torch.bool, device=q.device)
-                    left = visible & ~taken.scatter_(1, torch.where(live, chosen, n), True)[:, :n]
-                    unit, row = units[b * heads + h], places[b * heads + h, :n]
-                    if float(unit) > 0:
-                        known = (row.to(torch.int32).float() - MIDDLE) * (torch.ones_like(unit) / unit)
-                        score = torch.where(placed(place, begin, end, in_full, always), known, score)
-                    line = completion.fit(query, moments, (last - first) * GROUP, kind)
-                    rest = completion.tail(score, left, visible, sums.top, line.mean_score, logits)
-                    sums = completion.completed(sums, rest, line)
-                out[b, h] = sums.output().to(q.dtype)
+                out[b, h] = rows_of(
+                    q[b, h].float(), keys, values, indices[b, h], visible, moments, (first, last), logits, h, kind,
+                    known=partial(_known, places[b * heads + h, :n], units[b * heads + h], has),
+                ).to(q.dtype)  # fmt: skip
     return out
+
+
+def _known(place: torch.Tensor, units: torch.Tensor, has: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """Scores of places ``[N]`` where a key has one, the canonical ones ``[1, N]`` elsewhere."""
+    if float(units) <= 0:
+        return score
+    return torch.where(has, (place.to(torch.int32).float() - MIDDLE) * (torch.ones_like(units) / units), score)

@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     if (blockIdx.x == gridDim.x - 1) {
         DYNAMIC_SHARED(space);
         const i64 q_of = (i64)b * q_b + (i64)(g * GROUP) * q_h;
-        const int count = fitted_keys(Seen::of<true>(rows, b, Room{n, k_eff, in_full, sinks, recent}));
+        const int count = Whole(Seen::of<true>(rows, b, Room{n, k_eff, in_full, sinks, recent})).keys();
         return fit(q, q_of, q_h, products, sums, kv, line, first_row, count, linear, *(FitSpace*)space);
     }
 #endif

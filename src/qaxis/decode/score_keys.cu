@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     static_assert(sizeof(FitSpace) <= sizeof(ring));
     if (blockIdx.x == gridDim.x - 1) {
         const i64 q_of = (i64)b * q_b + (i64)(g * GROUP) * q_h;
-        return fit(q, q_of, q_h, products, sums, kv, line, first_row, fitted_keys(seen), linear, *(FitSpace*)ring);
+        return fit(q, q_of, q_h, products, sums, kv, line, first_row, Whole(seen).keys(), linear, *(FitSpace*)ring);
     }
 #endif
     const int tiles = (seen.end - seen.base + TILE - 1) / TILE, warps = (gridDim.x - COMPLETED) * (blockDim.x / 32);
