@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -16,15 +16,16 @@ from qaxis.attention.completion import Seen, completed_weights, seen_of
 from qaxis.attention.logits import Logits
 from qaxis.attention.selection import causal_mask, indices_to_mask
 from qaxis.cuda import emulator
-from qaxis.decode import Decoder, index_keys
+from qaxis.decode import Decoder, KeyIndex, places
 from qaxis.prefill import Prefill, PrefillTuning, prefill_attention
 from qaxis.storage.moments import GROUP, Moments, add_groups, empty
+from qaxis.storage.side import Stored
 
 from ..harness.claim import Context, Result, value
 from ..inputs import witness
 from ..inputs.adversarial import KINDS, make
 from ..inputs.seeded import DTYPES
-from .certified import stored
+from .certified import stored, ways
 from .golden import first_difference
 from .prefill import ALLOWED, INTERPRETED
 
@@ -245,7 +246,10 @@ def _bits(out: Prefill) -> torch.Tensor:
 
 
 def _stepped(context: Context, tally: Tally) -> None:
-    """The decode step of CUDA C++ over bounds, emulated on a CPU, against ``topk_attention``."""
+    """The decode step of CUDA C++, emulated on a CPU: over bounds it has the bits of ``topk_attention``.
+
+    Over 8-bit codes those of its own reference, which is handed the places that the step found.
+    """
     if context.device == "cpu" and not emulator.available():
         return
     generator = torch.Generator(context.device).manual_seed(context.seed)
@@ -256,14 +260,35 @@ def _stepped(context: Context, tally: Tally) -> None:
             continue
         b, h, _, _, n, d = shape
         step = made.setdefault((b, h, n, d, k_eff), Decoder(b, h, n, d, k_eff, context.device))
-        index, sums = index_keys(k), summed(k, v)
-        off, plain = step(q, k, v, index, completion="none"), step(q, k, v, index)
-        off_bits = tuple(x.clone() for x in (off.output, off.indices))
-        tally.stays(f"step, {_named(kind, shape, dtype, 'none')}", off_bits, (plain.output, plain.indices))
-        for completion in COMPLETIONS:
-            right = qaxis.topk_attention(q, k, v, k_eff, completion=completion)
-            got = step(q, k, v, index, completion=completion, moments=sums)
-            tally.bits(_named(kind, shape, dtype, completion), "step", (got.output, got.indices), right)
+        for way, keys, values, index in ways(k, v):
+            dense = (keys.dequantized(), values.dequantized()) if isinstance(keys, Stored) else (k, v)
+            plain = step(q, keys, values, index)
+            kept = (plain.output.clone(), plain.indices.clone())
+            off = step(q, keys, values, index, completion="none")
+            tally.stays(f"step, {way}, {_named(kind, shape, dtype, 'none')}", (off.output, off.indices), kept)
+            for completion in COMPLETIONS:
+                _step(tally, step, (q, keys, values, index), dense, _named(kind, shape, dtype, completion), way)
+
+
+def _step(
+    tally: Tally, step: Decoder, arguments: tuple[Any, Any, Any, KeyIndex], dense: tuple[torch.Tensor, torch.Tensor],
+    name: str, way: str,
+) -> None:  # fmt: skip
+    """One completed step over ``arguments``, whose keys and values are ``dense``; its completion ends the name."""
+    completion, k_eff = name.rpartition(", ")[2], step.made_for.k_eff
+    ran = step.cuda_step(*arguments, completion=completion)
+    if ran is None:
+        return
+    got = step(*arguments, completion=completion, moments=summed(*dense))
+    right = qaxis.topk_attention(arguments[0], *dense, k_eff, backend="auto", completion=completion)
+    output = right.output
+    if arguments[3].codes is not None:
+        logits, in_full = Logits(arguments[0].shape[3] ** -0.5), arguments[3].codes.first.shape[2]
+        output = places.attend(
+            arguments[0], *dense, right.indices, step.all_rows, ran.buffers.fast, ran.buffers.units, logits, completion,
+            in_full,
+        )  # fmt: skip
+    tally.bits(name, f"step_{way}", (got.output, got.indices), (output, right.indices))
 
 
 def _prompted(context: Context, tally: Tally) -> None:
