@@ -70,6 +70,8 @@ class Line(NamedTuple):
     mean: torch.Tensor
     slope: torch.Tensor
     spread: torch.Tensor
+    #: whether it is a line; of a mean the slope is 0
+    sloped: bool
 
     def at(self, x: torch.Tensor) -> torch.Tensor:
         """Values ``[H, N, Dv]`` at scores ``[H, N]``."""
@@ -84,7 +86,8 @@ def fitted(rows: Rows, kind: str) -> Line:
     away = among * (rows.x - middle[:, None])
     spread = away.square().sum(-1)
     slope = (away[:, None] @ rows.v)[:, 0] / spread[:, None]
-    return Line(middle, mean, slope if kind == "linear" else torch.zeros_like(slope), spread)
+    sloped = kind == "linear"
+    return Line(middle, mean, slope if sloped else torch.zeros_like(slope), spread, sloped)
 
 
 def output(rows: Rows, line: Line | None) -> torch.Tensor:
@@ -147,8 +150,7 @@ def straight(rows: Rows, x: torch.Tensor, p: torch.Tensor, line: Line) -> tuple[
     count = among.sum(-1, keepdim=True)
     middle, mean = ((among * y).sum(-1, keepdim=True) / count for y in (x, p))
     away = among * (x - middle)
-    rise = (away * p).sum(-1, keepdim=True) / away.square().sum(-1, keepdim=True)
-    rise = torch.where((line.slope != 0).any(-1, keepdim=True), rise, 0.0)
+    rise = line.sloped * (away * p).sum(-1, keepdim=True) / away.square().sum(-1, keepdim=True)
     return mean + rise * (x - middle), rise
 
 
