@@ -7,6 +7,7 @@ from the rules alone (src/qaxis/arithmetic/__init__.py states them) and yields e
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -74,3 +75,138 @@ def attention(
         "scores": torch.from_numpy(last), "indices": torch.from_numpy(indices),
         "output": torch.from_numpy(output).to(dtype),
     }  # fmt: skip
+
+
+#: tokens of a group, of a run; a spread below that share of the second moment counts as none
+GROUP, RUN, LEAST = 128, 16, F32(2.0**-12)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What :func:`completed` is told beside tensors and budget.
+
+    Attributes:
+        begin: first key that a query sees, an integer or ``[B, M]``; the last one is its own.
+        offset: tokens before the first key, which a window dropped; groups and runs count from the first token.
+        scale: None is 1/sqrt(D). cap: soft cap of the logits, or None. sink: one logit a head, or None.
+    """
+
+    begin: int | np.ndarray = 0
+    offset: int = 0
+    scale: float | None = None
+    cap: float | None = None
+    sink: np.ndarray | None = None
+
+
+def completed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coverage: float, minimum: int, kind: str,
+    setting: Setting | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """indices and output of causal attention with what it leaves out put back; kind is "none", "mean" or "linear"."""
+    told = setting or Setting()
+    (batch, heads, m, _), (_, kv_heads, n, _) = q.shape, k.shape
+    qn, kn, vn = (x.float().numpy() for x in (q, k, v))
+    begins = np.broadcast_to(np.asarray(told.begin), (batch, m))
+    most = max(0, int((np.arange(n - m, n) + 1 - begins).max()))
+    indices = np.full((batch, heads, m, k_eff(coverage, minimum, most)), -1, np.int64)
+    output = np.zeros((batch, heads, m, v.shape[-1]), F32)
+    groups: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
+    # Of numbers at the edge of the range, moments overflow on purpose.
+    with np.errstate(all="ignore"):
+        for b, h, i in np.ndindex(batch, heads, m):
+            g, begin, end = h * kv_heads // heads, int(begins[b, i]), n - m + i + 1
+            if end <= begin:
+                continue
+            whole = range(-(-(begin + told.offset) // GROUP), (end + told.offset) // GROUP)
+            for group in whole if kind != "none" else ():
+                if (b, g, group) not in groups:
+                    tokens = slice(group * GROUP - told.offset, (group + 1) * GROUP - told.offset)
+                    groups[b, g, group] = moments(kn[b, g, tokens], vn[b, g, tokens])
+            kept = [groups[b, g, group] for group in whole] if kind != "none" else []
+            keys, values = kn[b, g, begin:end], vn[b, g, begin:end]
+            count = k_eff(coverage, minimum, end - begin)
+            ends = (whole.start * GROUP - told.offset - begin, whole.stop * GROUP - told.offset - begin)
+            row = _completed_row(qn[b, h, i], keys, values, count, kept, ends, kind, begin, h, told)
+            chosen, output[b, h, i] = row
+            indices[b, h, i, : len(chosen)] = chosen + begin
+    return {"indices": torch.from_numpy(indices), "output": torch.from_numpy(output).to(q.dtype)}
+
+
+def moments(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of one group: sums of x k^T, ``[Dv + D, D]``, and of x, x being a value followed by its key."""
+    x = np.concatenate([values, keys], 1).T
+    return np.stack([tree(component * keys.T) for component in x]), tree(x)
+
+
+def _completed_row(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, count: int, kept: list[tuple[np.ndarray, np.ndarray]],
+    ends: tuple[int, int], kind: str, begin: int, head: int, told: Setting,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(selected of the keys that are seen, output) of one query.
+
+    ``kept``: moments of the groups that it sees whole, whose keys are those from ``ends[0]`` up to ``ends[1]``.
+    """
+    score, scale = tree(q * keys), q.shape[0] ** -0.5 if told.scale is None else told.scale
+    logit, factor = score, F32(scale * math.log2(math.e))
+    if told.cap is not None or told.sink is not None:
+        logit, factor = score * F32(scale), F32(math.log2(math.e))
+        if told.cap is not None:
+            y = logit / F32(told.cap)
+            e = exp2(np.abs(y) * F32(-2 * math.log2(math.e)))
+            logit = np.copysign((F32(1) - e) / (F32(1) + e), y) * F32(told.cap)
+    chosen = np.sort(np.argsort(-score, kind="stable")[:count])
+    top = logit[chosen].max()
+    sink = None if told.sink is None else F32(told.sink[head])
+    top = top if sink is None else max(top, sink)
+    weight = exp2((logit[chosen] - top) * factor)
+    below, above = tree(weight), tree(weight * values[chosen].T)
+    below = below if sink is None else below + exp2((sink - top) * factor)
+    inside = (chosen >= ends[0]) & (chosen < ends[1])
+    many = GROUP * len(kept) - int(inside.sum())
+    if not kept or many == 0:
+        return chosen, above / below
+    products, sums = np.zeros_like(kept[0][0]), np.zeros_like(kept[0][1])
+    for one in kept:
+        products, sums = products + one[0], sums + one[1]
+    # Of all keys of whole groups along the query, then of those that are not selected.
+    dim, wide = q.shape[0], values.shape[1]
+    cross = tree(products * q)
+    second, own = tree(q * cross[-dim:]), np.where(inside, score[chosen], F32(0))
+    whole = tree(sums[wide:] * q)
+    total, before = whole - tree(own), whole / F32(GROUP * len(kept))
+    mean = total / F32(many)
+    spread = (second - tree(own * own)) - total * mean
+    left = np.ones(len(score), bool)
+    left[chosen] = False
+    mass, excess = _tail(score, logit, left, top, factor, before, begin + told.offset)
+    excess = excess + mass * (before - mean)
+    alpha, beta = mass / F32(many), F32(0)
+    if kind == "linear" and spread > second * LEAST:
+        tilted = alpha - excess / spread * mean
+        alpha, beta = (tilted, excess / spread) if np.isfinite(tilted) else (alpha, beta)
+    added = alpha * sums[:wide] + beta * cross[:wide]
+    weight = weight - np.where(inside, alpha + beta * score[chosen], F32(0))
+    above = tree(weight * values[chosen].T) + np.where(np.isfinite(added), added, F32(0))
+    return chosen, above / (below + mass)
+
+
+def _tail(
+    score: np.ndarray, logit: np.ndarray, left: np.ndarray, top: np.ndarray, factor: np.float32, mean: np.ndarray,
+    first: int,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Sum of the weights of the keys that are ``left``, and of weights times distances of scores from ``mean``.
+
+    By runs of 16, which begin with the first token of all; ``first`` tokens come before the first score.
+    """
+    runs = (first + np.arange(len(score))) // RUN
+    mass, excess = np.zeros(runs[-1] + 1, F32), np.zeros(runs[-1] + 1, F32)
+    for run in range(runs[0], runs[-1] + 1):
+        # Sixteen places, of which those that hold nothing add zero.
+        p, away, here = np.zeros(RUN, F32), np.zeros(RUN, F32), np.flatnonzero(runs == run)
+        place, best = (first + here) % RUN, here[np.argmax(score[here])]
+        p[place] = np.where(left[here], exp2((logit[here] - logit[best]) * factor), F32(0))
+        away[place] = np.where(left[here], score[here] - score[best], F32(0))
+        share, apart = tree(p), tree(p * away)
+        relative = exp2((min(logit[best], top) - top) * factor)
+        mass[run], excess[run] = relative * share, relative * (apart + share * (score[best] - mean))
+    return tree(mass), tree(excess)
