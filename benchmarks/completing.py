@@ -150,7 +150,7 @@ class Share:
 class Quest:
     """Tang et al., 2024: whole pages of 16 keys by a bound from the page's least and largest channels.
 
-    The page that is not full yet is always kept. Every layer is treated alike (the authors leave two dense). Its
+    The query's own page is always kept. Every layer is treated alike (the authors leave two dense). Its
     estimate of a score is the one of the middle of the page's box, which costs no further byte.
     """
 
@@ -168,7 +168,7 @@ class Quest:
             bound = by_heads(rows.q.clamp(min=0), high[..., :count]) + by_heads(rows.q.clamp(max=0), low[..., :count])
             start = torch.arange(count, device=rows.q.device) * PAGE
             bound.masked_fill_(start >= seen, -torch.inf)
-            bound.masked_fill_((start < seen) & (start + PAGE > seen), torch.inf)
+            bound.masked_fill_((start < seen) & (start + PAGE >= seen), torch.inf)
             chosen = best(bound, (self.counts(rows.seen) // PAGE).clamp(min=1))
             middle = by_heads(rows.q, ((low + high) / 2)[..., :count])
             spread, near = (x.repeat_interleave(PAGE, -1)[..., :n] for x in (chosen, middle))

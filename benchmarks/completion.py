@@ -239,11 +239,11 @@ def _file_of(model: str, path: Path | None) -> Iterator[str | None]:
     if path is None or not path.is_dir() or (path / "config.json").is_file():
         yield None if path is None else str(path)
         return
-    whole, pieces = sorted(path.rglob("*.gguf")), sorted(path.rglob("*.gguf.part*"))
-    found = len(whole) == 1 or (not whole and bool(pieces))
+    files, pieces = sorted(path.rglob("*.gguf")), sorted(path.rglob("*.gguf.part*"))
+    found = len(files) == 1 or (not files and bool(pieces))
     require(found, "--subject", str(path), "a folder with config.json, one .gguf file, or the .gguf.part* of one")
-    if whole:
-        yield str(whole[0])
+    if files:
+        yield str(files[0])
         return
     with tempfile.TemporaryDirectory(prefix="qaxis-subject-") as folder:
         joined = Path(folder) / pieces[0].name.split(".part")[0]
