@@ -294,7 +294,8 @@ class Blocks:
     def masses(self, rest: torch.Tensor) -> torch.Tensor:
         """Sums of ``rest [..., n]`` over blocks, the last of them maybe not full."""
         short = -rest.shape[-1] % self.size
-        return torch.nn.functional.pad(rest, (0, short)).unflatten(-1, (-1, self.size)).sum(-1)
+        whole = torch.nn.functional.pad(rest, (0, short)) if short else rest
+        return whole.unflatten(-1, (-1, self.size)).sum(-1)
 
     def apart(self, rows: Rows, masses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Masses of full blocks, and of the one that a row sees a part of (0 where there is none)."""
@@ -561,6 +562,8 @@ def attend(layer: Layer, way: Way, tally: Tally | None = None) -> torch.Tensor:
     finish = finishing(layer, way.complete)
     out = torch.empty(heads, group, m, layer.v.shape[-1], dtype=layer.v.dtype, device=layer.v.device)
     at_once = max(16, ELEMENTS["cuda" if layer.q.is_cuda else "cpu"] // (heads * group * n))
+    # Chunks of whole groups leave nothing to pad.
+    at_once = at_once // GROUP * GROUP or at_once
     for start in range(0, m, at_once):
         stop = min(start + at_once, m)
         first = n - m + start
