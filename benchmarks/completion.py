@@ -457,6 +457,7 @@ def prompts(tokenizer: Any, hay: torch.Tensor, i: int, count: int, n: int) -> di
 
     def choice(question: str, names: tuple[str, ...], right: int) -> Asked:
         first = torch.tensor([int(ids(f" {name}")[0, 0]) for name in names])
+        require(len(first.unique()) == len(names), "tokenizer", names, "one whose first tokens of these differ")
         return Asked(ids(question), first[right].reshape(1, 1), first, right)
 
     made = {task: make(i) for task, make in TASKS.items()}
@@ -597,6 +598,11 @@ def changed(document: dict[str, Any], name: str, tokens: int) -> Changed | None:
     return Changed(len(pairs), percent, boot.low, boot.high, low, high, kl, agree)
 
 
+def interval(low: float, high: float) -> str:
+    """In brackets; of one article there is none."""
+    return "" if low != low else f"[{low:+.3f}, {high:+.3f}]"
+
+
 def row_of(document: dict[str, Any], plan: Plan, tokens: int) -> str | None:
     """One line of a table of ways."""
     found = changed(document, plan.name, tokens)
@@ -608,8 +614,8 @@ def row_of(document: dict[str, Any], plan: Plan, tokens: int) -> str | None:
     mean = statistics.fmean(known) if known else None
     read = mean_bytes(plan, Shape(*about["shape"]), about["length"], mean) / 1000
     return (
-        f"| {plan.name} | {found.articles} | {found.percent:+.3f} [{found.low:+.3f}, {found.high:+.3f}] | "
-        f"[{found.t_low:+.3f}, {found.t_high:+.3f}] | {1000 * found.kl:.2f} | {100 * found.agree:.2f} | {read:.0f} | "
+        f"| {plan.name} | {found.articles} | {found.percent:+.3f} {interval(found.low, found.high)} | "
+        f"{interval(found.t_low, found.t_high)} | {1000 * found.kl:.2f} | {100 * found.agree:.2f} | {read:.0f} | "
         f"{'' if mean is None else f'{mean:.0f}'} |"
     )
 
@@ -621,7 +627,7 @@ def grid(document: dict[str, Any], tokens: int) -> list[str]:
     for complete in ("none", "mean", *KINDS, "linear"):
         found = [changed(document, Plan(b, complete).name, tokens) for b in MAIN]
         if any(found):
-            cells = ["" if x is None else f"{x.percent:+.3f} [{x.low:+.3f}, {x.high:+.3f}]" for x in found]
+            cells = ["" if x is None else f"{x.percent:+.3f} {interval(x.low, x.high)}" for x in found]
             lines.append(f"| {complete} | " + " | ".join(cells) + " |")
     return lines
 
@@ -639,11 +645,11 @@ def task_rows(document: dict[str, Any]) -> list[str]:
     lines = []
     for (n, task, name), pairs in sorted(found.items()):
         hits = sum(x["found"] for _, x in pairs)
-        interval = stats.binomtest(hits, len(pairs)).proportion_ci(method="wilson")
+        ends = stats.binomtest(hits, len(pairs)).proportion_ci(method="wilson")
         lost, won = (sum(a["found"] > b["found"] for a, b in some) for some in (pairs, [x[::-1] for x in pairs]))
         loss = statistics.fmean(b["loss"] - a["loss"] for a, b in pairs)
         lines.append(
-            f"| {task} | {n} | {name} | {hits}/{len(pairs)} [{interval.low:.2f}, {interval.high:.2f}] | {lost} | "
+            f"| {task} | {n} | {name} | {hits}/{len(pairs)} [{ends.low:.2f}, {ends.high:.2f}] | {lost} | "
             f"{won} | {loss:+.3f} |"
         )
     return lines
@@ -688,7 +694,9 @@ def report_of(documents: list[dict[str, Any]], tokens: int | None) -> str:
                  if "dense" in a["ways"]]  # fmt: skip
         lines += [f"## {key[0]}, first {n} of {key[1]} tokens, {len(dense)} articles", ""]
         if dense:
-            lines += [f"Dense perplexity {np.exp(statistics.fmean(dense) / (n - 1)):.3f}; {about['device']}.", ""]
+            read = mean_bytes(DENSE, Shape(*about["shape"]), key[1], None) / 1000
+            perplexity = np.exp(statistics.fmean(dense) / (n - 1))
+            lines += [f"Dense perplexity {perplexity:.3f}, {read:.0f} KB read; {about['device']}.", ""]
         lines += [*targets(key, document), "", *grid(document, n), ""]
         for part, plans in parts().items():
             found = [row_of(document, plan, n) for plan in plans]
