@@ -3,20 +3,14 @@
     python -m benchmarks.completion measure --model smollm2 --parts table --out benchmarks/local/smollm2.json
     python -m benchmarks.completion report benchmarks/local/*.json
 
-Every article goes through the model once a way, float32, batch 1, on one GPU or slowly on a CPU; the ways are in
-``completing.py``. Results are written after each pass, so a run that was stopped (``--seconds``, or killed) goes on
-where it was when the same command is given again. Selection is by float32 scores of matrix products, not canonical:
-which of nearly equal keys are kept differs, which perplexity does not notice.
+Every article goes through the model once a way, float32, batch 1, on one GPU or slowly on a CPU. The ways are in
+``completing.py``, what is measured and the bytes beside it in ``completion_plans.py``. Results are written after each
+pass, so a run that was stopped (``--seconds``, or killed) goes on where it was when the same command is given again.
+Selection is by float32 scores of matrix products, not canonical: which of nearly equal keys are kept differs, which
+perplexity does not notice.
 
-Bytes that a decode step reads, a token and layer, mean over all positions n of the window (H query and Hkv KV heads,
-head_dim D, values Dv, numbers of 2 bytes, sums of 4, a query head reading its own kept ones)::
-
-    dense          Hkv n (D + Dv) 2
-    exact          Hkv n D 2 + H k Dv 2 + summary
-    a rival        Hkv n share D 2 + H k (D + Dv) 2 + summary      (with exact masses: the exact line + its own scan)
-    INT8           the same with 1 byte a number, and 1 byte a channel and group of 128
-    summary        mean, recent, SparQ: Hkv Dv 4; linear: Hkv (Dv + D)(D + 1) 4; blocks of b: Hkv n/b Dv 2;
-                   block 64 + slope: Hkv (n/64 (Dv + D) 2 + (Dv + D) D 4); clusters: Hkv n (Dv 2 / 64 + 1)
+A machine without the packages gets weights by ``--subject`` or QAXIS_SUBJECT (a file, a folder of transformers, or of
+a GGUF file or its parts) and articles by ``--texts`` or QAXIS_TEXTS, which the command ``texts`` writes elsewhere.
 """
 
 from __future__ import annotations
@@ -31,18 +25,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import torch
-from scipy import stats
 from transformers import DynamicCache
 
-import qaxis
-from benchmarks.completing import KINDS, RIVALS, Counts, Exact, Share, Way, attending_by, budgeted
+from benchmarks.completing import Way, attending_by
+from benchmarks.completion_plans import DENSE, MAIN, MODES, Plan, Shape, bounds, parts, plans_of
+from benchmarks.completion_report import report_of
 from qaxis.validation import require
 from selfcheck.checks.retrieval import TASKS
 from selfcheck.harness.files import write_atomic
@@ -50,180 +43,8 @@ from selfcheck.inputs import optional, subjects
 
 #: (articles, tokens of each)
 WINDOWS = {"smollm2": (40, 8192), "gemma": (12, 16384)}
-#: upper end of the 95 % interval of the perplexity change in per cent, at those lengths
-TARGETS = {
-    ("smollm2", 8192): {"coverage 0.1, linear": 0.5, "coverage 0.05, linear": 1.0, "k = 256, linear": 2.0},
-    ("gemma", 16384): {"coverage 0.1, linear": 0.06, "coverage 0.02, linear": 0.3},
-}
 #: positions whose logits are formed at once
 POSITIONS = 512
-MAIN = (("coverage", 0.1), ("coverage", 0.05), ("coverage", 0.02), ("k", 256))
-TOLERANCES = (0.2, 0.1, 0.05, 0.02)
-
-
-class Shape(NamedTuple):
-    """Of a model's attention."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    value_dim: int
-
-
-# What is measured.
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One way, by name.
-
-    ``budget``: ``("coverage", c)`` with at least 64 keys, ``("k", k)``, ``("tolerance", t)`` of the mass,
-    ``("like", t)`` (the coverage with the mean k that tolerance t came to, on this article), ``("bytes", c)`` (as many
-    keys as the bytes of exact, linear coverage c pay for) or ``("all", 0)``.
-    """
-
-    budget: tuple[str, float]
-    complete: str = "none"
-    rival: str = ""
-    stored: bool = False
-
-    @property
-    def name(self) -> str:
-        what, x = self.budget
-        said = {
-            "coverage": f"coverage {x:g}", "k": f"k = {x:g}", "tolerance": f"tolerance {x:g}", "all": "",
-            "like": f"mean k of tolerance {x:g}", "bytes": f"bytes of coverage {x:g}",
-        }[what]  # fmt: skip
-        if what == "all":
-            return "INT8" if self.stored else "dense"
-        return ", ".join(filter(None, ("INT8" * self.stored, self.rival, said, self.complete)))
-
-    @property
-    def source(self) -> str:
-        """The name of the plan whose mean k this one takes."""
-        return Plan(("tolerance", self.budget[1]), self.complete).name
-
-    def counts(self, shape: Shape, length: int, kept: float | None = None) -> Counts | None:
-        """How many keys are kept; None where no table says so."""
-        what, x = self.budget
-        if what == "coverage":
-            return budgeted(qaxis.Budget(x, 64))
-        if what == "k":
-            return budgeted(qaxis.Budget(0, int(x)))
-        if what == "like":
-            return share_of(kept, length)
-        return same_bytes(self, shape, length) if what == "bytes" else None
-
-    def way(self, shape: Shape, length: int, kept: float | None = None) -> Way:
-        """``kept``: the mean k of :attr:`source`."""
-        if self.budget[0] == "all":
-            return Way(stored=self.stored)
-        if self.budget[0] == "tolerance":
-            return Way(Share(self.budget[1]), self.complete)
-        rival: Any = RIVALS.get(self.rival, Exact)
-        return Way(rival(self.counts(shape, length, kept)), self.complete, self.stored)
-
-
-DENSE = Plan(("all", 0))
-
-
-def share_of(kept: float | None, length: int) -> Counts:
-    """That share of the keys, rounded up, of which a window of ``length`` keeps so many in the mean."""
-    require(kept is not None, "kept", kept, "the mean k that a tolerance came to")
-    seen, low, high = np.arange(1, length + 1), 0.0, 1.0
-    for _ in range(40):
-        share = (low + high) / 2
-        low, high = (share, high) if np.ceil(share * seen).mean() < float(kept or 0) else (low, share)
-    return lambda n: (n * high).ceil().long().clamp(min=1)
-
-
-def summary(complete: str, shape: Shape, n: np.ndarray) -> np.ndarray:
-    """Bytes of what a completion reads beside weights, of ``n`` keys."""
-    dim, value = shape.dim, shape.value_dim
-    if complete in ("linear", "own mass"):
-        each = 4.0 * (value + dim) * (dim + 1) + 0 * n
-    elif complete in ("mean", "recent", "SparQ"):
-        each = 4.0 * value + 0 * n
-    elif complete == "block 64 + slope":
-        each = n / 64 * (value + dim) * 2 + 4.0 * (value + dim) * dim
-    elif complete == "clusters":
-        each = n * (value * 2 / 64 + 1)
-    elif complete in KINDS:
-        each = n / int(complete.split()[1]) * value * 2
-    else:
-        each = 0.0 * n
-    return shape.kv_heads * each
-
-
-def bytes_of(plan: Plan, shape: Shape, n: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """Bytes read a token and layer (the formulas above) where ``k`` of ``n`` keys are kept."""
-    heads, kv, dim, value = shape
-    size = 1 if plan.stored else 2
-    scales = kv * n / 128 * (dim + value) if plan.stored else 0 * n
-    if plan.budget[0] == "all":
-        return kv * n * (dim + value) * size + scales
-    rest = scales + summary(plan.complete, shape, n)
-    if not plan.rival:
-        return kv * n * dim * size + heads * k * value * size + rest
-    scan = kv * n * RIVALS[plan.rival].share * dim * size
-    if plan.complete in ("none", "own mass", "SparQ"):
-        return scan + heads * k * (dim + value) * size + rest
-    return scan + kv * n * dim * size + heads * k * value * size + rest
-
-
-def same_bytes(plan: Plan, shape: Shape, length: int) -> Counts:
-    """As many keys of a rival, at least one, as read what exact, linear top k of that coverage reads."""
-    n = np.arange(1, length + 1)
-    ours = Plan(("coverage", plan.budget[1]), "linear")
-    k = budgeted(qaxis.Budget(plan.budget[1], 64))(torch.from_numpy(n)).numpy()
-    fixed, one = (bytes_of(plan, shape, n, x + 0 * n) for x in (0, 1))
-    afford = np.floor((bytes_of(ours, shape, n, k) - fixed) / (one - fixed)).clip(1, n)
-    table = torch.from_numpy(np.concatenate([[0], afford]).astype(np.int64))
-    return lambda seen: table[seen]
-
-
-def mean_bytes(plan: Plan, shape: Shape, length: int, kept: float | None) -> float:
-    """Mean over the positions of a window; ``kept`` is the mean k where that is all that is known."""
-    n = np.arange(1, length + 1)
-    counts = None if plan.budget[0] in ("all", "tolerance") else plan.counts(shape, length, kept)
-    k = counts(torch.from_numpy(n)).numpy() if counts else np.full(length, kept or 0.0)
-    return float(bytes_of(plan, shape, n, k).mean())
-
-
-def parts() -> dict[str, list[Plan]]:
-    """What each part measures beside dense attention; a plan may be in several."""
-    every = ("none", "mean", *KINDS, "linear")
-    rivals = [Plan(b, c) for b in MAIN[:3] for c in ("none", "linear")]
-    for name in RIVALS:
-        for budget in MAIN[:3]:
-            same = ("bytes", budget[1])
-            rivals += [Plan(budget, "none", name), Plan(budget, "linear", name)]
-            rivals += [Plan(same, "none", name), Plan(same, "own mass", name)]
-            rivals += [Plan(b, "SparQ", name) for b in (budget, same) if name == "SparQ"]
-    return {
-        "table": [Plan(b, c) for b in MAIN for c in every],
-        "curve": [
-            Plan(b, c)
-            for b in [*(("k", x) for x in (32, 64, 128, 256, 512, 1024)),
-                      *(("coverage", x) for x in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5))]
-            for c in ("none", "mean", "linear")
-        ],
-        "rivals": rivals,
-        "int8": [Plan(("all", 0), stored=True), *(Plan(b, c, stored=True) for b in MAIN for c in ("none", "linear"))],
-        "tolerance": [
-            Plan((what, t), c) for t in TOLERANCES for c in ("none", "linear") for what in ("tolerance", "like")
-        ],
-        "tasks": [],
-    }  # fmt: skip
-
-
-def plans_of(chosen: list[str], only: str) -> list[Plan]:
-    """The plans of those parts whose names match; dense attention first, as everything is compared with it."""
-    known = parts()
-    for part in chosen:
-        require(part in known, "--parts", part, f"some of {', '.join(known)}")
-    every = dict.fromkeys(plan for part in chosen for plan in known[part] if re.search(only, plan.name))
-    return [DENSE, *every] if every else []
 
 
 # Model and articles.
@@ -319,11 +140,6 @@ def compared(
         found.append((loss, (a.exp() * (a - b)).sum(-1), same))
     loss, kl, same = (torch.cat(x).double().cpu() for x in zip(*found, strict=True))
     return loss, kl, same
-
-
-def bounds(length: int) -> list[int]:
-    """Numbers of first tokens whose sums are kept: powers of two from 512 on, and all."""
-    return [*(1 << e for e in range(9, length.bit_length()) if 1 << e < length), length]
 
 
 class Store:
@@ -422,9 +238,6 @@ def measure_texts(model: Any, texts: list[torch.Tensor], plans: list[Plan], stor
 
 # Tasks.
 
-#: what is read sparsely; the question always is
-MODES = ("decode", "both")
-TASK_BUDGETS = MAIN
 WORDS = ("apple", "river", "table", "music", "stone", "garden", "window", "horse")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 BELL = "\nThe bell rang.\n"
@@ -440,7 +253,7 @@ class Asked(NamedTuple):
 
 
 def task_plans(only: str) -> list[Plan]:
-    every = [Plan(b, c) for b in TASK_BUDGETS for c in ("none", "linear")]
+    every = [Plan(b, c) for b in MAIN for c in ("none", "linear")]
     return [DENSE, *(plan for plan in every if re.search(only, plan.name))]
 
 
@@ -541,171 +354,6 @@ def measure_tasks(
                     said = {p.name: [t for t, y in x.items() if y["found"]] for p, x in zip(ask, found, strict=True)}
                     say(f"{n} tokens, prompt {i}, {context}, {mode}: {said}")
     return True
-
-
-# The report.
-
-
-class Changed(NamedTuple):
-    """Relative change of perplexity in per cent; intervals over articles: bootstrap, and t of the mean difference."""
-
-    articles: int
-    percent: float
-    low: float
-    high: float
-    t_low: float
-    t_high: float
-    kl: float
-    agree: float
-
-
-def merged(documents: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Documents by model and length; of what several have, the last."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for document in documents:
-        about = document["about"]
-        of = found.setdefault((about["model"], about["length"]), {"about": about, "articles": {}, "tasks": {}})
-        require(of["about"]["digest"] == about["digest"], "digest", about["digest"], "one file of the model")
-        for digest, article in document["articles"].items():
-            one = of["articles"].setdefault(digest, {"index": article["index"], "ways": {}})
-            one["ways"] |= article["ways"]
-        for prompt, contexts in document["tasks"].items():
-            for context, ways in contexts.items():
-                of["tasks"].setdefault(prompt, {}).setdefault(context, {}).update(ways)
-    return found
-
-
-def changed(document: dict[str, Any], name: str, tokens: int) -> Changed | None:
-    """Of a way over the first ``tokens`` tokens, on the articles that have it; None if none has."""
-    at = bounds(document["about"]["length"]).index(tokens)
-    pairs = [
-        (article["ways"]["dense"], article["ways"][name])
-        for article in document["articles"].values()
-        if "dense" in article["ways"] and name in article["ways"]
-    ]
-    if not pairs:
-        return None
-    base, other = (torch.tensor([p[i]["loss"][at] for p in pairs], dtype=torch.float64) / (tokens - 1) for i in (0, 1))
-    kl, agree = (statistics.fmean(p[1][x][at] for p in pairs) / (tokens - 1) for x in ("kl", "agree"))
-    delta = (other - base).numpy()
-    percent = 100 * float(np.expm1(delta.mean()))
-    if len(pairs) == 1:
-        no = float("nan")
-        return Changed(1, percent, no, no, no, no, kl, agree)
-    boot = qaxis.paired_change(list(base.split(1)), list(other.split(1)))
-    half = float(stats.t.ppf(0.975, len(pairs) - 1)) * float(delta.std(ddof=1)) / len(pairs) ** 0.5
-    low, high = (100 * float(np.expm1(delta.mean() + x)) for x in (-half, half))
-    return Changed(len(pairs), percent, boot.low, boot.high, low, high, kl, agree)
-
-
-def interval(low: float, high: float) -> str:
-    """In brackets; of one article there is none."""
-    return "" if low != low else f"[{low:+.3f}, {high:+.3f}]"
-
-
-def row_of(document: dict[str, Any], plan: Plan, tokens: int) -> str | None:
-    """One line of a table of ways."""
-    found = changed(document, plan.name, tokens)
-    if found is None:
-        return None
-    about = document["about"]
-    kept = [a["ways"][plan.name].get("kept") for a in document["articles"].values() if plan.name in a["ways"]]
-    known = [x for x in kept if x is not None]
-    mean = statistics.fmean(known) if known else None
-    read = mean_bytes(plan, Shape(*about["shape"]), about["length"], mean) / 1000
-    return (
-        f"| {plan.name} | {found.articles} | {found.percent:+.3f} {interval(found.low, found.high)} | "
-        f"{interval(found.t_low, found.t_high)} | {1000 * found.kl:.2f} | {100 * found.agree:.2f} | {read:.0f} | "
-        f"{'' if mean is None else f'{mean:.0f}'} |"
-    )
-
-
-def grid(document: dict[str, Any], tokens: int) -> list[str]:
-    """Completions down, budgets across."""
-    lines = ["| completion | " + " | ".join(Plan(b).name.removesuffix(", none") for b in MAIN) + " |"]
-    lines.append("|---" * (len(MAIN) + 1) + "|")
-    for complete in ("none", "mean", *KINDS, "linear"):
-        found = [changed(document, Plan(b, complete).name, tokens) for b in MAIN]
-        if any(found):
-            cells = ["" if x is None else f"{x.percent:+.3f} {interval(x.low, x.high)}" for x in found]
-            lines.append(f"| {complete} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def task_rows(document: dict[str, Any]) -> list[str]:
-    """Answers found by task, mode and way, with a Wilson interval, against dense attention on the same prompts."""
-    found: dict[tuple[int, str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for prompt, contexts in document["tasks"].items():
-        for ways in contexts.values():
-            dense = ways.get("decode: dense", {})
-            for name, by_task in ways.items():
-                for task, one in by_task.items():
-                    if task in dense:
-                        found.setdefault((int(prompt.split()[0]), task, name), []).append((dense[task], one))
-    lines = []
-    for (n, task, name), pairs in sorted(found.items()):
-        hits = sum(x["found"] for _, x in pairs)
-        ends = stats.binomtest(hits, len(pairs)).proportion_ci(method="wilson")
-        lost, won = (sum(a["found"] > b["found"] for a, b in some) for some in (pairs, [x[::-1] for x in pairs]))
-        loss = statistics.fmean(b["loss"] - a["loss"] for a, b in pairs)
-        lines.append(
-            f"| {task} | {n} | {name} | {hits}/{len(pairs)} [{ends.low:.2f}, {ends.high:.2f}] | {lost} | "
-            f"{won} | {loss:+.3f} |"
-        )
-    return lines
-
-
-def targets(key: tuple[str, int], document: dict[str, Any]) -> list[str]:
-    """Each target, whether it is met, and by how much it is missed; the larger upper end of both intervals counts."""
-    lines = []
-    for name, limit in TARGETS.get(key, {}).items():
-        found = changed(document, name, key[1])
-        if found is None or found.articles < 2:
-            lines.append(f"* {name} <= {limit:+g} %: not measured on two articles")
-            continue
-        high = max(found.high, found.t_high)
-        state = "met" if high <= limit else f"MISSED by {high - limit:.3f}"
-        lines.append(f"* {name} <= {limit:+g} %: {high:+.3f} % on {found.articles} articles: {state}")
-    hits: dict[str, list[bool]] = {}
-    for contexts in document["tasks"].values():
-        for name, tasks in contexts.get("article", {}).items():
-            if "pass key" in tasks:
-                hits.setdefault(name, []).append(tasks["pass key"]["found"])
-    dense = hits.get("decode: dense", [])
-    for mode in MODES:
-        some = hits.get(f"{mode}: coverage 0.1, linear", [])
-        if dense and some:
-            high = stats.binomtest(sum(some), len(some)).proportion_ci(method="wilson").high
-            state = "met" if high >= sum(dense) / len(dense) else "MISSED"
-            both = f"{sum(some)}/{len(some)}, dense {sum(dense)}/{len(dense)}"
-            lines.append(f"* pass key, {mode}, coverage 0.1, linear: {both}: {state}")
-    return lines
-
-
-def report_of(documents: list[dict[str, Any]], tokens: int | None) -> str:
-    """Markdown: targets, the table, every way of every part, tasks."""
-    lines: list[str] = []
-    head = ["| way | articles | change, % [95 %, bootstrap] | [95 %, t] | KL, mnats | top-1, % | KB read | k |",
-            "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for key, document in sorted(merged(documents).items()):
-        about, n = document["about"], tokens or key[1]
-        require(n in bounds(key[1]), "--tokens", n, f"one of {bounds(key[1])}")
-        dense = [a["ways"]["dense"]["loss"][bounds(key[1]).index(n)] for a in document["articles"].values()
-                 if "dense" in a["ways"]]  # fmt: skip
-        lines += [f"## {key[0]}, first {n} of {key[1]} tokens, {len(dense)} articles", ""]
-        if dense:
-            read = mean_bytes(DENSE, Shape(*about["shape"]), key[1], None) / 1000
-            perplexity = np.exp(statistics.fmean(dense) / (n - 1))
-            lines += [f"Dense perplexity {perplexity:.3f}, {read:.0f} KB read; {about['device']}.", ""]
-        lines += [*targets(key, document), "", *grid(document, n), ""]
-        for part, plans in parts().items():
-            found = [row_of(document, plan, n) for plan in plans]
-            if any(found):
-                lines += [f"### {part}", "", *head, *(x for x in found if x), ""]
-        if rows := task_rows(document):
-            lines += ["### tasks", "", "| task | tokens | way | found [95 %] | lost | won | loss |", "|---" * 7 + "|"]
-            lines += [*rows, ""]
-    return "\n".join(lines)
 
 
 # Commands.

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qaxis
-from benchmarks import completing, completion
+from benchmarks import completing, completion, completion_plans, completion_report
 from benchmarks.completing import Exact, Layer, Rows, Share, Way, attend, budgeted
-from benchmarks.completion import DENSE, Plan
+from benchmarks.completion_plans import DENSE, Plan
 from qaxis.storage.formats import FORMATS
 from selfcheck.checks import families
 from selfcheck.rivals.schemes import of_format
@@ -255,15 +255,15 @@ def test_losses_distances_and_agreement_are_those_of_the_logits(llama):
 
 # Plans, runs, the report.
 
-SHAPE = completion.Shape(9, 3, 64, 64)
+SHAPE = completion_plans.Shape(9, 3, 64, 64)
 COVERAGE = ("coverage", 0.1)
 
 
 def test_bytes_are_those_of_the_formulas():
     n, k = np.array([1000.0]), np.array([100.0])
     read = {
-        plan.name: float(completion.bytes_of(plan, SHAPE, n, k)[0])
-        for plan in (DENSE, *(p for some in completion.parts().values() for p in some))
+        plan.name: float(completion_plans.bytes_of(plan, SHAPE, n, k)[0])
+        for plan in (DENSE, *(p for some in completion_plans.parts().values() for p in some))
     }
     keys, values = 3 * 1000 * 128, 9 * 100 * 128
     assert read["dense"] == 2 * keys
@@ -283,7 +283,7 @@ def test_at_equal_bytes_a_rival_keeps_all_that_they_pay_for(complete):
     n = np.arange(1, 8193)
     k = plan.counts(SHAPE, 8192)(torch.from_numpy(n)).numpy()
     paid, read, more = (
-        completion.bytes_of(p, SHAPE, n, x)
+        completion_plans.bytes_of(p, SHAPE, n, x)
         for p, x in ((ours, qaxis.Budget(0.1, 64).table(8192)[1:].numpy()), (plan, k), (plan, k + 1))
     )
     assert bool(((read <= paid) | (k == 1)).all()) and bool(((more > paid) | (k == n)).all())
@@ -292,7 +292,7 @@ def test_at_equal_bytes_a_rival_keeps_all_that_they_pay_for(complete):
 
 @pytest.mark.parametrize("kept", [3.0, 41.7])
 def test_a_share_of_the_keys_with_a_mean_k(kept):
-    counts = completion.share_of(kept, 1000)(torch.arange(1, 1001))
+    counts = completion_plans.share_of(kept, 1000)(torch.arange(1, 1001))
     assert float(counts.double().mean()) == pytest.approx(kept, rel=0.01)
 
 
@@ -344,7 +344,7 @@ def test_no_pass_begins_that_would_end_too_late():
 def document(changes: dict[str, list[float]], hits: int = 3) -> dict[str, Any]:
     """What a run at full length leaves, with these changes of the mean loss by way and article."""
     n, count = 8192, len(next(iter(changes.values())))
-    at = completion.bounds(n)
+    at = completion_plans.bounds(n)
 
     def way(delta):
         return {"loss": [(3 + delta) * (m - 1) for m in at], "kl": [0.0] * len(at), "agree": at, "seconds": 1.0}
@@ -369,12 +369,12 @@ def document(changes: dict[str, list[float]], hits: int = 3) -> dict[str, Any]:
 def test_the_report_pairs_articles_and_says_what_is_missed():
     changes = {"coverage 0.1, linear": [0.001, 0.002, 0.003], "coverage 0.05, linear": [0.01, 0.02, 0.03]}
     whole = document(changes)
-    found = completion.changed(whole, "coverage 0.1, linear", 8192)
+    found = completion_report.changed(whole, "coverage 0.1, linear", 8192)
     assert found.articles == 3 and found.percent == pytest.approx(100 * math.expm1(0.002))
     half = 4.302652729696142 * 0.001 / math.sqrt(3)
     assert (found.t_low, found.t_high) == pytest.approx([100 * math.expm1(0.002 + x) for x in (-half, half)])
     assert found.t_low < found.low < found.percent < found.high < found.t_high
-    said = completion.report_of([whole], None)
+    said = completion_report.report_of([whole], None)
     assert "coverage 0.1, linear <= +0.5 %: +0.449 % on 3 articles: met" in said
     assert "coverage 0.05, linear <= +1 %: +4.586 % on 3 articles: MISSED by 3.586" in said
     assert "k = 256, linear <= +2 %: not measured" in said
@@ -382,10 +382,10 @@ def test_the_report_pairs_articles_and_says_what_is_missed():
     assert "20.086" in said and "| linear | +0.200 [" in said
     # A second file adds its ways; nothing is counted twice.
     more = document({"k = 256, linear": [0.0, 0.0, 0.0]})
-    said = completion.report_of([whole, more, more], 512)
+    said = completion_report.report_of([whole, more, more], 512)
     assert "k = 256, linear <= +2 %: +0.000 % on 3 articles: met" in said and "first 512 of 8192 tokens" in said
     with pytest.raises(ValueError, match=r"--tokens=500"):
-        completion.report_of([whole], 500)
+        completion_report.report_of([whole], 500)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
