@@ -43,7 +43,7 @@ CAPABILITY = (9, 0)
 #: as in seen.cuh, keys of a block, whose chosen ones are counted together; as in program.cuh, keys in the bin of the
 #: last chosen one that are compared with each other, against the slower way, and times of a profile
 BLOCK, NEAR, MARKS = 512, 112, 13
-#: as in line.cuh: where a row's mean value begins, behind its mean score
+#: as in line.cuh: where a row's sums of values begin, behind those of its scores
 VALUES = 4
 #: as in tally.cuh: counts of a row's keys; neighbours whose best is kept
 TALLY, SUB = 2048, 16
