@@ -10,6 +10,8 @@ import torch
 
 from .validation import is_integer, require
 
+MILLION = 10**6
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -19,6 +21,9 @@ class Budget:
         coverage: share of the visible keys, in [0, 1].
         minimum: smallest number of keys kept, at least 1; ``Budget(0, k)`` is a fixed budget of
             ``k`` that shrinks to N where fewer keys exist.
+        tolerance: a share of the softmax mass, in (0, 1). Each head and token keeps as many more keys as it needs so
+            that those left out hold no more of it; ``Budget(0, 1, tolerance)`` keeps no others. None: no such keys.
+            Every key is scored canonically then, on any device; no decode step and no prefill on matrix products.
 
     Raises:
         ValueError: for values outside those ranges.
@@ -26,14 +31,30 @@ class Budget:
 
     coverage: float = 0.1
     minimum: int = 64
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         ok = isinstance(self.coverage, (int, float)) and not isinstance(self.coverage, bool)
         require(ok and 0 <= self.coverage <= 1, "coverage", self.coverage, "a number in [0, 1]")
         require(is_integer(self.minimum) and self.minimum >= 1, "minimum", self.minimum, "an integer of at least 1")
+        share = self.tolerance
+        real = isinstance(share, (int, float)) and not isinstance(share, bool)
+        # Units of a millionth: shares and sums of weights are multiplied as 64-bit integers.
+        allowed = share is None or (real and 0 < share < 1 and self.share_left_out()[0] > 0)
+        require(allowed, "tolerance", share, "None, or a number in [0.000001, 1)")
+
+    def share_left_out(self) -> tuple[int, int]:
+        """``tolerance`` in millionths, as two integers: so many of so many; rounded down.
+
+        Raises:
+            ValueError: where there is no tolerance.
+        """
+        if self.tolerance is None:
+            raise ValueError("tolerance=None: allowed is a number where keys are kept by it")
+        return int(Fraction(str(self.tolerance)) * MILLION), MILLION
 
     def k_eff(self, n: int) -> int:
-        """Number of keys kept out of ``n``."""
+        """Number of keys kept out of ``n``, at least: a tolerance may need more."""
         require(is_integer(n) and n >= 1, "n", n, "an integer of at least 1")
         return int(self.table(n)[n])
 

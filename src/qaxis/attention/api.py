@@ -76,14 +76,16 @@ def canonical_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def topk_indices(
-    q: torch.Tensor, k: torch.Tensor, budget: Budget | int, *, causal: bool = True, backend: str = "auto"
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, budget: Budget | int, *, scale: float | None = None, causal: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """Positions of the k_eff keys that score highest along each query's axis (Theorem 1).
 
     Args:
         q: ``[B, H, M, D]``; float32, float16 or bfloat16. A zero query ties all keys: lowest positions win.
         k: ``[B, Hkv, N, D]``, same dtype and device; H a multiple of Hkv (GQA).
         budget: a :class:`~qaxis.Budget`, or an int in 1..N.
+        scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``. Only a budget's tolerance depends on it.
         causal: if True the queries are the last M of the N positions and see no later key.
         backend: ``"reference"`` (PyTorch, any device), ``"triton"`` or ``"auto"``.
 
@@ -97,8 +99,9 @@ def topk_indices(
     q, k = tensor_of("q", q), stored_or_tensor(k)
     check_qkv(q, k, causal=causal)
     door.check_backend(backend)
+    logits = Logits(check_scale(scale, q.shape[-1]))
     allowed = allowed_keys(q, k, causal)
-    k_eff = as_budget(budget, k.shape[2]).of(allowed)
+    k_eff = door.keys_of(as_budget(budget, k.shape[2]), q, k, allowed, logits)
     return door.select(q, k, allowed, k_eff, backend=backend)
 
 
@@ -136,7 +139,7 @@ def topk_attention(
     kind = kind_of(completion)
     logits = Logits(check_scale(scale, q.shape[-1]))
     allowed = allowed_keys(q, k, causal)
-    k_eff = as_budget(budget, k.shape[2]).of(allowed)
+    k_eff = door.keys_of(as_budget(budget, k.shape[2]), q, k, allowed, logits)
     indices = door.select(q, k, allowed, k_eff, backend=backend)
     seen = None if kind == "none" else seen_of(allowed)
     return TopKAttention(door.attend(q, k, v, indices, logits, backend=backend, completion=kind, seen=seen), indices)

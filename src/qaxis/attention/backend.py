@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
+from ..budget import Budget
 from ..storage.lazy import dequantized
 from ..storage.side import Stored
 from ..validation import require
-from . import completed, reference, selection
+from . import completed, reference, selection, tolerance
 from .always import NONE, Always, choose_beside
 from .completion import Seen
 from .logits import Logits
@@ -33,6 +34,15 @@ def runs_on_triton(backend: str, device: torch.device) -> bool:
 
 def _as_tensor(x: torch.Tensor | Stored) -> torch.Tensor:
     return dequantized(x) if isinstance(x, Stored) else x
+
+
+def keys_of(
+    budget: Budget, q: torch.Tensor, keys: torch.Tensor | Stored, allowed: torch.Tensor, logits: Logits
+) -> torch.Tensor:
+    """How many of the ``allowed`` keys ``budget`` gives every query, int64, broadcastable to ``[B, H, M]``."""
+    if budget.tolerance is None:
+        return budget.of(allowed)
+    return tolerance.keys_of(budget, q, _as_tensor(keys), allowed, logits)
 
 
 def select(

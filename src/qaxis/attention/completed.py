@@ -9,7 +9,7 @@ from ..storage.moments import GROUP, Moments, add_groups, empty
 from . import completion
 from .completion import Seen
 from .logits import Logits
-from .reference import weighted_sums
+from .reference import Sums, weighted_sums
 
 
 def attend(
@@ -17,7 +17,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention of ``q [B,H,M,D]`` over the keys that ``indices [B,H,M,K]`` (padded with -1) name, completed.
 
-    A query that sees no complete group of keys, or keeps none, gets what attention without completion gives.
+    A query that keeps no key, or leaves out none of a complete group, gets what attention without completion gives.
 
     Args:
         k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``.
@@ -48,8 +48,8 @@ def attend(
                         begin, end = begins[b, head, some], ends[b, head, some]
                         chosen, queries = indices[b, head, some], q[b, head, some].float()
                         done = _rows(
-                            queries, keys, values, chosen, begin, end, seen.offset, moments,
-                            max(0, last - first) * GROUP, logits, head, kind,
+                            queries, keys, values, chosen, begin, end, seen.offset, moments, (first, last), logits,
+                            head, kind,
                         )  # fmt: skip
                         out[b, head, some] = done.to(q.dtype)
     return out
@@ -77,21 +77,28 @@ class _Sums:
 
 def _rows(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor, begin: torch.Tensor,
-    end: torch.Tensor, offset: int, moments: Moments, count: int, logits: Logits, head: int, kind: str,
+    end: torch.Tensor, offset: int, moments: Moments, groups: tuple[int, int], logits: Logits, head: int, kind: str,
 ) -> torch.Tensor:  # fmt: skip
     """Output float32 ``[R, Dv]`` of queries ``[R, D]`` of one head that see the same complete groups."""
+    count = max(0, groups[1] - groups[0]) * GROUP
     n, safe, live = keys.shape[0], chosen.clamp(min=0), chosen >= 0
     score = canonical.pair_scores(q[:, None, :], keys)
     canonical.check_scores(score)
-    sums = weighted_sums(score.gather(1, safe), values[safe], live, logits, head)
-    if count == 0:
-        return sums.output()
+    picked, own = score.gather(1, safe), values[safe]
+    plain = weighted_sums(picked, own, live, logits, head)
+    fitted = completion.along(q, moments, count)
+    counted = live & (chosen + offset >= groups[0] * GROUP) & (chosen + offset < groups[1] * GROUP)
+    line = completion.without(fitted, picked, counted)
     place = torch.arange(n, device=q.device)
     visible = (place >= begin[:, None]) & (place < end[:, None])
     taken = torch.zeros(q.shape[0], n + 1, dtype=torch.bool, device=q.device)
-    left = visible & ~taken.scatter_(1, torch.where(live, chosen, n), True)[:, :n] & live.any(-1, keepdim=True)
-    line = completion.fit(q, moments, count, kind)
+    left = visible & ~taken.scatter_(1, torch.where(live, chosen, n), True)[:, :n]
     # Runs and the tree over them begin with the first token, also where a window dropped it.
     score, left, visible = (torch.nn.functional.pad(x, (offset, 0)) for x in (score, left, visible))
-    rest = completion.tail(score, left, visible, sums.top, line.mean_score, logits)
-    return completion.completed(sums, rest, line).output()
+    rest = completion.tail(score, left, visible, plain.top, fitted.mean, logits)
+    weights = completion.affine(rest, fitted.mean, line, kind)
+    instead = torch.where(counted, weights.alpha[:, None] + weights.beta[:, None] * picked, 0.0)
+    done = weighted_sums(picked, own, live, logits, head, instead)
+    numerator = done.numerator + completion.added(fitted, weights)
+    output = Sums(numerator, plain.denominator + rest.mass, plain.top).output()
+    return torch.where((line.many > 0)[:, None] & live.any(-1, keepdim=True), output, plain.output())

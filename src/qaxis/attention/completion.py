@@ -1,11 +1,13 @@
-"""What top-k leaves out, put back: the exact softmax mass of the unselected keys times a line fitted to the values.
+"""What top-k leaves out, put back: weights of the unselected keys that are affine in the score, of the exact mass.
 
-An exact selector has scored every key, so the mass of those that it leaves out is known; only their values are unread.
-They are replaced by a function of the score, fitted by least squares to all keys of complete groups (paper, "What top-k
-leaves out"): ``"mean"`` is a constant, ``"linear"`` a line. With W the mass of the unselected keys, E the sum of their
-weights times their scores' distance from the mean score::
+An exact selector has scored every key, so the softmax weights of those that it leaves out are known; only their
+values are unread. Their weights are replaced by the least-squares approximation ``alpha + beta score`` over the
+unselected keys of complete groups, whose weighted values are then sums that a cache can keep (``storage/moments.py``).
+That is the same as a line fitted to the values along the query (paper, "What top-k leaves out"). ``"mean"`` has no
+slope. With W the mass of the unselected keys, E the sum of their weights times their scores' distance from the mean::
 
-    output = (sum of the selected, weighted values + W mean_value + E slope) / (sum of the selected weights + W)
+    beta = E / (sum of squares of that distance), alpha = W / (number of keys) - beta mean_score
+    output = (sum of weighted values, selected + affine) / (sum of the selected weights + W)
 
 Canonical (arithmetic, rules 1 to 5), in PyTorch on any device: the meaning of every other implementation.
 """
@@ -21,7 +23,7 @@ from ..arithmetic import reference as canonical
 from ..storage.moments import GROUP, Moments
 from ..validation import require
 from .logits import Logits
-from .reference import Sums, logits_of, to_base_two
+from .reference import logits_of, to_base_two
 
 KINDS = ("none", "mean", "linear")
 #: neighbouring keys whose weights are summed relative to the best of them
@@ -73,37 +75,61 @@ def seen_of(allowed: torch.Tensor, offset: int = 0) -> Seen:
     return Seen(begin, end, offset)
 
 
-class Fit(NamedTuple):
-    """Least squares of values on raw scores: ``mean_value + slope (score - mean_score)``, of R queries."""
+class Fitted(NamedTuple):
+    """Sums over the keys of complete groups along R queries."""
 
-    #: float32 ``[R]``
-    mean_score: torch.Tensor
-    #: float32 ``[R, Dv]``
-    mean_value: torch.Tensor
-    #: float32 ``[R, Dv]``, 0 where the scores hardly differ
-    slope: torch.Tensor
+    #: how many keys; sum of their raw scores, and of the squares, float32 ``[R]``
+    many: int
+    total: torch.Tensor
+    second: torch.Tensor
+    #: sum of their values, float32 ``[Dv]``, and of values times scores ``[R, Dv]``
+    values: torch.Tensor
+    cross: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean of their raw scores, float32 ``[R]``."""
+        return self.total / torch.full_like(self.total, max(self.many, 1))
 
 
-def fit(q: torch.Tensor, moments: Moments, count: int, kind: str) -> Fit:
-    """The line through the values of ``count`` keys along queries ``[R, D]``, float32, of one KV head.
+def along(q: torch.Tensor, moments: Moments, count: int) -> Fitted:
+    """What ``moments`` say along queries ``[R, D]``, float32, of one KV head.
 
     Args:
-        moments: ``products [Dv + D, D]``, ``sums [Dv + D]`` of these keys, ``count`` at least 1.
+        moments: ``products [Dv + D, D]``, ``sums [Dv + D]`` of ``count`` keys.
     """
     dim = q.shape[-1]
     products, sums = moments
-    n = torch.full((1,), float(count), dtype=torch.float32, device=q.device)
     cross = canonical.tree_sum(q[:, None, :] * products)
-    total = canonical.tree_sum(q * sums[-dim:])
-    mean_score, mean_value = total / n, (sums[:-dim] / n).expand(q.shape[0], -1)
-    if kind == "mean":
-        return Fit(mean_score, mean_value, torch.zeros_like(mean_value))
-    second = canonical.tree_sum(q * cross[:, -dim:])
-    spread = second - total * mean_score
-    together = cross[:, :-dim] - mean_score[:, None] * sums[:-dim]
-    sloped = spread > second * LEAST_SPREAD
-    slope = torch.where(sloped[:, None], together / torch.where(sloped, spread, 1.0)[:, None], 0.0)
-    return Fit(mean_score, mean_value, slope)
+    total, second = canonical.tree_sum(q * sums[-dim:]), canonical.tree_sum(q * cross[:, -dim:])
+    return Fitted(count, total, second, sums[:-dim], cross[:, :-dim])
+
+
+class Line(NamedTuple):
+    """Scores of the unselected keys of complete groups, of R queries."""
+
+    #: how many, int64 ``[R]``
+    many: torch.Tensor
+    #: mean of their raw scores, float32 ``[R]``
+    mean: torch.Tensor
+    #: sum of squares of the distance from it, float32 ``[R]``; 0 where that is rounding
+    spread: torch.Tensor
+
+
+def without(fitted: Fitted, score: torch.Tensor, counted: torch.Tensor) -> Line:
+    """Of ``fitted`` what is left without selected keys.
+
+    Args:
+        score: float32 raw scores ``[R, K]`` of the selected keys, ascending positions.
+        counted: bool ``[R, K]``; those that lie in the complete groups.
+    """
+    taken = torch.where(counted, score, 0.0)
+    many = fitted.many - counted.sum(-1)
+    total = fitted.total - canonical.tree_sum(taken)
+    second = fitted.second - canonical.tree_sum(taken * taken)
+    mean = total / many.clamp(min=1).float()
+    spread = second - total * mean
+    return Line(many, mean, torch.where(spread > fitted.second * LEAST_SPREAD, spread, 0.0))
 
 
 class Tail(NamedTuple):
@@ -111,13 +137,12 @@ class Tail(NamedTuple):
 
     #: sum of weights, W
     mass: torch.Tensor
-    #: sum of weights times the scores' distance from the mean score, E
+    #: sum of weights times the scores' distance from the mean score of all keys of complete groups
     excess: torch.Tensor
 
 
 def tail(
-    score: torch.Tensor, left: torch.Tensor, visible: torch.Tensor, top: torch.Tensor, mean_score: torch.Tensor,
-    logits: Logits,
+    score: torch.Tensor, left: torch.Tensor, visible: torch.Tensor, top: torch.Tensor, mean: torch.Tensor, logits: Logits
 ) -> Tail:  # fmt: skip
     """Mass and excess of the keys that are ``left``, by runs of 16 and a tree over all runs.
 
@@ -125,6 +150,7 @@ def tail(
         score: float32 raw scores ``[R, N]``; runs and the tree begin at the first.
         left, visible: bool ``[R, N]``.
         top: the highest selected logit, float32 ``[R]``. Where a key that is left has a higher one it counts as that.
+        mean: what the excess is relative to, float32 ``[R]``: :attr:`Fitted.mean`, known before any key is selected.
     """
     short = -score.shape[-1] % RUN
     score = torch.nn.functional.pad(score, (0, short)).unflatten(-1, (-1, RUN))
@@ -137,23 +163,42 @@ def tail(
     mass, excess = canonical.tree_sum(p), canonical.tree_sum(p * torch.where(left, score - best[..., None], 0.0))
     weight = canonical.exp2((torch.minimum(highest, top[:, None]) - top[:, None]) * factor)
     weight = torch.where(some & left.any(-1), weight, 0.0)
-    excess = weight * (excess + mass * (best - mean_score[:, None]))
+    excess = weight * (excess + mass * (best - mean[:, None]))
     return Tail(canonical.tree_sum(weight * mass), canonical.tree_sum(excess))
 
 
-def completed(sums: Sums, rest: Tail, line: Fit) -> Sums:
-    """The sums over the selected keys, and over the line in place of the others."""
-    mean, rise = rest.mass[:, None] * line.mean_value, rest.excess[:, None] * line.slope
-    added = torch.where(mean.isfinite(), mean, 0.0) + torch.where(rise.isfinite(), rise, 0.0)
-    return Sums(sums.numerator + added, sums.denominator + rest.mass, sums.top)
+class Affine(NamedTuple):
+    """The weight ``alpha + beta score`` of every unselected key of complete groups, float32 ``[R]`` each."""
+
+    alpha: torch.Tensor
+    beta: torch.Tensor
+
+
+def affine(rest: Tail, mean: torch.Tensor, line: Line, kind: str) -> Affine:
+    """Least squares of the tail's weights, with its mass; no slope where scores hardly differ, or for ``"mean"``.
+
+    Args:
+        mean: what the tail's excess is relative to.
+    """
+    level = rest.mass / line.many.clamp(min=1).float()
+    sloped = line.spread > 0 if kind == "linear" else torch.zeros_like(line.spread, dtype=torch.bool)
+    excess = rest.excess + rest.mass * (mean - line.mean)
+    beta = torch.where(sloped, excess / torch.where(sloped, line.spread, 1.0), 0.0)
+    alpha = level - beta * line.mean
+    fine = alpha.isfinite() & beta.isfinite()
+    return Affine(torch.where(fine, alpha, level), torch.where(fine, beta, 0.0))
+
+
+def added(fitted: Fitted, weights: Affine) -> torch.Tensor:
+    """Values of all keys of complete groups by their affine weights, float32 ``[R, Dv]``; what is not finite is 0."""
+    x = weights.alpha[:, None] * fitted.values + weights.beta[:, None] * fitted.cross
+    return torch.where(x.isfinite(), x, 0.0)
 
 
 def completed_weights(
     scores: torch.Tensor, selected: torch.Tensor, visible: torch.Tensor, seen: Seen, logits: Logits, kind: str
 ) -> torch.Tensor:
     """What every value is multiplied by, float32 ``[B, H, M, N]``, by PyTorch: not canonical.
-
-    The line's coefficients are sums over values, so the output is one product of weights and values.
 
     Args:
         scores: float32 raw scores ``[B, H, M, N]``. selected, visible: bool, alike.
@@ -164,8 +209,8 @@ def completed_weights(
         top = torch.maximum(top, logits.sink.float().reshape(1, -1, 1, 1))
     none = ~selected.any(-1, keepdim=True)
     p = torch.where(visible, torch.exp(torch.minimum(logit, top) - torch.where(none, 0.0, top)), 0.0)
-    fitted, count = _fitted(seen, scores.shape[-1])
-    count = torch.where(none, 0, count)
+    fitted = _fitted(seen, scores.shape[-1]) & ~selected & ~none
+    count = fitted.sum(-1, keepdim=True)
     rest = torch.where(selected | (count == 0), 0.0, p)
     n = count.clamp(min=1).float()
     mean = torch.where(fitted, scores, 0.0).sum(-1, keepdim=True) / n
@@ -182,8 +227,8 @@ def completed_weights(
     return torch.where(none, 0.0, weights / torch.where(none, 1.0, total))
 
 
-def _fitted(seen: Seen, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys that the line is fitted to, bool ``[..., N]``, and how many, int64 ``[..., 1]``."""
+def _fitted(seen: Seen, n: int) -> torch.Tensor:
+    """Keys of complete groups, bool ``[..., N]``."""
     first, last = (x[..., None] * GROUP - seen.offset for x in seen.groups())
     place = torch.arange(n, device=first.device)
-    return (place >= first) & (place < last), (last - first).clamp(min=0)
+    return (place >= first) & (place < last)

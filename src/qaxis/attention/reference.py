@@ -43,7 +43,10 @@ def to_base_two(logits: Logits) -> float:
     return canonical.exponent_factor(logits.scale if logits.plain else 1.0)
 
 
-def weighted_sums(score: torch.Tensor, values: torch.Tensor, live: torch.Tensor, logits: Logits, head: int = 0) -> Sums:
+def weighted_sums(
+    score: torch.Tensor, values: torch.Tensor, live: torch.Tensor, logits: Logits, head: int = 0,
+    less: torch.Tensor | None = None,
+) -> Sums:  # fmt: skip
     """Canonical softmax-weighted sums over chosen keys of one head (rules 2, 3 and 5).
 
     Args:
@@ -52,6 +55,7 @@ def weighted_sums(score: torch.Tensor, values: torch.Tensor, live: torch.Tensor,
         live: bool ``[..., K]``; False marks the padding of rows with a smaller budget.
         logits: what becomes of a score.
         head: whose sink logit counts.
+        less: float32 ``[..., K]``, taken from the weights of the values, not from the denominator.
     """
     logit, factor = logits_of(score, logits), to_base_two(logits)
     top = torch.where(live, logit, -math.inf).amax(dim=-1, keepdim=True)
@@ -62,6 +66,7 @@ def weighted_sums(score: torch.Tensor, values: torch.Tensor, live: torch.Tensor,
     denominator = canonical.tree_sum(p)
     if sink is not None:
         denominator = denominator + canonical.exp2((sink - top[..., 0]) * factor)
+    p = p if less is None else p - less
     numerator = canonical.tree_sum((p[..., None] * values).transpose(-1, -2))
     return Sums(numerator, denominator, top[..., 0])
 
