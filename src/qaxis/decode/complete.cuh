@@ -146,36 +146,36 @@ struct Left {
         float* const to = sums + key / SUB * 2;
         to[0] = sum.mass, to[1] = sum.excess;
     }
+    // DEEP blocks of a warp at a time: of each two sums, which its lanes share out.
     __device__ __forceinline__ void tell_blocks(const Logits& logits, int first, int count, const Weighing& weighing) const {
         constexpr int DEEP = 4;
+        const int mine = first_sum<2 * DEEP, 32>(p.lane);
+        const bool writes = writes_sum<2 * DEEP, 32>(p.lane);
 #pragma unroll 1
         for (int from = p.warp; from < count; from += WARPS * DEEP) {
-            float sum[DEEP][2], best[DEEP];
+            float sum[2 * DEEP], best[DEEP];
 #pragma unroll
             for (int u = 0; u < DEEP; u++) {
-                const int i = first + from + u * WARPS, key = key_of(i * 32 + p.lane);
-                const bool is = from + u * WARPS < count && key < p.end && key + SUB > p.begin;
-                sum[u][0] = sum[u][1] = best[u] = 0.0f;
-                if (is) {
+                const int i = from + u * WARPS, key = key_of((first + i) * 32 + p.lane);
+                sum[2 * u] = sum[2 * u + 1] = best[u] = 0.0f;
+                if (i < count && key < p.end && key + SUB > p.begin) {
                     const uint2 two = *(const uint2*)(sums + key / SUB * 2);
-                    sum[u][0] = __uint_as_float(two.x), sum[u][1] = __uint_as_float(two.y);
+                    sum[2 * u] = __uint_as_float(two.x), sum[2 * u + 1] = __uint_as_float(two.y);
                     if constexpr (SUMMED) best[u] = known.best_of(key);
                 }
             }
+            if constexpr (SUMMED)
 #pragma unroll
-            for (int u = 0; u < DEEP; u++) {
-                const int i = first + from + u * WARPS, block = i * CLUSTER + p.rank, run = i * 32 + p.lane;
-                if (from + u * WARPS >= count || block >= p.blocks) continue;
-                if constexpr (SUMMED)
-                    if (known.whole(key_of(run)) && taken(run) == 0) {
-                        const Sums2 all = weighing.of({sum[u][0], sum[u][1]}, best[u], logits.of(best[u]));
-                        sum[u][0] = all.mass, sum[u][1] = all.excess;
-                    }
-                tree_over_lanes<2, 32>(sum[u], p.lane);
-                if (p.lane < 2)
+                for (int u = 0; u < DEEP; u++) {
+                    const int i = from + u * WARPS, run = (first + i) * 32 + p.lane;
+                    const Sums2 all = weighing.of({sum[2 * u], sum[2 * u + 1]}, best[u], logits.of(best[u]));
+                    if (i < count && known.whole(key_of(run)) && taken(run) == 0) sum[2 * u] = all.mass, sum[2 * u + 1] = all.excess;
+                }
+            tree_over_lanes<2 * DEEP, 32>(sum, p.lane);
+            const int i = from + mine / 2 * WARPS, block = (first + i) * CLUSTER + p.rank;
+            if (writes && i < count && block < p.blocks)
 #pragma unroll
-                    for (int r = 0; r < CLUSTER; r++) push(told + 2 * block + p.lane, r, __float_as_int(sum[u][0]));
-            }
+                for (int r = 0; r < CLUSTER; r++) push(told + 2 * block + mine % 2, r, __float_as_int(sum[0]));
         }
     }
     // p.s.runs is 0 before.
@@ -259,30 +259,38 @@ __device__ __forceinline__ void sum_lanes(float (&x)[3]) {
         for (int e = 0; e < 3; e++) x[e] = __fadd_rn(x[e], __shfl_xor_sync(ALL, x[e], m));
 }
 
+// A rank's weight, 0 beyond the last; the score of its key, and whether that is of a complete group.
+struct Rank {
+    float weight, score;
+    bool counted;
+    __device__ __forceinline__ Rank(const Program& p, const Logits& logits, const Whole& whole, int live, float top, int i)
+        : weight(0.0f), score(0.0f), counted(false) {
+        if (i >= live) return;
+        score = score_of(p.chosen[i]);
+        const int j = p.base + p.chosen_position[i];
+        counted = j >= whole.from && j < whole.to;
+        weight = logits.power(logits.of(score), top);
+    }
+};
+
 // Those of this program, told to all: in near_word, which nobody reads any more, 4 numbers a program. A warp takes neighbouring
-// ranks, 32 a turn, no more than 32 turns.
-__device__ __forceinline__ void sum_picked(const Program& p, const Logits& logits, const Whole& whole, int live, float top) {
+// ranks, 32 a turn, no more than 32 turns. Returns this thread's last rank: if there is one turn, that of its number.
+__device__ __forceinline__ Rank sum_picked(const Program& p, const Logits& logits, const Whole& whole, int live, float top) {
     const int turns = max(1, p.span() / (32 * WARPS));
     float sum[3] = {};
-    int many = 0;
+    int many = 0, u = 0;
+    Rank rank(p, logits, whole, live, top, p.warp * turns * 32 + p.lane);
 #pragma unroll 1
-    for (int u = 0; u < turns; u++) {
-        const int i = (p.warp * turns + u) * 32 + p.lane;
-        float x[3] = {};
-        bool counted = false;
-        if (i < live) {
-            const float score = score_of(p.chosen[i]);
-            const int j = p.base + p.chosen_position[i];
-            counted = j >= whole.from && j < whole.to;
-            x[0] = logits.power(logits.of(score), top);
-            if (counted) x[1] = score, x[2] = __fmul_rn(score, score);
-        }
+    while (true) {
+        float x[3] = {rank.weight, rank.counted ? rank.score : 0.0f, rank.counted ? __fmul_rn(rank.score, rank.score) : 0.0f};
         sum_lanes(x);
-        many += __popc(__ballot_sync(ALL, counted));
+        many += __popc(__ballot_sync(ALL, rank.counted));
 #pragma unroll
         for (int e = 0; e < 3; e++) sum[e] = p.lane == u ? x[e] : sum[e];
+        if (++u == turns) break;
+        rank = Rank(p, logits, whole, live, top, (p.warp * turns + u) * 32 + p.lane);
     }
-    sum_lanes(sum);
+    if (turns > 1) sum_lanes(sum);
     int* const sums = (int*)&p.s.warp_numerators[0][0];
     if (p.lane == 0) {
 #pragma unroll
@@ -290,7 +298,7 @@ __device__ __forceinline__ void sum_picked(const Program& p, const Logits& logit
         sums[4 * p.warp + 3] = many;
     }
     __syncthreads();
-    if (p.warp > 0) return;
+    if (p.warp > 0) return rank;
 #pragma unroll
     for (int e = 0; e < 3; e++) sum[e] = p.lane < WARPS ? __int_as_float(sums[4 * p.lane + e]) : 0.0f;
     many = __reduce_add_sync(ALL, p.lane < WARPS ? sums[4 * p.lane + 3] : 0);
@@ -299,6 +307,7 @@ __device__ __forceinline__ void sum_picked(const Program& p, const Logits& logit
     if (p.lane < CLUSTER)
 #pragma unroll
         for (int e = 0; e < 4; e++) push(p.s.near_word + 4 * p.rank + e, p.lane, told[e]);
+    return rank;
 }
 
 // Those of the cluster, once it has waited.
@@ -334,21 +343,19 @@ __device__ __forceinline__ Affine weights_of_rest(
     return finite(alpha) && finite(beta) ? Affine{alpha, beta, rest.mass} : Affine{level, 0.0f, rest.mass};
 }
 
-// As weigh in attend.cuh, less what the affine weights have of a key of complete groups.
+// As weigh in attend.cuh, less what the affine weights have of a key of complete groups. Given this thread's rank, if it has one.
 __device__ __forceinline__ void weigh_less(
-    const Program& p, const Logits& logits, const Whole& whole, const Affine& rest, int live, float top) {
-#pragma unroll 1
-    for (int i = p.tid; i < p.span(); i += THREADS) {
-        float weight = 0.0f;
-        if (i < live) {
-            const float score = score_of(p.chosen[i]);
-            const int j = p.base + p.chosen_position[i];
-            weight = logits.power(logits.of(score), top);
-            if (j >= whole.from && j < whole.to)
-                weight = __fsub_rn(weight, __fadd_rn(rest.alpha, __fmul_rn(rest.beta, score)));
-        }
-        p.chosen[i] = __float_as_int(weight);
+    const Program& p, const Logits& logits, const Whole& whole, const Affine& rest, int live, float top, const Rank& own) {
+    auto weigh = [&](const Rank& rank, int i) {
+        const float less = __fsub_rn(rank.weight, __fadd_rn(rest.alpha, __fmul_rn(rest.beta, rank.score)));
+        p.chosen[i] = __float_as_int(rank.counted ? less : rank.weight);
+    };
+    if (p.span() <= THREADS) {
+        if (p.tid < p.span()) weigh(own, p.tid);
+        return;
     }
+#pragma unroll 1
+    for (int i = p.tid; i < p.span(); i += THREADS) weigh(Rank(p, logits, whole, live, top, i), i);
 }
 
 // As write_output, with the values that the affine weights have of all keys of complete groups.
@@ -393,13 +400,14 @@ __device__ __forceinline__ void attend_completed(
     }
     if (early) cluster_wait();
     mark(p, 10);
-    write_indices(p, live, most, indices);
-    sum_picked(p, logits, whole, live, top);
+    const Rank own = sum_picked(p, logits, whole, live, top);
     cluster_sync();
     const Picked picked = picked_of(p);
     Affine rest = {0.0f, 0.0f, 0.0f};
     if (count > 0) rest = weights_of_rest(sum_blocks(p, told, other), picked, count, line, mean, linear);
-    weigh_less(p, logits, whole, rest, live, top);
+    weigh_less(p, logits, whole, rest, live, top, own);
+    // Not before: a barrier waits for what was written.
+    write_indices(p, live, most, indices);
     __syncthreads();
     sum_warp(p, values, live);
     __syncthreads();
