@@ -178,8 +178,22 @@ struct Left {
                 for (int r = 0; r < CLUSTER; r++) push(told + 2 * block + mine % 2, r, __float_as_int(sum[0]));
         }
     }
-    // p.s.runs is 0 before.
-    __device__ __forceinline__ void sum(const Logits& logits, const Weighing& weighing) const {
+    // Runs of own keys that were chosen at the edge.
+    __device__ __forceinline__ void list_winners() const {
+#pragma unroll 1
+        for (int i = p.tid; i < p.s.winners; i += THREADS) {
+            const int j = p.s.winner[i];
+            if (p.owns(j)) list[atomicAdd(&p.s.runs, 1)] = (u16)(p.own_block(j) * 32 + j % BLOCK / SUB);
+        }
+    }
+    // Once all threads have listed.
+    __device__ __forceinline__ void sum_list(const Logits& logits, int first, const Weighing& weighing) const {
+        const int listed = p.s.runs;
+#pragma unroll 1
+        for (int i = p.tid; i < listed; i += THREADS) sum_listed(logits, first * 32 + list[i], weighing);
+    }
+    // p.s.runs is 0 before. But for winners: the others were listed, and summed.
+    __device__ __forceinline__ void sum(const Logits& logits, const Weighing& weighing, bool but_for_winners) const {
 #pragma unroll 1
         for (int first = 0; first < p.own; first += each) {
             const int count = min(each, p.own - first);
@@ -188,11 +202,10 @@ struct Left {
                 if (p.tid == 0) p.s.runs = 0;
                 __syncthreads();
             }
-            make_list(first, count * 32);
+            if (but_for_winners) list_winners();
+            else make_list(first, count * 32);
             __syncthreads();
-            const int listed = p.s.runs;
-#pragma unroll 1
-            for (int i = p.tid; i < listed; i += THREADS) sum_listed(logits, first * 32 + list[i], weighing);
+            sum_list(logits, first, weighing);
             __syncthreads();
             tell_blocks(logits, first, count, weighing);
         }
@@ -377,42 +390,72 @@ __device__ __forceinline__ void write_completed(
 
 static_assert(DIM_V <= THREADS && CLUSTER <= 32 && WARPS <= 32);
 
-// As attend, from the barrier on at which this program has arrived: what is left is summed while others come, where the highest
-// logit is known and there is room for the sums in what nobody reads any more.
-__device__ __forceinline__ void attend_completed(
-    const Program& p, const Rows& values, const Logits& logits, int highest, int most, i64* indices, void* out,
-    const Known& known, const Whole& whole, const float* line, int linear, float* sums) {
-    Shared& s = p.s;
-    const int live = p.live(), count = whole.keys();
-    const float mean = count > 0 ? __fdiv_rn(line[0], (float)count) : 0.0f;
-    const bool early = LOGITS < 2 && 2 * p.blocks <= TALLY;
-    __syncthreads();
-    mark_winners(p);
-    if (p.tid == 0) s.runs = 0;
-    if (!early) cluster_wait();
-    const float top = highest_logit(p, logits, live, highest);
-    __syncthreads();
-    // Room for own runs, 2 bytes each, is where candidates were; there is some for those of 128 blocks where counts were.
-    int *const told = early ? s.counts : p.position, *const other = early ? p.position : s.counts;
-    if (count > 0) {
-        const Left left{p, known, sums, told, (u16*)other, early ? p.own : TALLY * 2 / 32};
-        left.sum(logits, {logits.factor * (-1.0f / 256.0f), mean, top});
+// A completed row. What is left is summed while other programs come to a barrier, where the highest logit is known and there is room
+// for the sums in what nobody reads any more.
+struct Completion {
+    const Program& p;
+    const Logits& logits;
+    const Known known;
+    const Whole whole;
+    const float* line;
+    int linear;
+    float* sums;
+    bool early, begun;
+
+    __device__ __forceinline__ Completion(
+        const Program& p, const Logits& logits, const Known& known, const Whole& whole, const float* line, int linear, float* sums)
+        : p(p), logits(logits), known(known), whole(whole), line(line), linear(linear), sums(sums),
+          early(LOGITS < 2 && 2 * p.blocks <= TALLY), begun(false) {}
+    __device__ __forceinline__ float mean() const {
+        return whole.keys() > 0 ? __fdiv_rn(line[0], (float)whole.keys()) : 0.0f;
     }
-    if (early) cluster_wait();
-    mark(p, 10);
-    const Rank own = sum_picked(p, logits, whole, live, top);
-    cluster_sync();
-    const Picked picked = picked_of(p);
-    Affine rest = {0.0f, 0.0f, 0.0f};
-    if (count > 0) rest = weights_of_rest(sum_blocks(p, told, other), picked, count, line, mean, linear);
-    weigh_less(p, logits, whole, rest, live, top, own);
-    // Not before: a barrier waits for what was written.
-    write_indices(p, live, most, indices);
-    __syncthreads();
-    sum_warp(p, values, live);
-    __syncthreads();
-    mark(p, 11);
-    sum_program(p);
-    cluster_sync();
-    if (p.rank == 0) write_completed(p, logits, top, rest, picked.weight, line, out);
-}
+    __device__ __forceinline__ Weighing weighing(float top) const { return {logits.factor * (-1.0f / 256.0f), mean(), top}; }
+    // All but those at the edge have their bits. Others may be ahead, and send what they chose, so the list has room where sums of
+    // warps will be, which nobody else writes.
+    __device__ __forceinline__ void begin(int highest) {
+        if constexpr (LOGITS < 2) {
+            begun = early && whole.keys() > 0 && p.own * 32 <= 2 * WARPS * DIM_V;
+            if (!begun) return;
+            if (p.tid == 0) p.s.runs = 0;
+            __syncthreads();
+            const Left left{p, known, sums, nullptr, (u16*)&p.s.warp_numerators[0][0], p.own};
+            left.make_list(0, p.own * 32);
+            __syncthreads();
+            left.sum_list(logits, 0, weighing(highest_logit(p, logits, 0, highest)));
+        }
+    }
+    // As attend in attend.cuh, from the barrier on at which this program has arrived.
+    __device__ __forceinline__ void attend(const Rows& values, int highest, int most, i64* indices, void* out) const {
+        Shared& s = p.s;
+        const int live = p.live(), count = whole.keys();
+        __syncthreads();
+        mark_winners(p);
+        if (p.tid == 0) s.runs = 0;
+        if (!early) cluster_wait();
+        const float top = highest_logit(p, logits, live, highest);
+        __syncthreads();
+        // Room for own runs, 2 bytes each, is where candidates were; there is some for those of 128 blocks where counts were.
+        int *const told = early ? s.counts : p.position, *const other = early ? p.position : s.counts;
+        if (count > 0) {
+            const Left left{p, known, sums, told, (u16*)other, early ? p.own : TALLY * 2 / 32};
+            left.sum(logits, weighing(top), begun);
+        }
+        if (early) cluster_wait();
+        mark(p, 10);
+        const Rank own = sum_picked(p, logits, whole, live, top);
+        cluster_sync();
+        const Picked picked = picked_of(p);
+        Affine rest = {0.0f, 0.0f, 0.0f};
+        if (count > 0) rest = weights_of_rest(sum_blocks(p, told, other), picked, count, line, mean(), linear);
+        weigh_less(p, logits, whole, rest, live, top, own);
+        // Not before: a barrier waits for what was written.
+        write_indices(p, live, most, indices);
+        __syncthreads();
+        sum_warp(p, values, live);
+        __syncthreads();
+        mark(p, 11);
+        sum_program(p);
+        cluster_sync();
+        if (p.rank == 0) write_completed(p, logits, top, rest, picked.weight, line, out);
+    }
+};
