@@ -443,6 +443,7 @@ struct Completion {
         if (early) cluster_wait();
         mark(p, 10);
         const Rank own = sum_picked(p, logits, whole, live, top);
+        await_wanted();
         cluster_sync();
         const Picked picked = picked_of(p);
         Affine rest = {0.0f, 0.0f, 0.0f};
