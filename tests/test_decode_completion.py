@@ -158,6 +158,29 @@ def test_rows_are_completed(decoder, tensors, name, rows, codes):
     check(decoder, q, k, v, decode.index_keys(k, codes=codes), rows, kind="mean" if name == "odd places" else "linear")
 
 
+@pytest.mark.parametrize("codes", [False, True])
+def test_runs_are_summed_where_keys_are_scored(monkeypatch, tensors, codes):
+    # As where there are many of them.
+    monkeypatch.setattr(cuda, "RUNS_A_THREAD", 0)
+    q, k, v = tensors
+    decoder, index = decode.Decoder(2, 6, 1100, 64, 200, "cpu"), decode.index_keys(k, codes=codes)
+    rows = [(0, 1100, 9), (257, 1099, 1)]
+    for logits in (None, Logits(0.125, None, bell(6, seed=3) * 4), Logits(40.0)):
+        check(decoder, q, k, v, index, rows, logits=logits)
+    check(decoder, q, k, v, index, [(3, 1043, 90), (512, 1024, 33)], Always(4, 20))
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype"), [(1, 16, torch.float32), (8, 128, torch.bfloat16), (3, 256, torch.half)]
+)
+def test_runs_of_any_shape_are_summed_where_keys_are_scored(monkeypatch, heads, dim, dtype):
+    # Two or more keys, or a part of one, are a lane's.
+    monkeypatch.setattr(cuda, "RUNS_A_THREAD", 0)
+    q, k, v = three(heads, 1, 700, dim, dtype)
+    for codes in (False, True) if dim > 16 else (False,):
+        check(decode.Decoder(1, heads, 700, dim, 60, "cpu"), q, k, v, decode.index_keys(k, codes=codes), [(5, 690, 9)])
+
+
 @pytest.mark.parametrize("kind", ["mean", "linear", "block"])
 def test_it_is_what_topk_attention_gives(kind):
     # 300 keys: two complete groups, and some more that are left too.

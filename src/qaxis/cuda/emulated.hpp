@@ -332,8 +332,6 @@ inline void push(int* p, int rank, int x) { *elsewhere(p, rank) = x; }
 #if COMPLETED
 inline void cluster_arrive() {}
 inline void cluster_wait() { cluster_sync(); }
-inline void want(void*, const void*) {}
-inline void await_wanted() {}
 #endif
 inline void await_previous() {}
 inline void let_next_begin() {}

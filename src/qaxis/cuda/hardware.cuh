@@ -111,13 +111,6 @@ __device__ __forceinline__ void cluster_wait() {
     if (CLUSTER == 1) __syncthreads();
     else asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
-// 128 bytes that are to be in the L2 cache soon: 16 of them come to `unused`, where nothing is until `await_wanted`. What asks for
-// the cache alone takes its address from one lane at a time, or gets less at once.
-__device__ __forceinline__ void want(void* unused, const void* p) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-                 :: "r"((u32)__cvta_generic_to_shared(unused)), "l"(p) : "memory");
-}
-__device__ __forceinline__ void await_wanted() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 #endif
 

@@ -38,14 +38,8 @@ __device__ __forceinline__ void send(const Program& p, int j, int w, int winners
     push(p.chosen + at_program, program, w);
 }
 
-// Bits for candidates above the edge; those near it are told to every program. Completed, the values of the former are asked
-// for, as sums wait for more than them.
-__device__ __forceinline__ void sort_out(
-    const Program& p, const Bins& bins, int found, int edge
-#if COMPLETED
-    , const Rows& values
-#endif
-) {
+// Bits for candidates above the edge; those near it are told to every program.
+__device__ __forceinline__ void sort_out(const Program& p, const Bins& bins, int found, int edge) {
     Shared& s = p.s;
 #pragma unroll 1
     for (int i = p.tid; i < found; i += THREADS) {
@@ -55,10 +49,6 @@ __device__ __forceinline__ void sort_out(
         if (bin > edge) {
             atomicOr(p.bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
             atomicAdd(&p.own_count[p.own_block(j)], 1);
-#if COMPLETED
-            // Sums of programs come much later.
-            values.ask_for(j, (void*)(((u64)&s.numerators[0][0] + 15) / 16 * 16));
-#endif
         }
         if (bin == edge) {
             const int at = atomicAdd(&s.nears, 1);
@@ -92,31 +82,13 @@ __device__ __forceinline__ void find_winners(const Program& p, int missing) {
     }
 }
 
-#if COMPLETED
-template <class Meanwhile>
-#endif
-__device__ __forceinline__ void choose_by_bins(
-    const Program& p, const Bins& bins, const Edge& edge
-#if COMPLETED
-    , const Rows& values, Meanwhile meanwhile
-#endif
-) {
+__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge) {
     Shared& s = p.s;
     const int found = edge.found;
-#if COMPLETED
-    sort_out(p, bins, found, edge.at.bin, values);
-#else
     sort_out(p, bins, found, edge.at.bin);
-#endif
     tell_counts(p);
     mark(p, 6);
-#if COMPLETED
-    cluster_arrive();
-    meanwhile();
-    cluster_wait();
-#else
     cluster_sync();
-#endif
     mark(p, 7);
     find_winners(p, p.ranked() - edge.at.above);
     sums_before(p.before, p.blocks, s.scratch);
@@ -278,16 +250,8 @@ __device__ __noinline__ Look look_again(
 }
 
 // Sends every chosen key and its word to its rank; returns the highest word.
-#if COMPLETED
-// Once all but those at the edge have their bits, meanwhile(highest).
-template <class Meanwhile>
-#endif
 __device__ __forceinline__ int choose(
-    const Program& p, const Scorer& scorer, const float* off_of, const float* units, int* tally, int* words, int* count
-#if COMPLETED
-    , const Rows& values, Meanwhile meanwhile
-#endif
-) {
+    const Program& p, const Scorer& scorer, const float* off_of, const float* units, int* tally, int* words, int* count) {
     Look look = {{counted_cut(p, tally), *units}, {}};
     mark(p, 1);
     __syncthreads();
@@ -295,11 +259,7 @@ __device__ __forceinline__ int choose(
     if (CODED && !look.edge.sure) look = look_again(p, scorer, off_of, units, count);
     if (look.edge.sure) {
         const int highest = highest_of_row(p);
-#if COMPLETED
-        choose_by_bins(p, look.cut.bins(), look.edge, values, [&] { meanwhile(highest); });
-#else
         choose_by_bins(p, look.cut.bins(), look.edge);
-#endif
         return highest;
     }
     choose_by_words(p, scorer, off_of, look.cut, words, count);

@@ -41,16 +41,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
 #if COMPLETED
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
-    const Rows values(AS_SIDE(v), p.b, p.g, p.base, whole, in_full);
-    Completion completion(
+    const Completion completion(
         p, logits, Known(p, words, units_of[p.row]), Whole(seen), line + (i64)p.row * LINE, linear,
         run_sums + ((i64)p.row * padded + p.base) / SUB * 2);
-    const int highest = choose(
-        p, scorer, off_of, units_of + p.row, tally, words, count, values, [&](int highest) { completion.begin(highest); });
+    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count);
     mark(p, 9);
     cluster_arrive();
     forget(p, tally);
-    completion.attend(values, highest, k_eff, indices, out);
+    completion.attend(Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), highest, k_eff, indices, out);
 #else
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
     mark(p, 9);

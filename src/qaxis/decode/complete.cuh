@@ -22,46 +22,34 @@ struct Known {
         }
     }
     __device__ __forceinline__ float of_place(u32 place) const { return ::of_place(place, unit, half); }
-    // Of two packed ones, the lower and the upper.
-    __device__ __forceinline__ void of_places(u32 two, float* s) const {
-        s[0] = __fmaf_rn(__fsub_rn(__uint_as_float(__byte_perm(two, 0x4b000000u, 0x7610)), 8421375.0f), unit, half);
-        s[1] = __fmaf_rn(__fsub_rn(__uint_as_float(__byte_perm(two, 0x4b000000u, 0x7632)), 8421375.0f), unit, half);
-    }
     __device__ __forceinline__ bool whole(int key) const { return key >= start && key + SUB <= stop; }
-    // Of a run that is whole; returns the best.
-    __device__ __forceinline__ float read(int key, float (&s)[SUB]) const {
-#pragma unroll
-        for (int i = 0; i < PACKS; i++) {
-            const uint4 raw = *(const uint4*)(p.fast + key + i * (SUB / PACKS));
-            const u32 part[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                if constexpr (CODED) of_places(part[e], s + 8 * i + 2 * e);
-                else s[4 * i + e] = score_of((int)part[e]);
-            }
-        }
-        return best_of(key);
-    }
+    // Of a run that is whole.
     __device__ __forceinline__ float best_of(int key) const {
         const Fast best = p.best[key / SUB];
         return CODED ? of_place(best) : score_of(best);
     }
-    // Of any run, whose keys are `visible`; those that cannot be left get the best score, so that they differ from it by 0.
-    __device__ __forceinline__ float read_any(int key, u32 visible, float (&s)[SUB]) const {
-        float best = -__int_as_float(0x7f800000);
-#pragma unroll
-        for (int e = 0; e < SUB; e++) {
-            s[e] = 0.0f;
-            if (visible >> e & 1) {
-                const int j = key + e;
-                s[e] = CODED && j >= start && j < stop ? of_place(p.fast[j]) : score_of(words[j]);
-                best = fmaxf(best, s[e]);
-            }
+    __device__ __forceinline__ void four(int key, float (&s)[4]) const {
+        if constexpr (CODED) {
+            ::of_places(*(const uint2*)(p.fast + key), unit, half, s);
+        } else {
+            const uint4 w = *(const uint4*)(p.fast + key);
+            s[0] = score_of(w.x), s[1] = score_of(w.y), s[2] = score_of(w.z), s[3] = score_of(w.w);
         }
-        const u32 ranked = between(key, p.first, p.last);
+    }
+    // Of any key that is seen.
+    __device__ __forceinline__ float of(int j) const {
+        return CODED && j >= start && j < stop ? of_place(p.fast[j]) : score_of(words[j]);
+    }
+    __device__ __forceinline__ float best_of_any(int key) const {
+        float best = -__int_as_float(0x7f800000);
+#pragma unroll 1
+        for (int j = max(key, p.begin); j < min(key + SUB, p.end); j++) best = fmaxf(best, of(j));
+        return best;
+    }
+    // Those that cannot be left get the best score, so that they differ from it by 0.
+    __device__ __forceinline__ void four_of_any(int key, float best, float (&s)[4]) const {
 #pragma unroll
-        for (int e = 0; e < SUB; e++) s[e] = ranked >> e & 1 ? s[e] : best;
-        return visible ? best : 0.0f;
+        for (int e = 0; e < 4; e++) s[e] = key + e >= p.first && key + e < p.last ? of(key + e) : best;
     }
 };
 
@@ -73,17 +61,6 @@ struct Weighing {
         return {__fmul_rn(weight, run.mass), __fmul_rn(weight, __fadd_rn(run.excess, __fmul_rn(run.mass, __fsub_rn(best, mean))))};
     }
 };
-
-__device__ __forceinline__ Sums2 sum_run(
-    const Logits& logits, const float (&s)[SUB], float best, u32 left, const Weighing& weighing) {
-    const float highest = logits.of(best);
-    // A rounded cap is not monotone: a key may be above the best.
-    const Sums2 run = sums_of_run([&](int e) { return s[e]; }, best, left, [&](float score, float away) {
-        if constexpr (LOGITS == 2) return logits.power(logits.of(score), highest);
-        else return plain_power(score, away, highest, logits.scale, weighing.per);
-    });
-    return left ? weighing.of(run, best, highest) : Sums2{0.0f, 0.0f};
-}
 
 // Winners at the edge get their bits too, once all chosen keys were sent to their ranks.
 __device__ __forceinline__ void mark_winners(const Program& p) {
@@ -114,7 +91,7 @@ struct Left {
         return !(SUMMED && known.whole(key) && taken(run) == 0) && key < p.end && key + SUB > p.begin;
     }
     __device__ __forceinline__ void make_list(int first, int runs) const {
-        constexpr int DEEP = 4;
+        constexpr int DEEP = 2;
 #pragma unroll 1
         for (int from = p.warp * 32; from < runs; from += THREADS * DEEP) {
             u32 listed[DEEP];
@@ -138,17 +115,25 @@ struct Left {
     }
     __device__ __forceinline__ void sum_listed(const Logits& logits, int run, const Weighing& weighing) const {
         const int key = key_of(run);
-        u32 visible = 0xffff;
-        float s[SUB], best;
-        if (known.whole(key)) best = known.read(key, s);
-        else visible = between(key, p.begin, p.end), best = known.read_any(key, visible, s);
-        const Sums2 sum = sum_run(logits, s, best, visible & ~taken(run), weighing);
+        const bool whole = known.whole(key);
+        const u32 left = between(key, p.begin, p.end) & ~taken(run);
+        const float best = whole ? known.best_of(key) : known.best_of_any(key), highest = logits.of(best);
+        // A rounded cap is not monotone: a key may be above the best.
+        Sums2 sum = sums_of_run(
+            [&](int u, float (&s)[4]) {
+                if (whole) known.four(key + 4 * u, s);
+                else known.four_of_any(key + 4 * u, best, s);
+            }, best, left, [&](float score, float away) {
+                if constexpr (LOGITS == 2) return logits.power(logits.of(score), highest);
+                else return plain_power(score, away, highest, logits.scale, weighing.per);
+            });
+        sum = left ? weighing.of(sum, best, highest) : Sums2{0.0f, 0.0f};
         float* const to = sums + key / SUB * 2;
         to[0] = sum.mass, to[1] = sum.excess;
     }
     // DEEP blocks of a warp at a time: of each two sums, which its lanes share out.
     __device__ __forceinline__ void tell_blocks(const Logits& logits, int first, int count, const Weighing& weighing) const {
-        constexpr int DEEP = 4;
+        constexpr int DEEP = 2;
         const int mine = first_sum<2 * DEEP, 32>(p.lane);
         const bool writes = writes_sum<2 * DEEP, 32>(p.lane);
 #pragma unroll 1
@@ -178,22 +163,14 @@ struct Left {
                 for (int r = 0; r < CLUSTER; r++) push(told + 2 * block + mine % 2, r, __float_as_int(sum[0]));
         }
     }
-    // Runs of own keys that were chosen at the edge.
-    __device__ __forceinline__ void list_winners() const {
-#pragma unroll 1
-        for (int i = p.tid; i < p.s.winners; i += THREADS) {
-            const int j = p.s.winner[i];
-            if (p.owns(j)) list[atomicAdd(&p.s.runs, 1)] = (u16)(p.own_block(j) * 32 + j % BLOCK / SUB);
-        }
-    }
     // Once all threads have listed.
     __device__ __forceinline__ void sum_list(const Logits& logits, int first, const Weighing& weighing) const {
         const int listed = p.s.runs;
 #pragma unroll 1
         for (int i = p.tid; i < listed; i += THREADS) sum_listed(logits, first * 32 + list[i], weighing);
     }
-    // p.s.runs is 0 before. But for winners: the others were listed, and summed.
-    __device__ __forceinline__ void sum(const Logits& logits, const Weighing& weighing, bool but_for_winners) const {
+    // p.s.runs is 0 before.
+    __device__ __forceinline__ void sum(const Logits& logits, const Weighing& weighing) const {
 #pragma unroll 1
         for (int first = 0; first < p.own; first += each) {
             const int count = min(each, p.own - first);
@@ -202,8 +179,7 @@ struct Left {
                 if (p.tid == 0) p.s.runs = 0;
                 __syncthreads();
             }
-            if (but_for_winners) list_winners();
-            else make_list(first, count * 32);
+            make_list(first, count * 32);
             __syncthreads();
             sum_list(logits, first, weighing);
             __syncthreads();
@@ -400,30 +376,16 @@ struct Completion {
     const float* line;
     int linear;
     float* sums;
-    bool early, begun;
+    bool early;
 
     __device__ __forceinline__ Completion(
         const Program& p, const Logits& logits, const Known& known, const Whole& whole, const float* line, int linear, float* sums)
         : p(p), logits(logits), known(known), whole(whole), line(line), linear(linear), sums(sums),
-          early(LOGITS < 2 && 2 * p.blocks <= TALLY), begun(false) {}
+          early(LOGITS < 2 && 2 * p.blocks <= TALLY) {}
     __device__ __forceinline__ float mean() const {
         return whole.keys() > 0 ? __fdiv_rn(line[0], (float)whole.keys()) : 0.0f;
     }
     __device__ __forceinline__ Weighing weighing(float top) const { return {logits.factor * (-1.0f / 256.0f), mean(), top}; }
-    // All but those at the edge have their bits. Others may be ahead, and send what they chose, so the list has room where sums of
-    // warps will be, which nobody else writes.
-    __device__ __forceinline__ void begin(int highest) {
-        if constexpr (LOGITS < 2) {
-            begun = early && whole.keys() > 0 && p.own * 32 <= 2 * WARPS * DIM_V;
-            if (!begun) return;
-            if (p.tid == 0) p.s.runs = 0;
-            __syncthreads();
-            const Left left{p, known, sums, nullptr, (u16*)&p.s.warp_numerators[0][0], p.own};
-            left.make_list(0, p.own * 32);
-            __syncthreads();
-            left.sum_list(logits, 0, weighing(highest_logit(p, logits, 0, highest)));
-        }
-    }
     // As attend in attend.cuh, from the barrier on at which this program has arrived.
     __device__ __forceinline__ void attend(const Rows& values, int highest, int most, i64* indices, void* out) const {
         Shared& s = p.s;
@@ -438,12 +400,11 @@ struct Completion {
         int *const told = early ? s.counts : p.position, *const other = early ? p.position : s.counts;
         if (count > 0) {
             const Left left{p, known, sums, told, (u16*)other, early ? p.own : TALLY * 2 / 32};
-            left.sum(logits, weighing(top), begun);
+            left.sum(logits, weighing(top));
         }
         if (early) cluster_wait();
         mark(p, 10);
         const Rank own = sum_picked(p, logits, whole, live, top);
-        await_wanted();
         cluster_sync();
         const Picked picked = picked_of(p);
         Affine rest = {0.0f, 0.0f, 0.0f};

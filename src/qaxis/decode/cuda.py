@@ -65,6 +65,8 @@ LONG = 1 << 19
 AHEAD = 3
 #: score programs that a multiprocessor runs at the same time: of keys, of codes by head_dim (registers allow no more)
 KEYS_AT_ONCE, CODES_AT_ONCE = 3, {64: 4, 128: 4, 256: 2}
+#: runs of SUB keys for every thread that chooses, up to which it sums all that are left itself, with completion
+RUNS_A_THREAD = 1
 #: multiprocessors that the emulator pretends to have, as many as an H200
 EMULATED_MULTIPROCESSORS = 132
 
@@ -260,7 +262,10 @@ def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     common["completed"] = int(shape.completed)
     own = dict(common)
     if shape.completed:
-        own |= {"dim_v": shape.dim_v, "coded": int(shape.coded), "logits": shape.logits}
+        # Capped logits are too dear for the score kernels.
+        runs = plan.padded // SUB > RUNS_A_THREAD * plan.cluster * plan.threads
+        common["summed"] = int(runs and shape.logits < 2)
+        own |= {"dim_v": shape.dim_v, "logits": shape.logits, "summed": common["summed"]}
         before, stages = (*before, LINE_PART, RUN_PART), (*stages, COMPLETE_PART)
     fit = (FIT_PART,) if shape.completed else ()
     if shape.coded:

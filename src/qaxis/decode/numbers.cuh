@@ -59,16 +59,4 @@ struct Rows {  // one KV head of a side
         if (STORED && (PLAIN || coded(j))) dequantize(w, x);
         else widen(w, x);
     }
-#if COMPLETED
-    // Token j will be read: DIM_V numbers, unless it is one of a cache's few in full.
-    __device__ __forceinline__ void ask_for(int j, void* unused) const {
-        constexpr int BYTES = DIM_V / E * (STORED ? E : 16);
-        if (STORED && !coded(j)) return;
-#pragma unroll
-        for (int i = 0; i < BYTES; i += 128) {
-            want(unused, rows + (i64)j * rows_n * (STORED ? E : 16) + i);
-            if (STORED) want(unused, scales + (i64)(j >> 7) * scales_n * E + i);
-        }
-    }
-#endif
 };

@@ -1,6 +1,6 @@
-// A run of SUB neighbouring keys that are left out: its mass and excess (attention/completion.py), which need no other key. The
-// score kernels have sums of runs of which all keys are left, choose.cu makes the others. cuda.py puts it before both where outputs
-// are completed.
+// A run of SUB neighbouring keys that are left out: its mass and excess (attention/completion.py), which need no other key. Where
+// that is SUMMED, the score kernels make them for runs of which all keys are left, and choose.cu for the others; else it makes
+// all. cuda.py puts it before both where outputs are completed.
 
 constexpr float UP = 0x1p126f, DOWN = 0x1p-126f;
 
@@ -28,32 +28,38 @@ __device__ __forceinline__ float of_place(u32 place, float unit, float half) {
     return __fmaf_rn(__fsub_rn(__uint_as_float(0x4b000000u | place), 8421375.0f), unit, half);
 }
 
-// The number of a tree's leaves, 2 a time: mass and excess. As add_up in attend.cuh, with u known to the compiler.
-template <int DEPTH> __device__ __forceinline__ void pair_up(float (&level)[DEPTH + 1][2], float mass, float excess, int u) {
+// Of four packed ones.
+__device__ __forceinline__ void of_places(uint2 packed, float unit, float half, float (&s)[4]) {
+    const u32 two[2] = {packed.x, packed.y};
 #pragma unroll
-    for (int l = 0; l < DEPTH; l++) {
-        if (!(u >> l & 1)) {
-            level[l][0] = mass, level[l][1] = excess;
-            return;
-        }
-        mass = __fadd_rn(level[l][0], mass), excess = __fadd_rn(level[l][1], excess);
-    }
-    level[DEPTH][0] = mass, level[DEPTH][1] = excess;
+    for (int i = 0; i < 2; i++) s[2 * i] = of_place(two[i] & 65535, unit, half), s[2 * i + 1] = of_place(two[i] >> 16, unit, half);
 }
 
 struct Sums2 { float mass, excess; };
 
-// Of the `left` ones of scores `s(0)`, ..., with the weights power(score), in a sum by pairs.
-template <class Score, class Power>
-__device__ __forceinline__ Sums2 sums_of_run(Score s, float best, u32 left, Power power) {
-    constexpr int DEPTH = log2i(SUB);
-    float level[DEPTH + 1][2];
+// Of the `left` ones of SUB scores, with the weights power(score, away), in a sum by pairs. Four scores at a time, four(u, s): run
+// once, more instructions take longer to come than to be done.
+template <class Four, class Power>
+__device__ __forceinline__ Sums2 sums_of_run(Four four, float best, u32 left, Power power) {
+    float before[2] = {}, half[2] = {};
+#pragma unroll 1
+    for (int u = 0; u < SUB / 4; u++, left >>= 4) {
+        float s[4], sum[2][4];
+        four(u, s);
 #pragma unroll
-    for (int e = 0; e < SUB; e++) {
-        const float score = s(e), away = __fsub_rn(score, best), all = power(score, away), p = left >> e & 1 ? all : 0.0f;
-        pair_up<DEPTH>(level, p, __fmul_rn(p, away), e);
+        for (int e = 0; e < 4; e++) {
+            const float away = __fsub_rn(s[e], best), all = power(s[e], away);
+            sum[0][e] = left >> e & 1 ? all : 0.0f, sum[1][e] = __fmul_rn(sum[0][e], away);
+        }
+#pragma unroll
+        for (int x = 0; x < 2; x++) {
+            tree<4>(sum[x]);
+            const float two = __fadd_rn(before[x], sum[x][0]);
+            if (u == 1) half[x] = two;
+            before[x] = u % 2 ? two : sum[x][0];
+        }
     }
-    return {level[DEPTH][0], level[DEPTH][1]};
+    return {__fadd_rn(half[0], before[0]), __fadd_rn(half[1], before[1])};
 }
 
 // The logit of a score without a cap, and so the highest of the highest.
@@ -64,5 +70,3 @@ __device__ __forceinline__ float plain_logit(float score, float scale) {
 __device__ __forceinline__ float plain_power(float score, float away, float highest, float scale, float per) {
     return power_below(LOGITS == 0 ? away : __fsub_rn(plain_logit(score, scale), highest), per);
 }
-// Where the score kernels have sums: not of capped logits, which are dear.
-constexpr bool SUMMED = COMPLETED && LOGITS < 2;

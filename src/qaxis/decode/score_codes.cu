@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
                     const float half = -0.5f * unit[p], highest = of_place(max(both & 0xffff, both >> 16), unit[p], half);
                     const float logit = plain_logit(highest, (float)scale);
                     const Sums2 run = sums_of_run(
-                        [&](int i) { return of_place(place[i], unit[p], half); }, highest, 0xffff,
+                        [&](int u, float (&s)[4]) { of_places(((const uint2*)own)[u], unit[p], half, s); }, highest, 0xffff,
                         [&](float score, float away) { return plain_power(score, away, logit, (float)scale, per); });
                     *(uint2*)(run_sums + ((i64)(first_row + h) * padded / SUB + (from + group) * 8 + row) * 2) =
                         make_uint2(__float_as_uint(run.mass), __float_as_uint(run.excess));
