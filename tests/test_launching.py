@@ -84,8 +84,12 @@ def test_the_second_kernel_of_a_step_waits_before_it_reads_what_the_first_wrote(
 
 
 def test_numbers_that_python_shares_with_the_kernels_are_the_same():
-    shared = {"seen": ["BLOCK"], "program": ["NEAR", "MARKS"], "tally": ["TALLY", "SUB"], "line": ["VALUE"]}
-    for file, names in shared.items():
+    for file, names in (
+        ("seen", ["BLOCK"]),
+        ("program", ["NEAR", "MARKS"]),
+        ("tally", ["TALLY", "SUB"]),
+        ("line", ["VALUES"]),
+    ):
         text = (DECODE / f"{file}.cuh").read_text("utf-8")
         for name in names:
             (found,) = re.findall(rf"\b{name} = (\d+)", text)
