@@ -85,7 +85,8 @@ struct Known {
     }
 };
 
-// The number of a tree's leaves, 2 a time: mass and excess. As add_up in attend.cuh, with u known to the compiler.
+// The u-th of 1 << DEPTH neighbours of two trees, of mass and excess, as add_up in attend.cuh adds them; the sums of all are at
+// the last level.
 template <int DEPTH> __device__ __forceinline__ void pair_up(float (&level)[DEPTH + 1][2], float mass, float excess, int u) {
 #pragma unroll
     for (int l = 0; l < DEPTH; l++) {
