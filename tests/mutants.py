@@ -479,7 +479,7 @@ MUTANTS = (
     Mutant("completion", "groups count from the first key that is there", COMPLETION, "(self.begin + self.offset + GROUP - 1) // GROUP, (self.end + self.offset) // GROUP", "(self.begin + GROUP - 1) // GROUP, self.end // GROUP"),
     Mutant("completion", "a group that padding begins in counts", COMPLETION, "(self.begin + self.offset + GROUP - 1) // GROUP", "(self.begin + self.offset) // GROUP"),
     Mutant("golden", "selected keys stay in the spread", COMPLETION, "second = fitted.second - canonical.tree_sum(taken * taken)", "second = fitted.second"),
-    Mutant("golden", "any spread makes a slope", COMPLETION, "LEAST_SPREAD = 2.0**-12", "LEAST_SPREAD = -(2.0**-12)"),
+    Mutant("completion", "any spread makes a slope", COMPLETION, "LEAST_SPREAD = 2.0**-12", "LEAST_SPREAD = -(2.0**-12)"),
     Mutant("completion-bound", "half the slope", COMPLETION, "beta = torch.where(sloped, excess /", "beta = torch.where(sloped, 0.5 * excess /"),
     Mutant("completion-bound", "a bound that is too small", COMPLETION_BOUND, "    crooked = (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart", "    crooked = 0.3 * (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart"),
     Mutant("completion-ppl", "completion is forgotten by enable", ENABLE, "Settings(chosen, exactness, backend, always, strict, kind)", 'Settings(chosen, exactness, backend, always, strict, "none")'),
