@@ -64,6 +64,7 @@ def masked(
 
     Args:
         q: ``[B, H, M, D]``. k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``. allowed: bool ``[B|1, H|1, M|1, N]``.
+        settings: a budget's tolerance is kept to as well.
         watched: whether the mask of kept keys will be asked for.
         offset: tokens before the first key, which a window dropped; completion counts groups from the first token.
 
@@ -84,12 +85,12 @@ def masked(
         mask = visible = allowed[:, :, rows]
         scores = product_scores(q[:, :, rows].float(), k.float()) if completes else None
         if budget is not None and settings.always != NONE:
-            indices = backend.select(
-                q[:, :, rows], k, mask, budget.of(mask), backend="reference", always=settings.always
-            )
+            k_eff = backend.keys_of(budget, q[:, :, rows], k, mask, logits)
+            indices = backend.select(q[:, :, rows], k, mask, k_eff, backend="reference", always=settings.always)
             mask = indices_to_mask(indices, n)
         elif budget is not None:
-            mask = select_mask(q[:, :, rows], k, mask, budget.of(mask), scores)
+            k_eff = backend.keys_of(budget, q[:, :, rows], k, mask, logits)
+            mask = select_mask(q[:, :, rows], k, mask, k_eff, scores)
         if watched and budget is not None:
             masks.append(mask)
         if scores is None:

@@ -93,7 +93,8 @@ def prefill_attention(
         q: ``[B, H, M, D]``; float32, float16 or bfloat16. Any strides and alignment, here and below.
         k: ``[B, Hkv, N, D]``, same dtype and device; H a multiple of Hkv (GQA); M and N at most 2^31 - 2^16.
         v: ``[B, Hkv, N, Dv]``, same dtype and device.
-        budget: a :class:`~qaxis.Budget`, or an int in 1..N: then queries that see fewer keys attend to all.
+        budget: a :class:`~qaxis.Budget` without a tolerance, or an int in 1..N: then queries that see fewer keys attend
+            to all.
         scale: softmax scale, positive; ``None`` is ``1/sqrt(D)``.
         causal: if True the queries are the last M of the N positions, M at most N, and see no later key.
         pads: how many of the first keys no query of a batch sees: int32 or int64 ``[B]`` on q's device, or B integers.
@@ -114,8 +115,8 @@ def prefill_attention(
     A completed output is not canonical either. Its mass, mean and spread are float32 sums of scores as matrix products
     give them, tile after tile, and in float16 and bfloat16 the weights of all values are rounded: for scores as normal
     numbers give them it is within 2^-17 (float32), 2^-10 or 2^-7 of what ``topk_attention`` returns, of the largest
-    value. Where the spread of a query's scores is at the least that has a slope (``completion.LEAST_SPREAD``), the one
-    may find a slope and the other none.
+    value. Where the spread of the scores that a query leaves out is at the least that has a slope
+    (``completion.LEAST_SPREAD``), the one may find a slope and the other none.
 
     Only the form is checked: that q, k and v are finite, and that sums of products stay inside float32, is left to the
     caller, as looking waits for the device; the numbers of a tensor of pads are cut off at 0 and N. k and v may be
@@ -133,6 +134,9 @@ def prefill_attention(
     require(backend in ("auto", "cuda", "triton"), "backend", backend, "'auto', 'cuda' or 'triton'")
     require(isinstance(tuning, PrefillTuning), "tuning", tuning, "a qaxis.prefill.PrefillTuning")
     budget = as_budget(budget, k.shape[2])
+    # How many keys a row needs is known here before it is scored.
+    tolerance = budget.tolerance
+    require(tolerance is None, "budget.tolerance", tolerance, "None: topk_attention keeps keys by a tolerance")
     check_always(always, budget.minimum, "the budget's minimum")
     logits = checked_logits(logits, scale, q.shape[1], q.shape[3], q.device)
     window, kind = window_of(window), completion_of(completion, offset, budget, always)

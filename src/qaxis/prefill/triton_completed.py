@@ -67,9 +67,10 @@ def prefill_completed_kernel(
 ):  # fmt: skip
     """As prefill_attend_kernel, completed by what the other visible keys weigh: ``completion.completed_weights``.
 
-    The keys are scored twice. First what is left out is summed: the line's coefficients are sums over values, so with
-    its mass and excess the weight of every value is known. Then values are multiplied once. A query without a complete
-    group gets the bits that prefill_attend_kernel gives.
+    The keys are scored twice. First those that are left out are summed: their mass and excess, and of those in complete
+    groups number, scores and squares, from which the affine weight of each follows. Then values are multiplied once, by
+    a softmax weight where a key is selected, else by an affine one. A query that leaves out no key of a complete group
+    gets the bits that prefill_attend_kernel gives.
     """
     head, tile = split(tl.program_id(0), tiles)
     # Later queries see more keys: they start first.
@@ -99,21 +100,24 @@ def prefill_completed_kernel(
         weight = tl.exp2(sink - behind)
     seen_from, seen_to = range_of(i, b, first, n, pads_ptr, origin, window, CAUSAL, PADDED)
     fitted_from, fitted_to = _fitted_of(seen_from, seen_to, shift)
-    many = fitted_to - fitted_from
+    many = tl.zeros((QUERIES,), tl.int32)
     mass = tl.zeros((QUERIES,), tl.float32)
     usual = tl.zeros((QUERIES,), tl.float32)
     excess = tl.zeros((QUERIES,), tl.float32)
     away_sum = tl.zeros((QUERIES,), tl.float32)
     squares = tl.zeros((QUERIES,), tl.float32)
+    second = tl.zeros((QUERIES,), tl.float32)
     if LINEAR:
         usual = _usual_of(q, keys, lowest, n, dim, stride_kn, KEYS, DIM, WIDE)
     # Nothing is put back for a tile of queries without a group.
-    counted = tl.where(tl.max(many, 0) > 0, end, begin)
+    counted = tl.where(tl.max(fitted_to - fitted_from, 0) > 0, end, begin)
     for offset in tl.range(begin, counted, KEYS, num_stages=STAGES):
         chosen = selected_of(bits_ptr, words, offset, here, QUERIES, KEYS)
         j = (offset + tl.arange(0, KEYS))[None, :]
         score = product(q, vectors_of(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
-        left = (j >= seen_from[:, None]) & (j < seen_to[:, None]) & (many > 0)[:, None] & (chosen == 0)
+        left = (j >= seen_from[:, None]) & (j < seen_to[:, None]) & (chosen == 0)
+        fitted = left & (j >= fitted_from[:, None]) & (j < fitted_to[:, None])
+        many += tl.sum(fitted.to(tl.int32), 1)
         # By rounding alone a key that is left can be above those that are not.
         power = tl.minimum(in_base_two(score, factor, cap, CAP) - behind[:, None], 0.0)
         p = tl.where(left, tl.exp2(power), 0.0)
@@ -121,10 +125,13 @@ def prefill_completed_kernel(
         if LINEAR:
             away = score - usual[:, None]
             excess += tl.sum(p * away, 1)
-            away = tl.where((j >= fitted_from[:, None]) & (j < fitted_to[:, None]), away, 0.0)
+            away = tl.where(fitted, away, 0.0)
             away_sum += tl.sum(away, 1)
             squares += tl.sum(away * away, 1)
-    # What the value of each key that the line is fitted to is multiplied by: share + slope * (score - mean).
+            of_group = (j >= fitted_from[:, None]) & (j < fitted_to[:, None])
+            second += tl.sum(tl.where(of_group, score * score, 0.0), 1)
+    # The weight of each key that is left out of a complete group: share + slope * (score - mean).
+    mass = tl.where(many > 0, mass, 0.0)
     keys_fitted = tl.maximum(many, 1).to(tl.float32)
     share = mass / keys_fitted
     slope = tl.zeros((QUERIES,), tl.float32)
@@ -135,7 +142,8 @@ def prefill_completed_kernel(
         spread = squares - away_sum * mean
         excess -= mass * mean
         mean += usual
-        sloped = spread > (spread + keys_fitted * mean * mean) * _LEAST_SPREAD
+        # Next to the scores of all keys of complete groups: those of a few that are left may lie close together.
+        sloped = spread > second * _LEAST_SPREAD
         slope = tl.where(sloped, excess / tl.where(sloped, spread, 1.0), 0.0)
     room = tl.full((QUERIES,), 1.0, tl.float32)
     if v_ptr.dtype.element_ty == tl.float16:
@@ -154,7 +162,8 @@ def prefill_completed_kernel(
         if v_ptr.dtype.element_ty == tl.float16:
             p *= room[:, None]
         line = share[:, None] + slope[:, None] * (score - mean[:, None])
-        p += tl.where((j >= fitted_from[:, None]) & (j < fitted_to[:, None]), line, 0.0)
+        fitted = (j >= fitted_from[:, None]) & (j < fitted_to[:, None]) & (chosen == 0)
+        p += tl.where(fitted, line, 0.0)
         v = vectors_of(values, offset, n, dim_v, stride_vn, KEYS, DIM_V)
         if WIDE:
             # Rounded as for tensor cores, then widened.
