@@ -402,6 +402,31 @@ def clustered(layer: Layer) -> Added:
     return added
 
 
+def of_rest(size: int, slope: bool, rows: Rows, choice: Choice, rest: torch.Tensor) -> torch.Tensor:
+    """Weights ``[Hkv, G, m, n]`` of all values that stand for ``rest``: even in each block's keys that are not kept.
+
+    A mean over the keys that are left out, where ``blocks`` takes that of all: kept values are read, so they can be
+    taken out of a block's sum. With a slope, weights within blocks are affine in the score, one slope for all blocks.
+    """
+    n, short = rest.shape[-1], -rest.shape[-1] % size
+    left = (~choice.selected & rows.visible).to(rest.dtype)
+
+    def sums(x: torch.Tensor) -> torch.Tensor:
+        whole = torch.nn.functional.pad(x, (0, short)) if short else x
+        return whole.unflatten(-1, (-1, size)).sum(-1)
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(size, -1)[..., :n]
+
+    count = sums(left).clamp(min=1)
+    weights = spread(sums(rest) / count).mul_(left)
+    if slope:
+        away = (rows.scores - spread(sums(rows.scores * left) / count)).mul_(left)
+        square, excess = (x.sum(-1, keepdim=True) for x in (away.square(), rest * away))
+        weights += away * (excess / square.clamp(min=1e-20))
+    return weights
+
+
 #: those with exact masses that the package does not have, by name
 KINDS: dict[str, Callable[[Layer], Added]] = {
     "recent": recent,
@@ -410,44 +435,51 @@ KINDS: dict[str, Callable[[Layer], Added]] = {
     "weighted 64": partial(weighted, 64),
     "clusters": clustered,
 }
+#: the same of the keys that are not kept alone, as the package's kinds are
+REST: dict[str, Callable[[Rows, Choice, torch.Tensor], torch.Tensor]] = {
+    "block 16 of the rest": partial(of_rest, 16, False),
+    "block 64 of the rest": partial(of_rest, 64, False),
+    "block 64 + slope of the rest": partial(of_rest, 64, True),
+}
 PACKAGE = ("mean", "linear")
+#: in the order of tables
+EVERY = ("none", "mean", *KINDS, *REST, "linear")
 
 
-class Line(NamedTuple):
-    """The package's fit, of m rows: 0 where no group is complete."""
+class Along(NamedTuple):
+    """Sums over the keys of full groups that each of m rows sees, along its query; 0 where there is none."""
 
-    mean_score: torch.Tensor
-    mean_value: torch.Tensor
-    slope: torch.Tensor
-    #: bool ``[m, 1]``
-    some: torch.Tensor
+    #: how many keys, ``[m, 1]``
+    many: torch.Tensor
+    #: of scores and their squares, ``[Hkv, G, m, 1]``
+    total: torch.Tensor
+    second: torch.Tensor
+    #: of values, and of values times scores, ``[Hkv, G, m, Dv]``
+    values: torch.Tensor
+    cross: torch.Tensor
 
 
-def lines(layer: Layer) -> Callable[[Rows], Line]:
-    """The fit from moments alone, as a decode step has them: what ``completed_weights`` gets from the scores."""
+def along(layer: Layer) -> Callable[[Rows], Along]:
+    """Those sums from moments alone, as a decode step has them; ``completed_weights`` makes them of the scores."""
     dim, n = layer.k.shape[-1], layer.k.shape[1] // GROUP * GROUP
     both, keys = (x[:, :n].unflatten(1, (-1, GROUP)) for x in (torch.cat([layer.v, layer.k], -1), layer.k))
     products, sums = (both.transpose(-1, -2) @ keys).cumsum(1), both.sum(2).cumsum(1)
 
-    def fit(rows: Rows) -> Line:
-        heads, m = rows.q.shape[:2], rows.q.shape[2]
-        score = torch.zeros(*heads, m, 1, device=rows.q.device)
-        mean, slope = (torch.zeros(*heads, m, layer.v.shape[-1], device=rows.q.device) for _ in range(2))
-        for some, whole in runs(rows.first, m, GROUP):
+    def of(rows: Rows) -> Along:
+        shape = rows.q.shape[:3]
+        total, second = (torch.zeros(*shape, 1, device=rows.q.device) for _ in range(2))
+        values, cross = (torch.zeros(*shape, layer.v.shape[-1], device=rows.q.device) for _ in range(2))
+        for some, whole in runs(rows.first, shape[2], GROUP):
             if whole:
-                q, count = rows.q[:, :, some], whole * GROUP
-                product, added = products[:, whole - 1], sums[:, whole - 1, None, None]
-                cross = by_heads(q, product.transpose(1, 2))
-                total = (q * added[..., -dim:]).sum(-1, keepdim=True)
-                second = (q * cross[..., -dim:]).sum(-1, keepdim=True)
-                spread = second - total * total / count
-                rise = cross[..., :-dim] - total / count * added[..., :-dim]
-                known = spread > second * LEAST_SPREAD
-                score[:, :, some], mean[:, :, some] = total / count, added[..., :-dim] / count
-                slope[:, :, some] = torch.where(known, rise / torch.where(known, spread, 1.0), 0.0)
-        return Line(score, mean, slope, (rows.seen >= GROUP).to(rows.q.device)[:, None])
+                q, added = rows.q[:, :, some], sums[:, whole - 1, None, None]
+                product = by_heads(q, products[:, whole - 1].transpose(1, 2))
+                total[:, :, some] = (q * added[..., -dim:]).sum(-1, keepdim=True)
+                second[:, :, some] = (q * product[..., -dim:]).sum(-1, keepdim=True)
+                values[:, :, some], cross[:, :, some] = added[..., :-dim], product[..., :-dim]
+        many = (rows.seen // GROUP * GROUP).to(rows.q.device)[:, None]
+        return Along(many, total, second, values, cross)
 
-    return fit
+    return of
 
 
 # The ways, and a model that attends by one of them.
@@ -472,7 +504,7 @@ def powers(rows: Rows, choice: Choice, scale: float) -> tuple[torch.Tensor, torc
 
 
 def finishing(layer: Layer, kind: str) -> Finish:
-    """What is made of scores and choice: ``kind`` is one of the package's, of KINDS, ``"own mass"`` or ``"SparQ"``."""
+    """What is made of scores and choice: ``kind`` is one of EVERY, ``"own mass"`` or ``"SparQ"``."""
     logits, scale = Logits(layer.scale), layer.scale
 
     def none(rows: Rows, choice: Choice) -> Parts:
@@ -492,15 +524,32 @@ def finishing(layer: Layer, kind: str) -> Finish:
         total, kept = rest.sum(-1, keepdim=True), rest * choice.selected
         return Parts(kept, added(rows, rest.sub_(kept)), total)
 
-    def own(fit: Callable[[Rows], Line], rows: Rows, choice: Choice) -> Parts:
+    def of_the_rest(kind: Callable[[Rows, Choice, torch.Tensor], torch.Tensor], rows: Rows, choice: Choice) -> Parts:
+        rest = powers(rows, choice, scale)[0]
+        total, kept = rest.sum(-1, keepdim=True), rest * choice.selected
+        return Parts(kept.add_(kind(rows, choice, rest.sub_(kept))), 0.0, total)
+
+    def own(sums: Callable[[Rows], Along], rows: Rows, choice: Choice) -> Parts:
         kept, top = powers(rows, choice, scale)
         kept.mul_(choice.selected)
         near = rows.scores if choice.near is None else choice.near
-        line = fit(rows)
-        rest = (near - top).clamp_(max=0).mul_(scale).exp_().masked_fill_(choice.selected | ~line.some, 0.0)
+        of = sums(rows)
+        counted = choice.selected & (torch.arange(kept.shape[-1], device=kept.device) < of.many)
+        taken = rows.scores * counted
+        many = of.many - counted.sum(-1, keepdim=True)
+        total = of.total - taken.sum(-1, keepdim=True)
+        mean = total / many.clamp(min=1)
+        spread = of.second - taken.mul_(rows.scores).sum(-1, keepdim=True) - total * mean
+        rest = (near - top).clamp_(max=0).mul_(scale).exp_().masked_fill_(choice.selected | (many == 0), 0.0)
         mass = rest.sum(-1, keepdim=True)
-        excess = rest.mul_(near - line.mean_score).sum(-1, keepdim=True)
-        return Parts(kept, mass * line.mean_value + excess * line.slope, kept.sum(-1, keepdim=True) + mass)
+        excess = rest.mul_(near - mean).sum(-1, keepdim=True)
+        sloped = spread > of.second * LEAST_SPREAD
+        beta = torch.where(sloped, excess / torch.where(sloped, spread, 1.0), 0.0)
+        alpha = mass / many.clamp(min=1) - beta * mean
+        below = kept.sum(-1, keepdim=True) + mass
+        # What is kept is taken out of the sums over all.
+        kept -= torch.where(counted, alpha + beta * rows.scores, 0.0)
+        return Parts(kept, alpha * of.values + beta * of.cross, below)
 
     def sparq(means: torch.Tensor, rows: Rows, choice: Choice) -> Parts:
         kept = powers(rows, choice, scale)[0].mul_(choice.selected)
@@ -514,8 +563,10 @@ def finishing(layer: Layer, kind: str) -> Finish:
         return packaged
     if kind in KINDS:
         return partial(in_place, KINDS[kind](layer))
+    if kind in REST:
+        return partial(of_the_rest, REST[kind])
     if kind == "own mass":
-        return partial(own, lines(layer))
+        return partial(own, along(layer))
     return partial(sparq, running(layer.v)) if kind == "SparQ" else none
 
 

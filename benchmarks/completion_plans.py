@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import qaxis
-from benchmarks.completing import KINDS, RIVALS, Counts, Exact, Share, Way, budgeted
+from benchmarks.completing import EVERY, RIVALS, Counts, Exact, Share, Way, budgeted
 from qaxis.validation import require
 
 MAIN = (("coverage", 0.1), ("coverage", 0.05), ("coverage", 0.02), ("k", 256))
@@ -110,11 +110,11 @@ def summary(complete: str, shape: Shape, n: np.ndarray) -> np.ndarray:
         each = 4.0 * (value + dim) * (dim + 1) + 0 * n
     elif complete in ("mean", "recent", "SparQ"):
         each = 4.0 * value + 0 * n
-    elif complete == "block 64 + slope":
+    elif complete.startswith("block 64 + slope"):
         each = n / 64 * (value + dim) * 2 + 4.0 * (value + dim) * dim
     elif complete == "clusters":
         each = n * (value * 2 / 64 + 1)
-    elif complete in KINDS:
+    elif complete in EVERY and complete != "none":
         each = n / int(complete.split()[1]) * value * 2
     else:
         each = 0.0 * n
@@ -158,7 +158,6 @@ def mean_bytes(plan: Plan, shape: Shape, length: int, kept: float | None) -> flo
 
 def parts() -> dict[str, list[Plan]]:
     """What each part measures beside dense attention; a plan may be in several."""
-    every = ("none", "mean", *KINDS, "linear")
     rivals = [Plan(b, c) for b in MAIN[:3] for c in ("none", "linear")]
     for name in RIVALS:
         for budget in MAIN[:3]:
@@ -167,7 +166,7 @@ def parts() -> dict[str, list[Plan]]:
             rivals += [Plan(same, "none", name), Plan(same, "own mass", name)]
             rivals += [Plan(b, "SparQ", name) for b in (budget, same) if name == "SparQ"]
     return {
-        "table": [Plan(b, c) for b in MAIN for c in every],
+        "table": [Plan(b, c) for b in MAIN for c in EVERY],
         "curve": [
             Plan(b, c)
             for b in [*(("k", x) for x in (32, 64, 128, 256, 512, 1024)),

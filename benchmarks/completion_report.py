@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import qaxis
-from benchmarks.completing import KINDS
+from benchmarks.completing import EVERY
 from benchmarks.completion_plans import DENSE, MAIN, MODES, Plan, Shape, bounds, mean_bytes, parts
 from qaxis.validation import require
 
@@ -99,7 +99,7 @@ def grid(document: dict[str, Any], tokens: int) -> list[str]:
     """Completions down, budgets across."""
     lines = ["| completion | " + " | ".join(Plan(b).name.removesuffix(", none") for b in MAIN) + " |"]
     lines.append("|---" * (len(MAIN) + 1) + "|")
-    for complete in ("none", "mean", *KINDS, "linear"):
+    for complete in EVERY:
         found = [changed(document, Plan(b, complete).name, tokens) for b in MAIN]
         if any(found):
             cells = ["" if x is None else f"{x.percent:+.3f} {interval(x.low, x.high)}" for x in found]

@@ -99,7 +99,7 @@ MODELS, ALWAYS, RECORDING = (
     "src/qaxis/models/recording.py",
 )
 DENSE, DECODING = "selfcheck/rivals/dense_decoding.py", "selfcheck/checks/decoding.py"
-COMPLETING, COMPLETION = "benchmarks/completing.py", "benchmarks/completion.py"
+COMPLETING = "benchmarks/completing.py"
 SPEED, TIMING, HEADS = "selfcheck/checks/speed.py", "selfcheck/harness/timing.py", "selfcheck/inputs/heads.py"
 GEMMA = "selfcheck/checks/gemma.py"
 OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
@@ -278,9 +278,9 @@ MUTANTS = (
     Mutant("test_rivals.py::test_enable_as_documented_is_compared_with_the_reference", "rows of a prompt are not compared", "selfcheck/checks/enable.py", "int((off > NEAR).sum())", "0"),
     Mutant("test_completion_benchmark.py::test_every_completion_is_what_it_says", "a block of a completion has no mean before it is full", COMPLETING, "return by_heads(full, self.means[:, : full.shape[-1]]) + own * last", "return by_heads(full, self.means[:, : full.shape[-1]])"),
     Mutant("test_completion_benchmark.py::test_every_completion_is_what_it_says", "a pooled slope knows a block that is not full", COMPLETING, "for some, whole in runs(rows.first, rest.shape[2], size):\n            if whole:\n                q = rows.q[:, :, some]", "for some, whole in runs(rows.first - 1, rest.shape[2], size):\n            if whole:\n                q = rows.q[:, :, some]"),
-    Mutant("test_completion_benchmark.py::test_a_line_from_moments_is_the_line_from_scores", "a line by moments forgets its mean score", COMPLETING, "excess = rest.mul_(near - line.mean_score)", "excess = rest.mul_(near)"),
+    Mutant("test_completion_benchmark.py::test_a_line_from_moments_is_the_line_from_scores", "a line by moments forgets its mean score", COMPLETING, "excess = rest.mul_(near - mean)", "excess = rest.mul_(near)"),
     Mutant("test_completion_benchmark.py::test_stored_keys_and_values_are_those_of_decoding", "values of an open group are quantised", COMPLETING, "full.v[:, tokens] - layer.v[:, tokens]", "full.v[:, tokens] - full.v[:, tokens]"),
-    Mutant("test_completion_benchmark.py::test_a_run_goes_on_where_it_was", "what was measured is measured again", COMPLETION, "missing = [plan for plan in plans if plan.name not in record[\"ways\"]]", "missing = list(plans)"),
+    Mutant("test_completion_benchmark.py::test_a_run_goes_on_where_it_was", "what was measured is measured again", "benchmarks/completion.py", "missing = [plan for plan in plans if plan.name not in record[\"ways\"]]", "missing = list(plans)"),
     Mutant("test_completion_benchmark.py::test_the_report_pairs_articles_and_says_what_is_missed", "the lower upper end meets a target", "benchmarks/completion_report.py", "high = max(found.high, found.t_high)", "high = min(found.high, found.t_high)"),
     Mutant("test_speed.py::test_every_graph_is_replayed_once_a_round_after_each_flush_that_it_asks_for", "every replay follows the same flush", TIMING, "before[kind]()", "before[WRITTEN]()"),
     Mutant("test_speed.py::test_every_graph_is_replayed_once_a_round_after_each_flush_that_it_asks_for", "the flush is timed, too", TIMING, "            before[kind]()\n            start.record()\n", "            start.record()\n            before[kind]()\n"),

@@ -45,18 +45,30 @@ def mean(x):
     return x.mean(0)
 
 
-def stand_ins(kind: str, k: torch.Tensor, v: torch.Tensor, score: torch.Tensor, x: Layer, h: int):
+def stand_ins(kind: str, k: torch.Tensor, v: torch.Tensor, score: torch.Tensor, kept: torch.Tensor, x: Layer, h: int):
     """What stands for the value of every key a query of KV head ``h`` sees, ``[n, Dv]``, written out."""
     n, full = len(k), len(k) // 128 * 128
     if kind == "recent":
         return mean(v[-completing.RECENT :]).expand_as(v)
     if kind in ("mean", "linear"):
-        line = mean(v[:full]).expand_as(v).clone()
+        some = (~kept[:full]).nonzero()[:, 0]
+        line = mean(v[some]).expand_as(v).clone()
         if kind == "linear":
-            away = score[:full] - score[:full].mean()
-            slope = away @ v[:full] / away.square().sum()
-            line += (score - score[:full].mean())[:, None] * slope
+            away = score[some] - score[some].mean()
+            slope = away @ v[some] / away.square().sum()
+            line += (score - score[some].mean())[:, None] * slope
         return line
+    if kind.endswith("of the rest"):
+        size = int(kind.split()[1])
+        out, away = torch.zeros_like(v), torch.zeros_like(score)
+        for start in range(0, n, size):
+            some = (~kept[start : start + size]).nonzero()[:, 0] + start
+            if len(some):
+                out[start : start + size] = mean(v[some])
+                away[some] = score[some] - score[some].mean()
+        if "slope" in kind and away.any():
+            out += away[:, None] * (away @ v) / away.square().sum()
+        return out
     if kind == "clusters":
         which = completing.clusters(x.k, N // 64)[h, :n]
         out = mean(v[:full] if full else v).expand_as(v).clone()
@@ -98,13 +110,13 @@ def direct(x: Layer, kind: str) -> torch.Tensor:
                 if kind == "none" or (kind in ("mean", "linear") and seen < 128):
                     p = p * kept
                 else:
-                    stand = stand_ins(kind, k[h, :seen], values, score, x, h)
+                    stand = stand_ins(kind, k[h, :seen], values, score, kept, x, h)
                     values = torch.where(kept[:, None], values, stand)
                 out[h, g, i] = p @ values / p.sum()
     return out
 
 
-@pytest.mark.parametrize("kind", ["none", *completing.PACKAGE, *completing.KINDS])
+@pytest.mark.parametrize("kind", completing.EVERY)
 def test_every_completion_is_what_it_says(kind):
     x = layer()
     right = direct(x, kind)
@@ -122,7 +134,7 @@ def test_the_packages_own_kinds_are_the_packages():
 
 
 def test_a_line_from_moments_is_the_line_from_scores():
-    """Own masses of an exact selection are the exact ones, and the fit needs no score of any key."""
+    """Own masses of an exact selection are the exact ones, and moments are what the scores would give."""
     x = layer()
     both = [attend(x, Way(EXACT, kind)) for kind in ("own mass", "linear")]
     assert float((both[0] - both[1]).abs().max()) < 2e-5
