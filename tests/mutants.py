@@ -112,7 +112,7 @@ REPLAYING, REPLAYS = "src/qaxis/models/replaying.py", "test_replaying.py::"
 CAPTURED, STATE = "src/qaxis/models/captured.py", "src/qaxis/models/model_state.py"
 GENERATE, STAND_IN = "src/qaxis/models/generation.py", "src/qaxis/models/stand_in.py"
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
-COMPLETION, COMPLETION_BOUND = "src/qaxis/attention/completion.py", "selfcheck/checks/completion_bound.py"
+TAIL, TAIL_BOUND = "src/qaxis/attention/completion.py", "selfcheck/checks/completion_bound.py"
 COMPLETED_PROMPTS, PUT_BACK = "test_prefill_completion.py::", "src/qaxis/prefill/triton_completed.py"
 ROWS = "test_decode_rows.py::"
 TRITON_ROWS = "test_triton_rows.py::"
@@ -481,13 +481,13 @@ MUTANTS = (
     Mutant("golden", "wrong softmax scale", "src/qaxis/validation.py", "return head_dim**-0.5", "return head_dim**-0.51"),
     Mutant("selection", "reference keeps one key too few", SELECTION, "parts.append(mask_to_indices(select_mask(q[:, :, rows], k, some, wanted)", "parts.append(mask_to_indices(select_mask(q[:, :, rows], k, some, (wanted - 1).clamp(min=1))"),
     # Completion
-    Mutant("completion", "runs of 32 keys", COMPLETION, "RUN = 16", "RUN = 32"),
-    Mutant("completion", "groups count from the first key that is there", COMPLETION, "(self.begin + self.offset + GROUP - 1) // GROUP, (self.end + self.offset) // GROUP", "(self.begin + GROUP - 1) // GROUP, self.end // GROUP"),
-    Mutant("completion", "a group that padding begins in counts", COMPLETION, "(self.begin + self.offset + GROUP - 1) // GROUP", "(self.begin + self.offset) // GROUP"),
-    Mutant("golden", "selected keys stay in the spread", COMPLETION, "second = fitted.second - canonical.tree_sum(taken * taken)", "second = fitted.second"),
-    Mutant("golden", "any spread makes a slope", COMPLETION, "LEAST_SPREAD = 2.0**-12", "LEAST_SPREAD = -(2.0**-12)"),
-    Mutant("completion-bound", "half the slope", COMPLETION, "beta = torch.where(sloped, excess /", "beta = torch.where(sloped, 0.5 * excess /"),
-    Mutant("completion-bound", "a bound that is too small", COMPLETION_BOUND, "    crooked = (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart", "    crooked = 0.3 * (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart"),
+    Mutant("completion", "runs of 32 keys", TAIL, "RUN = 16", "RUN = 32"),
+    Mutant("completion", "groups count from the first key that is there", TAIL, "(self.begin + self.offset + GROUP - 1) // GROUP, (self.end + self.offset) // GROUP", "(self.begin + GROUP - 1) // GROUP, self.end // GROUP"),
+    Mutant("completion", "a group that padding begins in counts", TAIL, "(self.begin + self.offset + GROUP - 1) // GROUP", "(self.begin + self.offset) // GROUP"),
+    Mutant("golden", "selected keys stay in the spread", TAIL, "second = fitted.second - canonical.tree_sum(taken * taken)", "second = fitted.second"),
+    Mutant("completion", "any spread makes a slope", TAIL, "LEAST_SPREAD = 2.0**-12", "LEAST_SPREAD = -(2.0**-12)"),
+    Mutant("completion-bound", "half the slope", TAIL, "beta = torch.where(sloped, excess /", "beta = torch.where(sloped, 0.5 * excess /"),
+    Mutant("completion-bound", "a bound that is too small", TAIL_BOUND, "    crooked = (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart", "    crooked = 0.3 * (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart"),
     Mutant("completion-ppl", "completion is forgotten by enable", ENABLE, "Settings(chosen, exactness, backend, always, strict, kind)", 'Settings(chosen, exactness, backend, always, strict, "none")'),
     Mutant("test_completion_claims.py::test_the_claim_sees_a_bit_where_it_is_on_and_where_it_is_off", "bits are not looked at", "selfcheck/checks/completing.py", "            if said:\n                self.differ += rows", "            if False:\n                self.differ += rows"),
     # Model and cache
