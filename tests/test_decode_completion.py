@@ -257,8 +257,8 @@ def test_powers_of_two_at_most_one_have_the_canonical_bits():
         }
     }
     """
-    text = cuda.COMPLETE_PART.read_text("utf-8")
-    begin, end = text.index("constexpr float UP"), text.index("// Scores of a run")
+    text = cuda.RUN_PART.read_text("utf-8")
+    begin, end = text.index("constexpr float UP"), text.index("// (place - 32767.5) unit")
     rules = compiler.CANONICAL.read_text("utf-8")
     options = compiler.defines(elem=0, dim=16, completed=1)
     kernel = emulator.compiled(rules + text[begin:end] + source, "powers", options)

@@ -329,6 +329,11 @@ template <class T> T* elsewhere(T* p, int rank) {
 inline int pull(const int* p, int rank) { return *elsewhere(p, rank); }
 inline int2 pull2(const int* p, int rank) { return {elsewhere(p, rank)[0], elsewhere(p, rank)[1]}; }
 inline void push(int* p, int rank, int x) { *elsewhere(p, rank) = x; }
+#if COMPLETED
+inline void cluster_arrive() {}
+inline void cluster_wait() { cluster_sync(); }
+inline void want(const void*, int) {}
+#endif
 inline void await_previous() {}
 inline void let_next_begin() {}
 inline i64 nanoseconds() { return 0; }

@@ -102,6 +102,20 @@ __device__ __forceinline__ void push(int* p, int rank, int x) {
     if (CLUSTER == 1) *p = x;
     else asm volatile("st.shared::cluster.u32 [%0], %1;" :: "r"(remote(p, rank)), "r"(x) : "memory");
 }
+#if COMPLETED
+// As cluster_sync in two: what lies between waits for nobody.
+__device__ __forceinline__ void cluster_arrive() {
+    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    if (CLUSTER == 1) __syncthreads();
+    else asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+// Bytes, 16 or a multiple, that are to be in the L2 cache soon.
+__device__ __forceinline__ void want(const void* p, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(__cvta_generic_to_global(p)), "r"(bytes));
+}
+#endif
 #endif
 
 // Until all that was launched before has ended, and what it wrote can be read; at once, if this one was not launched early.

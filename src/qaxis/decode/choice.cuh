@@ -38,8 +38,14 @@ __device__ __forceinline__ void send(const Program& p, int j, int w, int winners
     push(p.chosen + at_program, program, w);
 }
 
-// Bits for candidates above the edge; those near it are told to every program.
-__device__ __forceinline__ void sort_out(const Program& p, const Bins& bins, int found, int edge) {
+// Bits for candidates above the edge; those near it are told to every program. Completed, the values of the former are asked
+// for, as sums wait for more than them.
+__device__ __forceinline__ void sort_out(
+    const Program& p, const Bins& bins, int found, int edge
+#if COMPLETED
+    , const Rows& values
+#endif
+) {
     Shared& s = p.s;
 #pragma unroll 1
     for (int i = p.tid; i < found; i += THREADS) {
@@ -49,6 +55,9 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& bins, int
         if (bin > edge) {
             atomicOr(p.bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
             atomicAdd(&p.own_count[p.own_block(j)], 1);
+#if COMPLETED
+            values.ask_for(j);
+#endif
         }
         if (bin == edge) {
             const int at = atomicAdd(&s.nears, 1);
@@ -82,10 +91,19 @@ __device__ __forceinline__ void find_winners(const Program& p, int missing) {
     }
 }
 
-__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge) {
+__device__ __forceinline__ void choose_by_bins(
+    const Program& p, const Bins& bins, const Edge& edge
+#if COMPLETED
+    , const Rows& values
+#endif
+) {
     Shared& s = p.s;
     const int found = edge.found;
+#if COMPLETED
+    sort_out(p, bins, found, edge.at.bin, values);
+#else
     sort_out(p, bins, found, edge.at.bin);
+#endif
     tell_counts(p);
     mark(p, 6);
     cluster_sync();
@@ -251,7 +269,11 @@ __device__ __noinline__ Look look_again(
 
 // Sends every chosen key and its word to its rank; returns the highest word.
 __device__ __forceinline__ int choose(
-    const Program& p, const Scorer& scorer, const float* off_of, const float* units, int* tally, int* words, int* count) {
+    const Program& p, const Scorer& scorer, const float* off_of, const float* units, int* tally, int* words, int* count
+#if COMPLETED
+    , const Rows& values
+#endif
+) {
     Look look = {{counted_cut(p, tally), *units}, {}};
     mark(p, 1);
     __syncthreads();
@@ -259,7 +281,11 @@ __device__ __forceinline__ int choose(
     if (CODED && !look.edge.sure) look = look_again(p, scorer, off_of, units, count);
     if (look.edge.sure) {
         const int highest = highest_of_row(p);
+#if COMPLETED
+        choose_by_bins(p, look.cut.bins(), look.edge, values);
+#else
         choose_by_bins(p, look.cut.bins(), look.edge);
+#endif
         return highest;
     }
     choose_by_words(p, scorer, off_of, look.cut, words, count);

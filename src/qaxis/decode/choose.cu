@@ -18,7 +18,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
     int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h
 #if COMPLETED
-    , const float* line, int linear
+    , const float* line, float* run_sums, int linear
 #endif
 ) {
     DYNAMIC_SHARED(memory);
@@ -38,17 +38,24 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
 #endif
     // By how many places the fast scores of a group of 128 may be off.
     const float* off_of = off + ((i64)p.row * padded + p.base) / 128;
+#if COMPLETED
+    const Rows values(AS_SIDE(v), p.b, p.g, p.base, whole, in_full);
+    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, values);
+    mark(p, 9);
+    cluster_arrive();
+#else
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
     mark(p, 9);
     cluster_sync();
     mark(p, 10);
+#endif
     forget(p, tally);
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
 #if COMPLETED
     attend_completed(
-        p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out,
-        Known(p, words, units_of[p.row]), Whole(seen), line + (i64)p.row * LINE, linear);
+        p, values, logits, highest, k_eff, indices, out, Known(p, words, units_of[p.row]), Whole(seen),
+        line + (i64)p.row * LINE, linear, run_sums + ((i64)p.row * padded + p.base) / SUB * 2);
 #else
     attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);
 #endif

@@ -7,26 +7,6 @@
 // Instructions count: each of a row's keys comes by. So a run's best score is the one that the score kernels kept, and what
 // differs between keys is a mask, no branch.
 
-constexpr float UP = 0x1p126f, DOWN = 0x1p-126f;
-
-// 2^t of t = x factor, no more than 0, given -factor / 256: the bits of exp2_canonical. The bounds of t and of the result come
-// with a product; what is rounded stays in the bits of `shifted`, to be moved into the exponent. That is 126 higher than it
-// should be until the end, so that the last product alone rounds into the subnormals; far below them it is no number or
-// negative, and becomes 0.
-__device__ __forceinline__ float power_below(float x, float per) {
-    const float u = product_in_unit(x, per);
-    const float shifted = __fsub_rn(MAGIC / 256.0f, u), rounded = __fmaf_rn(shifted, -256.0f, MAGIC);
-    const float f = __fmaf_rn(u, -256.0f, rounded);
-    float p = __fadd_rn(__fmul_rn(f, C7 * UP), C6 * UP);
-    p = __fadd_rn(__fmul_rn(p, f), C5 * UP);
-    p = __fadd_rn(__fmul_rn(p, f), C4 * UP);
-    p = __fadd_rn(__fmul_rn(p, f), C3 * UP);
-    p = __fadd_rn(__fmul_rn(p, f), C2 * UP);
-    p = __fadd_rn(__fmul_rn(p, f), C1 * UP);
-    p = __fadd_rn(__fmul_rn(p, f), C0 * UP);
-    return product_in_unit(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);
-}
-
 // Scores of a run as they are known: canonical words, or over codes places, where a key has one.
 struct Known {
     const Program& p;
@@ -41,10 +21,7 @@ struct Known {
             else start = stop = p.end;  // all keys were scored canonically
         }
     }
-    // (place - 32767.5) unit, in one rounding: the first difference is exact, and so is what is added to its product.
-    __device__ __forceinline__ float of_place(u32 place) const {
-        return __fmaf_rn(__fsub_rn(__uint_as_float(0x4b000000u | place), 8421375.0f), unit, half);
-    }
+    __device__ __forceinline__ float of_place(u32 place) const { return ::of_place(place, unit, half); }
     // Of two packed ones, the lower and the upper.
     __device__ __forceinline__ void of_places(u32 two, float* s) const {
         s[0] = __fmaf_rn(__fsub_rn(__uint_as_float(__byte_perm(two, 0x4b000000u, 0x7610)), 8421375.0f), unit, half);
@@ -63,6 +40,9 @@ struct Known {
                 else s[4 * i + e] = score_of((int)part[e]);
             }
         }
+        return best_of(key);
+    }
+    __device__ __forceinline__ float best_of(int key) const {
         const Fast best = p.best[key / SUB];
         return CODED ? of_place(best) : score_of(best);
     }
@@ -85,41 +65,24 @@ struct Known {
     }
 };
 
-// The u-th of 1 << DEPTH neighbours of two trees, of mass and excess, as add_up in attend.cuh adds them; the sums of all are at
-// the last level.
-template <int DEPTH> __device__ __forceinline__ void pair_up(float (&level)[DEPTH + 1][2], float mass, float excess, int u) {
-#pragma unroll
-    for (int l = 0; l < DEPTH; l++) {
-        if (!(u >> l & 1)) {
-            level[l][0] = mass, level[l][1] = excess;
-            return;
-        }
-        mass = __fadd_rn(level[l][0], mass), excess = __fadd_rn(level[l][1], excess);
+// What a run of `left` keys adds to the masses and excesses of all, of its own.
+struct Weighing {
+    float per, mean, top;
+    __device__ __forceinline__ Sums2 of(const Sums2& run, float best, float highest) const {
+        const float weight = power_below(__fsub_rn(fminf(highest, top), top), per);
+        return {__fmul_rn(weight, run.mass), __fmul_rn(weight, __fadd_rn(run.excess, __fmul_rn(run.mass, __fsub_rn(best, mean))))};
     }
-    level[DEPTH][0] = mass, level[DEPTH][1] = excess;
-}
+};
 
-// What a run of `left` keys adds to mass and excess.
-__device__ __forceinline__ void sum_run(
-    const Logits& logits, const float (&s)[SUB], float best, u32 left, float per, float mean, float top, float (&sum)[2]) {
-    constexpr int DEPTH = log2i(SUB);
+__device__ __forceinline__ Sums2 sum_run(
+    const Logits& logits, const float (&s)[SUB], float best, u32 left, const Weighing& weighing) {
     const float highest = logits.of(best);
-    float level[DEPTH + 1][2];
-#pragma unroll
-    for (int e = 0; e < SUB; e++) {
-        const float away = __fsub_rn(s[e], best);
-        float p;
-        // A rounded cap is not monotone: a key may be above the best.
-        if constexpr (LOGITS == 0) p = power_below(away, per);
-        else if constexpr (LOGITS == 1) p = power_below(__fsub_rn(logits.of(s[e]), highest), per);
-        else p = logits.power(logits.of(s[e]), highest);
-        p = left >> e & 1 ? p : 0.0f;
-        pair_up<DEPTH>(level, p, __fmul_rn(p, away), e);
-    }
-    const float mass = level[DEPTH][0], excess = level[DEPTH][1];
-    const float weight = left ? power_below(__fsub_rn(fminf(highest, top), top), per) : 0.0f;
-    sum[0] = __fmul_rn(weight, mass);
-    sum[1] = left ? __fmul_rn(weight, __fadd_rn(excess, __fmul_rn(mass, __fsub_rn(best, mean)))) : 0.0f;
+    // A rounded cap is not monotone: a key may be above the best.
+    const Sums2 run = sums_of_run([&](int e) { return s[e]; }, best, left, [&](float score, float away) {
+        if constexpr (LOGITS == 2) return logits.power(logits.of(score), highest);
+        else return plain_power(score, away, highest, logits.scale, weighing.per);
+    });
+    return left ? weighing.of(run, best, highest) : Sums2{0.0f, 0.0f};
 }
 
 // Winners at the edge get their bits too, once all chosen keys were sent to their ranks.
@@ -131,31 +94,116 @@ __device__ __forceinline__ void mark_winners(const Program& p) {
     }
 }
 
-// This warp's blocks, each told to all programs: they have room for two numbers of all blocks, where their candidates were.
-__device__ __forceinline__ void sum_left(const Program& p, const Logits& logits, const Known& known, float mean, float top) {
-    const float per = logits.factor * (-1.0f / 256.0f);
-#pragma unroll 1
-    for (int i = p.warp; i < p.own; i += WARPS) {
-        const int block = i * CLUSTER + p.rank, key = block * BLOCK + p.lane * SUB;
-        if (block >= p.blocks) break;
-        const u32 taken = p.bitmap[i * WORDS + p.lane / 2] >> (p.lane % 2 * SUB);
-        u32 visible = 0xffff;
-        float s[SUB], best, sum[2];
-        if (__all_sync(ALL, known.whole(key))) best = known.read(key, s);
-        else visible = between(key, p.begin, p.end), best = known.read_any(key, visible, s);
-        sum_run(logits, s, best, visible & ~taken, per, mean, top, sum);
-        tree_over_lanes<2, 32>(sum, p.lane);
-        if (p.lane < 2)
-#pragma unroll
-            for (int r = 0; r < CLUSTER; r++) push(p.position + 2 * block + p.lane, r, __float_as_int(sum[0]));
+// Sums of own runs, each block's told to all programs. Runs that the score kernels have no sums of, or that have a chosen key, are
+// summed first, a thread each; they are listed so that no thread has none. `sums` are of the row, mass and excess of a run; of the
+// listed ones they get what these add.
+struct Left {
+    const Program& p;
+    const Known& known;
+    float* sums;
+    int* told;  // of all blocks
+    u16* list;  // of own runs, from the first of some blocks on
+    int each;   // blocks of which it has room for all runs
+
+    __device__ __forceinline__ int key_of(int run) const {
+        return ((run / 32) * CLUSTER + p.rank) * BLOCK + run % 32 * SUB;
     }
-}
+    __device__ __forceinline__ u32 taken(int run) const { return ((const u16*)p.bitmap)[run]; }
+    __device__ __forceinline__ bool is_listed(int run) const {
+        const int key = key_of(run);
+        return !(SUMMED && known.whole(key) && taken(run) == 0) && key < p.end && key + SUB > p.begin;
+    }
+    __device__ __forceinline__ void make_list(int first, int runs) const {
+        constexpr int DEEP = 4;
+#pragma unroll 1
+        for (int from = p.warp * 32; from < runs; from += THREADS * DEEP) {
+            u32 listed[DEEP];
+            int many = 0;
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) {
+                const int i = from + u * THREADS + p.lane;
+                listed[u] = __ballot_sync(ALL, i < runs && is_listed(first * 32 + i));
+                many += __popc(listed[u]);
+            }
+            int at = 0;
+            if (p.lane == 0 && many > 0) at = atomicAdd(&p.s.runs, many);
+            at = __shfl_sync(ALL, at, 0);
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) {
+                if (listed[u] >> p.lane & 1)
+                    list[at + __popc(listed[u] & ((1u << p.lane) - 1))] = (u16)(from + u * THREADS + p.lane);
+                at += __popc(listed[u]);
+            }
+        }
+    }
+    __device__ __forceinline__ void sum_listed(const Logits& logits, int run, const Weighing& weighing) const {
+        const int key = key_of(run);
+        u32 visible = 0xffff;
+        float s[SUB], best;
+        if (known.whole(key)) best = known.read(key, s);
+        else visible = between(key, p.begin, p.end), best = known.read_any(key, visible, s);
+        const Sums2 sum = sum_run(logits, s, best, visible & ~taken(run), weighing);
+        float* const to = sums + key / SUB * 2;
+        to[0] = sum.mass, to[1] = sum.excess;
+    }
+    __device__ __forceinline__ void tell_blocks(const Logits& logits, int first, int count, const Weighing& weighing) const {
+        constexpr int DEEP = 4;
+#pragma unroll 1
+        for (int from = p.warp; from < count; from += WARPS * DEEP) {
+            float sum[DEEP][2], best[DEEP];
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) {
+                const int i = first + from + u * WARPS, key = key_of(i * 32 + p.lane);
+                const bool is = from + u * WARPS < count && key < p.end && key + SUB > p.begin;
+                sum[u][0] = sum[u][1] = best[u] = 0.0f;
+                if (is) {
+                    const uint2 two = *(const uint2*)(sums + key / SUB * 2);
+                    sum[u][0] = __uint_as_float(two.x), sum[u][1] = __uint_as_float(two.y);
+                    if constexpr (SUMMED) best[u] = known.best_of(key);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < DEEP; u++) {
+                const int i = first + from + u * WARPS, block = i * CLUSTER + p.rank, run = i * 32 + p.lane;
+                if (from + u * WARPS >= count || block >= p.blocks) continue;
+                if constexpr (SUMMED)
+                    if (known.whole(key_of(run)) && taken(run) == 0) {
+                        const Sums2 all = weighing.of({sum[u][0], sum[u][1]}, best[u], logits.of(best[u]));
+                        sum[u][0] = all.mass, sum[u][1] = all.excess;
+                    }
+                tree_over_lanes<2, 32>(sum[u], p.lane);
+                if (p.lane < 2)
+#pragma unroll
+                    for (int r = 0; r < CLUSTER; r++) push(told + 2 * block + p.lane, r, __float_as_int(sum[u][0]));
+            }
+        }
+    }
+    // p.s.runs is 0 before.
+    __device__ __forceinline__ void sum(const Logits& logits, const Weighing& weighing) const {
+#pragma unroll 1
+        for (int first = 0; first < p.own; first += each) {
+            const int count = min(each, p.own - first);
+            if (first > 0) {
+                __syncthreads();
+                if (p.tid == 0) p.s.runs = 0;
+                __syncthreads();
+            }
+            make_list(first, count * 32);
+            __syncthreads();
+            const int listed = p.s.runs;
+#pragma unroll 1
+            for (int i = p.tid; i < listed; i += THREADS) sum_listed(logits, first * 32 + list[i], weighing);
+            __syncthreads();
+            tell_blocks(logits, first, count, weighing);
+        }
+    }
+};
 
 struct Rest { float mass, excess; };
 
 // Of all blocks, once the cluster has waited: 32 blocks or sums a warp, level by level.
-__device__ __forceinline__ Rest sum_blocks(const Program& p) {
-    int *from = p.position, *to = p.s.counts, first = p.base / BLOCK, count = p.blocks;
+__device__ __forceinline__ Rest sum_blocks(const Program& p, int* from, int* to) {
+    int first = p.base / BLOCK, count = p.blocks;
     auto sum_32 = [&](int i) {
         i += p.lane - first % 32;
         const bool is = i >= 0 && i < count;
@@ -235,7 +283,7 @@ __device__ __forceinline__ void sum_picked(const Program& p, const Logits& logit
         for (int e = 0; e < 3; e++) sum[e] = p.lane == u ? x[e] : sum[e];
     }
     sum_lanes(sum);
-    int* const sums = p.s.counts;
+    int* const sums = (int*)&p.s.warp_numerators[0][0];
     if (p.lane == 0) {
 #pragma unroll
         for (int e = 0; e < 3; e++) sums[4 * p.warp + e] = __float_as_int(sum[e]);
@@ -322,22 +370,35 @@ __device__ __forceinline__ void write_completed(
 
 static_assert(DIM_V <= THREADS && CLUSTER <= 32 && WARPS <= 32);
 
-// As attend.
+// As attend, from the barrier on at which this program has arrived: what is left is summed while others come, where the highest
+// logit is known and there is room for the sums in what nobody reads any more.
 __device__ __forceinline__ void attend_completed(
     const Program& p, const Rows& values, const Logits& logits, int highest, int most, i64* indices, void* out,
-    const Known& known, const Whole& whole, const float* line, int linear) {
+    const Known& known, const Whole& whole, const float* line, int linear, float* sums) {
+    Shared& s = p.s;
     const int live = p.live(), count = whole.keys();
-    mark_winners(p);
-    write_indices(p, live, most, indices);
-    const float top = highest_logit(p, logits, live, highest);
     const float mean = count > 0 ? __fdiv_rn(line[0], (float)count) : 0.0f;
+    const bool early = LOGITS < 2 && 2 * p.blocks <= TALLY;
     __syncthreads();
+    mark_winners(p);
+    if (p.tid == 0) s.runs = 0;
+    if (!early) cluster_wait();
+    const float top = highest_logit(p, logits, live, highest);
+    __syncthreads();
+    // Room for own runs, 2 bytes each, is where candidates were; there is some for those of 128 blocks where counts were.
+    int *const told = early ? s.counts : p.position, *const other = early ? p.position : s.counts;
+    if (count > 0) {
+        const Left left{p, known, sums, told, (u16*)other, early ? p.own : TALLY * 2 / 32};
+        left.sum(logits, {logits.factor * (-1.0f / 256.0f), mean, top});
+    }
+    if (early) cluster_wait();
+    mark(p, 10);
+    write_indices(p, live, most, indices);
     sum_picked(p, logits, whole, live, top);
-    if (count > 0) sum_left(p, logits, known, mean, top);
     cluster_sync();
     const Picked picked = picked_of(p);
     Affine rest = {0.0f, 0.0f, 0.0f};
-    if (count > 0) rest = weights_of_rest(sum_blocks(p), picked, count, line, mean, linear);
+    if (count > 0) rest = weights_of_rest(sum_blocks(p, told, other), picked, count, line, mean, linear);
     weigh_less(p, logits, whole, rest, live, top);
     __syncthreads();
     sum_warp(p, values, live);

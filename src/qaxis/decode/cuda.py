@@ -34,8 +34,8 @@ STAGES = tuple(
     HERE / f"{name}.cuh"
     for name in ("numbers", "counts", "program", "candidates", "scores", "edge", "choice", "attend")
 )
-#: what completion adds: shared, to what scores keys, to what chooses and attends
-LINE_PART, FIT_PART, COMPLETE_PART = (HERE / f"{name}.cuh" for name in ("line", "fit", "complete"))
+#: what completion adds: shared (two), to what scores keys, to what chooses and attends
+LINE_PART, RUN_PART, FIT_PART, COMPLETE_PART = (HERE / f"{name}.cuh" for name in ("line", "run", "fit", "complete"))
 #: dtypes of sink logits, as attend.cuh numbers them
 SINKS = {**ELEMENTS, torch.float64: 3}
 #: needed by choose.cu
@@ -260,8 +260,8 @@ def _kernels(shape: Shape, plan: Plan, profile: bool) -> tuple[Any, Any] | None:
     common["completed"] = int(shape.completed)
     own = dict(common)
     if shape.completed:
-        own["dim_v"] = shape.dim_v
-        before, stages = (*before, LINE_PART), (*stages, COMPLETE_PART)
+        own |= {"dim_v": shape.dim_v, "coded": int(shape.coded), "logits": shape.logits}
+        before, stages = (*before, LINE_PART, RUN_PART), (*stages, COMPLETE_PART)
     fit = (FIT_PART,) if shape.completed else ()
     if shape.coded:
         memory = _ring(shape)
@@ -294,6 +294,8 @@ class _Buffers:
         self.marks = empty(shape.rows, plan.cluster, MARKS, dtype=torch.int64) if profile else self.count
         # As line.cuh has it: of each row sums of scores, from VALUES on of values, and of both.
         self.line = empty(shape.rows, VALUES + 2 * shape.dim_v if shape.completed else 0, dtype=torch.float32)
+        # Of every SUB neighbours mass and excess, as run.cuh has them.
+        self.sums = empty(shape.rows, plan.padded // SUB if shape.completed else 0, 2, dtype=torch.float32)
         # Counts of keys, as tally.cuh has them: all 0 before a step, and after it.
         self.tally = empty(shape.rows, TALLY).zero_()
 
@@ -323,20 +325,20 @@ class CudaStep:
         Args:
             completion: ``"mean"`` or ``"linear"`` with ``moments``, of the rows' complete groups of keys.
         """
-        self.score(q, k, index, rows, always, completion, moments)
+        self.score(q, k, index, rows, always, completion, moments, logits)
         return self.choose(q, k, v, index, rows, logits, always, completion)
 
     def score(
         self, q: torch.Tensor, k: Numbers, index: KeyIndex, rows: torch.Tensor, always: Always = NONE,
-        completion: str = "none", moments: Moments | None = None,
+        completion: str = "none", moments: Moments | None = None, logits: Logits | None = None,
     ) -> None:  # fmt: skip
         """Scores of every key that ``rows`` see, canonical ones or fast ones by codes; with completion, lines too."""
         shape, plan, work = self.shape, self.plan, self.buffers
         grid, block = (plan.score_programs + shape.completed, shape.batch * shape.kv_heads, 1), (128, 1, 1)
         fit: list[Any] = []
         if shape.completed:
-            assert moments is not None
-            fit = [*moments, work.line, int(completion == "linear")]
+            assert moments is not None and logits is not None
+            fit = [*moments, work.line, int(completion == "linear"), work.sums, *_of_logits(logits, q)[:2]]
         sizes = (shape.heads, shape.kv_heads, plan.padded, shape.n, shape.k_eff)
         strides = units(q, 1)[:2]
         if index.codes is not None:
@@ -370,7 +372,7 @@ class CudaStep:
             work.tally, out, indices, work.count, work.marks,
             shape.heads, shape.n, plan.padded, shape.k_eff, plan.room, plan.span, in_full, *always,
             *units(q, 1)[:2], *_of_logits(logits, q),
-            *([work.line, int(completion == "linear")] if shape.completed else []),
+            *([work.line, work.sums, int(completion == "linear")] if shape.completed else []),
         ], shared_mem=plan.shared)  # fmt: skip
         return out, indices
 

@@ -59,4 +59,15 @@ struct Rows {  // one KV head of a side
         if (STORED && (PLAIN || coded(j))) dequantize(w, x);
         else widen(w, x);
     }
+#if COMPLETED
+    // Token j will be read: DIM_V numbers, unless it is one of a cache's few in full.
+    __device__ __forceinline__ void ask_for(int j) const {
+        if constexpr (!STORED) {
+            want(rows + (i64)j * rows_n * 16, DIM_V / E * 16);
+        } else if (coded(j)) {
+            want(rows + (i64)j * rows_n * E, DIM_V);
+            want(scales + (i64)(j >> 7) * scales_n * E, DIM_V);
+        }
+    }
+#endif
 };

@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     int scales_b, int scales_h, int scales_n, int left_out_b, int left_out_h, int left_out_n, int scaled,
     double relative, double split
 #if COMPLETED
-    , const float* products, const float* sums, float* line, int linear
+    , const float* products, const float* sums, float* line, int linear, float* run_sums, double factor, double scale
 #endif
 ) {
     let_next_begin();
@@ -87,6 +87,10 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
     float query[PARTS][QUARTER], coarse[PARTS], fine[PARTS];
     // Of this lane's head: places for a unit of what codes leave out times the query, the query's length, what else is off.
     float each_off[PARTS], length[PARTS], others[PARTS];
+#if COMPLETED
+    float unit[PARTS];  // score of a place, of head t of each part
+    const float per = (float)factor * (-1.0f / 256.0f);
+#endif
 #pragma unroll
     for (int p = 0; p < PARTS; p++) {
         const int h = p * 4 + row / 2;
@@ -121,6 +125,9 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
         // The results of a lane are those of head t of each part: its factors are at the lanes of rows 2 t.
         coarse[p] = __shfl_sync(ALL, units * (most / 127.0f), t * 8);
         fine[p] = __shfl_sync(ALL, units * (most / (127.0f * 254.0f)), t * 8);
+#if COMPLETED
+        unit[p] = __shfl_sync(ALL, __fdiv_rn(1.0f, units), t * 8);
+#endif
     }
     const int needed = seen.k_eff - (seen.first - seen.begin) - (seen.end - seen.last);
     const Sample sample(needed, seen.stop - seen.start);
@@ -206,6 +213,18 @@ extern "C" __global__ void __launch_bounds__(128, DIM > 128 ? 2 : 4) score_codes
                 const u32 lower = __vmaxu2(__vmaxu2(own[0].x, own[0].y), __vmaxu2(own[0].z, own[0].w));
                 const u32 both = __vmaxu2(lower, __vmaxu2(__vmaxu2(own[1].x, own[1].y), __vmaxu2(own[1].z, own[1].w)));
                 best[(i64)(first_row + h) * padded / SUB + (from + group) * 8 + row] = (u16)max(both & 0xffff, both >> 16);
+#if COMPLETED
+                if constexpr (SUMMED) {
+                    // Of a run with other keys than those that have a place these are no sums: nobody reads them.
+                    const float half = -0.5f * unit[p], highest = of_place(max(both & 0xffff, both >> 16), unit[p], half);
+                    const float logit = plain_logit(highest, (float)scale);
+                    const Sums2 run = sums_of_run(
+                        [&](int i) { return of_place(place[i], unit[p], half); }, highest, 0xffff,
+                        [&](float score, float away) { return plain_power(score, away, logit, (float)scale, per); });
+                    *(uint2*)(run_sums + ((i64)(first_row + h) * padded / SUB + (from + group) * 8 + row) * 2) =
+                        make_uint2(__float_as_uint(run.mass), __float_as_uint(run.excess));
+                }
+#endif
             }
             if (first) {
                 Moments moments;

@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
     float* units_of, int* tally, int heads, int kv_heads, int padded, int n, int k_eff, int sinks, int recent,
     int q_b, int q_h, int k_b, int k_h, int k_n
 #if COMPLETED
-    , const float* products, const float* sums, float* line, int linear
+    , const float* products, const float* sums, float* line, int linear, float* run_sums, double factor, double scale
 #endif
 ) {
     let_next_begin();
