@@ -91,10 +91,13 @@ __device__ __forceinline__ void find_winners(const Program& p, int missing) {
     }
 }
 
+#if COMPLETED
+template <class Meanwhile>
+#endif
 __device__ __forceinline__ void choose_by_bins(
     const Program& p, const Bins& bins, const Edge& edge
 #if COMPLETED
-    , const Rows& values
+    , const Rows& values, Meanwhile meanwhile
 #endif
 ) {
     Shared& s = p.s;
@@ -106,7 +109,13 @@ __device__ __forceinline__ void choose_by_bins(
 #endif
     tell_counts(p);
     mark(p, 6);
+#if COMPLETED
+    cluster_arrive();
+    meanwhile();
+    cluster_wait();
+#else
     cluster_sync();
+#endif
     mark(p, 7);
     find_winners(p, p.ranked() - edge.at.above);
     sums_before(p.before, p.blocks, s.scratch);
@@ -268,10 +277,14 @@ __device__ __noinline__ Look look_again(
 }
 
 // Sends every chosen key and its word to its rank; returns the highest word.
+#if COMPLETED
+// Once all but those at the edge have their bits, meanwhile(highest).
+template <class Meanwhile>
+#endif
 __device__ __forceinline__ int choose(
     const Program& p, const Scorer& scorer, const float* off_of, const float* units, int* tally, int* words, int* count
 #if COMPLETED
-    , const Rows& values
+    , const Rows& values, Meanwhile meanwhile
 #endif
 ) {
     Look look = {{counted_cut(p, tally), *units}, {}};
@@ -282,7 +295,7 @@ __device__ __forceinline__ int choose(
     if (look.edge.sure) {
         const int highest = highest_of_row(p);
 #if COMPLETED
-        choose_by_bins(p, look.cut.bins(), look.edge, values);
+        choose_by_bins(p, look.cut.bins(), look.edge, values, [&] { meanwhile(highest); });
 #else
         choose_by_bins(p, look.cut.bins(), look.edge);
 #endif

@@ -39,24 +39,26 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     // By how many places the fast scores of a group of 128 may be off.
     const float* off_of = off + ((i64)p.row * padded + p.base) / 128;
 #if COMPLETED
+    Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
+    if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
     const Rows values(AS_SIDE(v), p.b, p.g, p.base, whole, in_full);
-    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, values);
+    Completion completion(
+        p, logits, Known(p, words, units_of[p.row]), Whole(seen), line + (i64)p.row * LINE, linear,
+        run_sums + ((i64)p.row * padded + p.base) / SUB * 2);
+    const int highest = choose(
+        p, scorer, off_of, units_of + p.row, tally, words, count, values, [&](int highest) { completion.begin(highest); });
     mark(p, 9);
     cluster_arrive();
+    forget(p, tally);
+    completion.attend(values, highest, k_eff, indices, out);
 #else
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
     mark(p, 9);
     cluster_sync();
     mark(p, 10);
-#endif
     forget(p, tally);
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
-#if COMPLETED
-    attend_completed(
-        p, values, logits, highest, k_eff, indices, out, Known(p, words, units_of[p.row]), Whole(seen),
-        line + (i64)p.row * LINE, linear, run_sums + ((i64)p.row * padded + p.base) / SUB * 2);
-#else
     attend(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, highest, k_eff, indices, out);
 #endif
     mark(p, 12);

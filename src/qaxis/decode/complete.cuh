@@ -146,40 +146,54 @@ struct Left {
         float* const to = sums + key / SUB * 2;
         to[0] = sum.mass, to[1] = sum.excess;
     }
+    // DEEP blocks of a warp at a time: of each two sums, which its lanes share out.
     __device__ __forceinline__ void tell_blocks(const Logits& logits, int first, int count, const Weighing& weighing) const {
         constexpr int DEEP = 4;
+        const int mine = first_sum<2 * DEEP, 32>(p.lane);
+        const bool writes = writes_sum<2 * DEEP, 32>(p.lane);
 #pragma unroll 1
         for (int from = p.warp; from < count; from += WARPS * DEEP) {
-            float sum[DEEP][2], best[DEEP];
+            float sum[2 * DEEP], best[DEEP];
 #pragma unroll
             for (int u = 0; u < DEEP; u++) {
-                const int i = first + from + u * WARPS, key = key_of(i * 32 + p.lane);
-                const bool is = from + u * WARPS < count && key < p.end && key + SUB > p.begin;
-                sum[u][0] = sum[u][1] = best[u] = 0.0f;
-                if (is) {
+                const int i = from + u * WARPS, key = key_of((first + i) * 32 + p.lane);
+                sum[2 * u] = sum[2 * u + 1] = best[u] = 0.0f;
+                if (i < count && key < p.end && key + SUB > p.begin) {
                     const uint2 two = *(const uint2*)(sums + key / SUB * 2);
-                    sum[u][0] = __uint_as_float(two.x), sum[u][1] = __uint_as_float(two.y);
+                    sum[2 * u] = __uint_as_float(two.x), sum[2 * u + 1] = __uint_as_float(two.y);
                     if constexpr (SUMMED) best[u] = known.best_of(key);
                 }
             }
+            if constexpr (SUMMED)
 #pragma unroll
-            for (int u = 0; u < DEEP; u++) {
-                const int i = first + from + u * WARPS, block = i * CLUSTER + p.rank, run = i * 32 + p.lane;
-                if (from + u * WARPS >= count || block >= p.blocks) continue;
-                if constexpr (SUMMED)
-                    if (known.whole(key_of(run)) && taken(run) == 0) {
-                        const Sums2 all = weighing.of({sum[u][0], sum[u][1]}, best[u], logits.of(best[u]));
-                        sum[u][0] = all.mass, sum[u][1] = all.excess;
-                    }
-                tree_over_lanes<2, 32>(sum[u], p.lane);
-                if (p.lane < 2)
+                for (int u = 0; u < DEEP; u++) {
+                    const int i = from + u * WARPS, run = (first + i) * 32 + p.lane;
+                    const Sums2 all = weighing.of({sum[2 * u], sum[2 * u + 1]}, best[u], logits.of(best[u]));
+                    if (i < count && known.whole(key_of(run)) && taken(run) == 0) sum[2 * u] = all.mass, sum[2 * u + 1] = all.excess;
+                }
+            tree_over_lanes<2 * DEEP, 32>(sum, p.lane);
+            const int i = from + mine / 2 * WARPS, block = (first + i) * CLUSTER + p.rank;
+            if (writes && i < count && block < p.blocks)
 #pragma unroll
-                    for (int r = 0; r < CLUSTER; r++) push(told + 2 * block + p.lane, r, __float_as_int(sum[u][0]));
-            }
+                for (int r = 0; r < CLUSTER; r++) push(told + 2 * block + mine % 2, r, __float_as_int(sum[0]));
         }
     }
-    // p.s.runs is 0 before.
-    __device__ __forceinline__ void sum(const Logits& logits, const Weighing& weighing) const {
+    // Runs of own keys that were chosen at the edge.
+    __device__ __forceinline__ void list_winners() const {
+#pragma unroll 1
+        for (int i = p.tid; i < p.s.winners; i += THREADS) {
+            const int j = p.s.winner[i];
+            if (p.owns(j)) list[atomicAdd(&p.s.runs, 1)] = (u16)(p.own_block(j) * 32 + j % BLOCK / SUB);
+        }
+    }
+    // Once all threads have listed.
+    __device__ __forceinline__ void sum_list(const Logits& logits, int first, const Weighing& weighing) const {
+        const int listed = p.s.runs;
+#pragma unroll 1
+        for (int i = p.tid; i < listed; i += THREADS) sum_listed(logits, first * 32 + list[i], weighing);
+    }
+    // p.s.runs is 0 before. But for winners: the others were listed, and summed.
+    __device__ __forceinline__ void sum(const Logits& logits, const Weighing& weighing, bool but_for_winners) const {
 #pragma unroll 1
         for (int first = 0; first < p.own; first += each) {
             const int count = min(each, p.own - first);
@@ -188,11 +202,10 @@ struct Left {
                 if (p.tid == 0) p.s.runs = 0;
                 __syncthreads();
             }
-            make_list(first, count * 32);
+            if (but_for_winners) list_winners();
+            else make_list(first, count * 32);
             __syncthreads();
-            const int listed = p.s.runs;
-#pragma unroll 1
-            for (int i = p.tid; i < listed; i += THREADS) sum_listed(logits, first * 32 + list[i], weighing);
+            sum_list(logits, first, weighing);
             __syncthreads();
             tell_blocks(logits, first, count, weighing);
         }
@@ -259,30 +272,38 @@ __device__ __forceinline__ void sum_lanes(float (&x)[3]) {
         for (int e = 0; e < 3; e++) x[e] = __fadd_rn(x[e], __shfl_xor_sync(ALL, x[e], m));
 }
 
+// A rank's weight, 0 beyond the last; the score of its key, and whether that is of a complete group.
+struct Rank {
+    float weight, score;
+    bool counted;
+    __device__ __forceinline__ Rank(const Program& p, const Logits& logits, const Whole& whole, int live, float top, int i)
+        : weight(0.0f), score(0.0f), counted(false) {
+        if (i >= live) return;
+        score = score_of(p.chosen[i]);
+        const int j = p.base + p.chosen_position[i];
+        counted = j >= whole.from && j < whole.to;
+        weight = logits.power(logits.of(score), top);
+    }
+};
+
 // Those of this program, told to all: in near_word, which nobody reads any more, 4 numbers a program. A warp takes neighbouring
-// ranks, 32 a turn, no more than 32 turns.
-__device__ __forceinline__ void sum_picked(const Program& p, const Logits& logits, const Whole& whole, int live, float top) {
+// ranks, 32 a turn, no more than 32 turns. Returns this thread's last rank: if there is one turn, that of its number.
+__device__ __forceinline__ Rank sum_picked(const Program& p, const Logits& logits, const Whole& whole, int live, float top) {
     const int turns = max(1, p.span() / (32 * WARPS));
     float sum[3] = {};
-    int many = 0;
+    int many = 0, u = 0;
+    Rank rank(p, logits, whole, live, top, p.warp * turns * 32 + p.lane);
 #pragma unroll 1
-    for (int u = 0; u < turns; u++) {
-        const int i = (p.warp * turns + u) * 32 + p.lane;
-        float x[3] = {};
-        bool counted = false;
-        if (i < live) {
-            const float score = score_of(p.chosen[i]);
-            const int j = p.base + p.chosen_position[i];
-            counted = j >= whole.from && j < whole.to;
-            x[0] = logits.power(logits.of(score), top);
-            if (counted) x[1] = score, x[2] = __fmul_rn(score, score);
-        }
+    while (true) {
+        float x[3] = {rank.weight, rank.counted ? rank.score : 0.0f, rank.counted ? __fmul_rn(rank.score, rank.score) : 0.0f};
         sum_lanes(x);
-        many += __popc(__ballot_sync(ALL, counted));
+        many += __popc(__ballot_sync(ALL, rank.counted));
 #pragma unroll
         for (int e = 0; e < 3; e++) sum[e] = p.lane == u ? x[e] : sum[e];
+        if (++u == turns) break;
+        rank = Rank(p, logits, whole, live, top, (p.warp * turns + u) * 32 + p.lane);
     }
-    sum_lanes(sum);
+    if (turns > 1) sum_lanes(sum);
     int* const sums = (int*)&p.s.warp_numerators[0][0];
     if (p.lane == 0) {
 #pragma unroll
@@ -290,7 +311,7 @@ __device__ __forceinline__ void sum_picked(const Program& p, const Logits& logit
         sums[4 * p.warp + 3] = many;
     }
     __syncthreads();
-    if (p.warp > 0) return;
+    if (p.warp > 0) return rank;
 #pragma unroll
     for (int e = 0; e < 3; e++) sum[e] = p.lane < WARPS ? __int_as_float(sums[4 * p.lane + e]) : 0.0f;
     many = __reduce_add_sync(ALL, p.lane < WARPS ? sums[4 * p.lane + 3] : 0);
@@ -299,6 +320,7 @@ __device__ __forceinline__ void sum_picked(const Program& p, const Logits& logit
     if (p.lane < CLUSTER)
 #pragma unroll
         for (int e = 0; e < 4; e++) push(p.s.near_word + 4 * p.rank + e, p.lane, told[e]);
+    return rank;
 }
 
 // Those of the cluster, once it has waited.
@@ -334,21 +356,19 @@ __device__ __forceinline__ Affine weights_of_rest(
     return finite(alpha) && finite(beta) ? Affine{alpha, beta, rest.mass} : Affine{level, 0.0f, rest.mass};
 }
 
-// As weigh in attend.cuh, less what the affine weights have of a key of complete groups.
+// As weigh in attend.cuh, less what the affine weights have of a key of complete groups. Given this thread's rank, if it has one.
 __device__ __forceinline__ void weigh_less(
-    const Program& p, const Logits& logits, const Whole& whole, const Affine& rest, int live, float top) {
-#pragma unroll 1
-    for (int i = p.tid; i < p.span(); i += THREADS) {
-        float weight = 0.0f;
-        if (i < live) {
-            const float score = score_of(p.chosen[i]);
-            const int j = p.base + p.chosen_position[i];
-            weight = logits.power(logits.of(score), top);
-            if (j >= whole.from && j < whole.to)
-                weight = __fsub_rn(weight, __fadd_rn(rest.alpha, __fmul_rn(rest.beta, score)));
-        }
-        p.chosen[i] = __float_as_int(weight);
+    const Program& p, const Logits& logits, const Whole& whole, const Affine& rest, int live, float top, const Rank& own) {
+    auto weigh = [&](const Rank& rank, int i) {
+        const float less = __fsub_rn(rank.weight, __fadd_rn(rest.alpha, __fmul_rn(rest.beta, rank.score)));
+        p.chosen[i] = __float_as_int(rank.counted ? less : rank.weight);
+    };
+    if (p.span() <= THREADS) {
+        if (p.tid < p.span()) weigh(own, p.tid);
+        return;
     }
+#pragma unroll 1
+    for (int i = p.tid; i < p.span(); i += THREADS) weigh(Rank(p, logits, whole, live, top, i), i);
 }
 
 // As write_output, with the values that the affine weights have of all keys of complete groups.
@@ -370,41 +390,72 @@ __device__ __forceinline__ void write_completed(
 
 static_assert(DIM_V <= THREADS && CLUSTER <= 32 && WARPS <= 32);
 
-// As attend, from the barrier on at which this program has arrived: what is left is summed while others come, where the highest
-// logit is known and there is room for the sums in what nobody reads any more.
-__device__ __forceinline__ void attend_completed(
-    const Program& p, const Rows& values, const Logits& logits, int highest, int most, i64* indices, void* out,
-    const Known& known, const Whole& whole, const float* line, int linear, float* sums) {
-    Shared& s = p.s;
-    const int live = p.live(), count = whole.keys();
-    const float mean = count > 0 ? __fdiv_rn(line[0], (float)count) : 0.0f;
-    const bool early = LOGITS < 2 && 2 * p.blocks <= TALLY;
-    __syncthreads();
-    mark_winners(p);
-    if (p.tid == 0) s.runs = 0;
-    if (!early) cluster_wait();
-    const float top = highest_logit(p, logits, live, highest);
-    __syncthreads();
-    // Room for own runs, 2 bytes each, is where candidates were; there is some for those of 128 blocks where counts were.
-    int *const told = early ? s.counts : p.position, *const other = early ? p.position : s.counts;
-    if (count > 0) {
-        const Left left{p, known, sums, told, (u16*)other, early ? p.own : TALLY * 2 / 32};
-        left.sum(logits, {logits.factor * (-1.0f / 256.0f), mean, top});
+// A completed row. What is left is summed while other programs come to a barrier, where the highest logit is known and there is room
+// for the sums in what nobody reads any more.
+struct Completion {
+    const Program& p;
+    const Logits& logits;
+    const Known known;
+    const Whole whole;
+    const float* line;
+    int linear;
+    float* sums;
+    bool early, begun;
+
+    __device__ __forceinline__ Completion(
+        const Program& p, const Logits& logits, const Known& known, const Whole& whole, const float* line, int linear, float* sums)
+        : p(p), logits(logits), known(known), whole(whole), line(line), linear(linear), sums(sums),
+          early(LOGITS < 2 && 2 * p.blocks <= TALLY), begun(false) {}
+    __device__ __forceinline__ float mean() const {
+        return whole.keys() > 0 ? __fdiv_rn(line[0], (float)whole.keys()) : 0.0f;
     }
-    if (early) cluster_wait();
-    mark(p, 10);
-    write_indices(p, live, most, indices);
-    sum_picked(p, logits, whole, live, top);
-    cluster_sync();
-    const Picked picked = picked_of(p);
-    Affine rest = {0.0f, 0.0f, 0.0f};
-    if (count > 0) rest = weights_of_rest(sum_blocks(p, told, other), picked, count, line, mean, linear);
-    weigh_less(p, logits, whole, rest, live, top);
-    __syncthreads();
-    sum_warp(p, values, live);
-    __syncthreads();
-    mark(p, 11);
-    sum_program(p);
-    cluster_sync();
-    if (p.rank == 0) write_completed(p, logits, top, rest, picked.weight, line, out);
-}
+    __device__ __forceinline__ Weighing weighing(float top) const { return {logits.factor * (-1.0f / 256.0f), mean(), top}; }
+    // All but those at the edge have their bits. Others may be ahead, and send what they chose, so the list has room where sums of
+    // warps will be, which nobody else writes.
+    __device__ __forceinline__ void begin(int highest) {
+        if constexpr (LOGITS < 2) {
+            begun = early && whole.keys() > 0 && p.own * 32 <= 2 * WARPS * DIM_V;
+            if (!begun) return;
+            if (p.tid == 0) p.s.runs = 0;
+            __syncthreads();
+            const Left left{p, known, sums, nullptr, (u16*)&p.s.warp_numerators[0][0], p.own};
+            left.make_list(0, p.own * 32);
+            __syncthreads();
+            left.sum_list(logits, 0, weighing(highest_logit(p, logits, 0, highest)));
+        }
+    }
+    // As attend in attend.cuh, from the barrier on at which this program has arrived.
+    __device__ __forceinline__ void attend(const Rows& values, int highest, int most, i64* indices, void* out) const {
+        Shared& s = p.s;
+        const int live = p.live(), count = whole.keys();
+        __syncthreads();
+        mark_winners(p);
+        if (p.tid == 0) s.runs = 0;
+        if (!early) cluster_wait();
+        const float top = highest_logit(p, logits, live, highest);
+        __syncthreads();
+        // Room for own runs, 2 bytes each, is where candidates were; there is some for those of 128 blocks where counts were.
+        int *const told = early ? s.counts : p.position, *const other = early ? p.position : s.counts;
+        if (count > 0) {
+            const Left left{p, known, sums, told, (u16*)other, early ? p.own : TALLY * 2 / 32};
+            left.sum(logits, weighing(top), begun);
+        }
+        if (early) cluster_wait();
+        mark(p, 10);
+        const Rank own = sum_picked(p, logits, whole, live, top);
+        cluster_sync();
+        const Picked picked = picked_of(p);
+        Affine rest = {0.0f, 0.0f, 0.0f};
+        if (count > 0) rest = weights_of_rest(sum_blocks(p, told, other), picked, count, line, mean(), linear);
+        weigh_less(p, logits, whole, rest, live, top, own);
+        // Not before: a barrier waits for what was written.
+        write_indices(p, live, most, indices);
+        __syncthreads();
+        sum_warp(p, values, live);
+        __syncthreads();
+        mark(p, 11);
+        sum_program(p);
+        cluster_sync();
+        if (p.rank == 0) write_completed(p, logits, top, rest, picked.weight, line, out);
+    }
+};

@@ -65,4 +65,4 @@ __device__ __forceinline__ float plain_power(float score, float away, float high
     return power_below(LOGITS == 0 ? away : __fsub_rn(plain_logit(score, scale), highest), per);
 }
 // Where the score kernels have sums: not of capped logits, which are dear.
-constexpr bool SUMMED = COMPLETED && CODED && LOGITS < 2;
+constexpr bool SUMMED = COMPLETED && LOGITS < 2;

@@ -112,6 +112,53 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
                 if (mine && h < GROUP) count(i, key, word[(i64)(first_row + h) * padded + key]);
             }
     };
+#if COMPLETED
+    // Of the run that is being read, this lane's words by chunks; sums of it, once its best is known, a tree over its keys' bits as
+    // for the best. Of a run with other keys than ranked ones these are no sums: nobody reads them.
+    constexpr int RUN_CHUNKS = SUB > CHUNK ? SUB / CHUNK : 1;
+    int held[RUN_CHUNKS][LEFT];
+    const float per = (float)factor * (-1.0f / 256.0f);
+    auto sum_runs = [&](int j, const int (&highest)[LEFT]) {
+        float mass[RUN_CHUNKS][LEFT], excess[RUN_CHUNKS][LEFT];
+#pragma unroll
+        for (int k = 0; k < RUN_CHUNKS; k++) {
+#pragma unroll
+            for (int i = 0; i < LEFT; i++) {
+                const float best = score_of(highest[i]), score = score_of(held[k][i]), away = __fsub_rn(score, best);
+                mass[k][i] = plain_power(score, away, plain_logit(best, (float)scale), (float)scale, per);
+                excess[k][i] = __fmul_rn(mass[k][i], away);
+            }
+#pragma unroll
+            for (int bit = 0; (1 << bit) < SUB && (1 << bit) < CHUNK; bit++) {
+                const int low = bit - log2i(COLUMNS), s = log2i(SUMS) - 1 - low;
+                float other[2][LEFT];
+#pragma unroll
+                for (int i = 0; i < LEFT; i++) {
+                    if (bit >= log2i(COLUMNS) && low < log2i(LEFT)) {
+                        other[0][i] = mass[k][i ^ (1 << low)], other[1][i] = excess[k][i ^ (1 << low)];
+                    } else {
+                        const int m = bit < log2i(COLUMNS) ? LANES << bit : 1 << s;
+                        other[0][i] = __shfl_xor_sync(ALL, mass[k][i], m), other[1][i] = __shfl_xor_sync(ALL, excess[k][i], m);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < LEFT; i++)
+                    mass[k][i] = __fadd_rn(mass[k][i], other[0][i]), excess[k][i] = __fadd_rn(excess[k][i], other[1][i]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < LEFT; i++) {
+            const int h = (first + i) / LOADS, c = (first + i) % LOADS * COLUMNS + column;
+            float all[2][RUN_CHUNKS];
+#pragma unroll
+            for (int k = 0; k < RUN_CHUNKS; k++) all[0][k] = mass[k][i], all[1][k] = excess[k][i];
+            tree<RUN_CHUNKS>(all[0]), tree<RUN_CHUNKS>(all[1]);
+            if (mine && h < GROUP && c % SUB == 0)
+                *(uint2*)(run_sums + ((i64)(first_row + h) * padded + j + c) / SUB * 2) =
+                    make_uint2(__float_as_uint(all[0][0]), __float_as_uint(all[1][0]));
+        }
+    };
+#endif
     bool first_tile = true;
     int ahead = seen.base + tile * TILE, highest[LEFT];
 #pragma unroll
@@ -145,6 +192,11 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
             if (w >= counted[i]) count(i, j + c, w);
             if (first_tile && ranked) moments[i].add(sum[i] * units[i]);
             highest[i] = opens ? w : max(highest[i], w);
+#if COMPLETED
+#pragma unroll
+            for (int k = 0; k < RUN_CHUNKS - 1; k++) held[k][i] = held[k + 1][i];
+            held[RUN_CHUNKS - 1][i] = any;
+#endif
         }
         if (closes) {
             // A key's number is its load's, then its place in the load: bits that lie in the lane or in `first`.
@@ -166,6 +218,9 @@ extern "C" __global__ void __launch_bounds__(128, 3) score_keys(
                 const int h = (first + i) / LOADS, c = (first + i) % LOADS * COLUMNS + column;
                 if (mine && h < GROUP && c % SUB == 0) best[((i64)(first_row + h) * padded + j + c) / SUB] = highest[i];
             }
+#if COMPLETED
+            if constexpr (SUMMED) sum_runs(j, highest);
+#endif
         }
         if (chunk == STAGES - 1) {
             if (first_tile) count_first(j - chunk * CHUNK);
