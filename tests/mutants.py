@@ -112,7 +112,7 @@ REPLAYING, REPLAYS = "src/qaxis/models/replaying.py", "test_replaying.py::"
 CAPTURED, STATE = "src/qaxis/models/captured.py", "src/qaxis/models/model_state.py"
 GENERATE, STAND_IN = "src/qaxis/models/generation.py", "src/qaxis/models/stand_in.py"
 DECODE, PREFILL, SURROUNDINGS = "test_decode.py::", "test_prefill.py::", "test_surroundings.py::"
-COMPLETION, COMPLETION_BOUND = "src/qaxis/attention/completion.py", "selfcheck/checks/completion_bound.py"
+TAIL, TAIL_BOUND = "src/qaxis/attention/completion.py", "selfcheck/checks/completion_bound.py"
 COMPLETED_PROMPTS, PUT_BACK = "test_prefill_completion.py::", "src/qaxis/prefill/triton_completed.py"
 ROWS = "test_decode_rows.py::"
 TRITON_ROWS = "test_triton_rows.py::"
@@ -141,8 +141,8 @@ MUTANTS = (
     # What is left out, put back
     Mutant(COMPLETION + "test_what_a_window_dropped_is_counted", "groups begin with the first key that is left", LINE, "(self.begin + self.offset + GROUP - 1) // GROUP", "(self.begin + GROUP - 1) // GROUP"),
     Mutant(COMPLETION + "test_any_shape_is_what_double_precision_gives", "mass is put back from the middle of a run", LINE, "torch.where(left, score - best[..., None], 0.0)", "torch.where(left, score, 0.0)"),
-    Mutant(COMPLETION + "test_equal_scores_have_no_slope", "rounding has a slope", LINE, "sloped = spread > second * LEAST_SPREAD\n    slope", "sloped = spread > 0\n    slope"),
-    Mutant(COMPLETION + "test_terms_that_leave_float32_are_left_out", "a mean that is no number is put back", LINE, "torch.where(mean.isfinite(), mean, 0.0)", "mean"),
+    Mutant(COMPLETION + "test_equal_scores_have_no_slope", "rounding has a slope", LINE, "torch.where(spread > fitted.second * LEAST_SPREAD, spread, 0.0)", "spread"),
+    Mutant(COMPLETION + "test_terms_that_leave_float32_are_left_out", "what is no number is put back", LINE, "torch.where(x.isfinite(), x, 0.0)", "x"),
     Mutant(COMPLETION + "test_a_mask_with_holes_is_refused", "a mask with holes is a range", LINE, "(allowed.sum(-1) == end - begin).all()", "(allowed.sum(-1) <= end - begin).all()"),
     Mutant(OF_MODELS + "test_what_a_window_dropped_counts_in_every_cache", "canonical groups begin with the window", ROUTING, "seen_of(allowed, dropped())", "seen_of(allowed, 0)"),
     Mutant(OF_MODELS + "test_padding_behind_a_window_is_a_range", "a mask does not tell what a window dropped", MASKS, "                setattr(known, _DROPPED, dropped)\n", "                pass\n"),
@@ -343,13 +343,13 @@ MUTANTS = (
     # The step with completion
     Mutant(COMPLETED + "test_rows_are_completed", "keys that were chosen at the edge are left too", COMPLETE, "        if (p.owns(j)) atomicOr(", "        if (false) atomicOr("),
     Mutant(COMPLETED + "test_blocks_are_added_by_their_absolute_number", "blocks are added by their number in the row", COMPLETE, "first = p.base / BLOCK", "first = 0"),
-    Mutant(COMPLETED + "test_powers_of_two_at_most_one_have_the_canonical_bits", "a power far below the others is not cut off", COMPLETE, "    return product_in_unit(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);", "    return __fmul_rn(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);"),
+    Mutant(COMPLETED + "test_powers_of_two_at_most_one_have_the_canonical_bits", "a power far below the others is not cut off", "src/qaxis/decode/run.cuh", "    return product_in_unit(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);", "    return __fmul_rn(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), DOWN);"),
     Mutant(COMPLETED + "test_rows_are_completed", "a place is half a place too high", COMPLETE, "half = -0.5f * unit;", "half = 0.0f;"),
     Mutant(COMPLETED + "test_a_row_without_units_has_canonical_scores", "places of a row without units are scores", COMPLETE, "            else start = stop = p.end;", "            else start = p.start;"),
-    Mutant(COMPLETED + "test_soft_caps_and_sinks", "a completed step's sink has no weight", COMPLETE, "    if (sinks) w[0] = __fadd_rn(w[0], sink);\n    const float added", "    const float added"),
+    Mutant(COMPLETED + "test_soft_caps_and_sinks", "a completed step's sink has no weight", COMPLETE, "    if (sinks) weight = __fadd_rn(weight, logits.power(logits.sink, top));\n", ""),
     Mutant(COMPLETED + "test_rows_are_completed", "words of keys without a code are not kept", "src/qaxis/decode/scores.cuh", "|| j < p.start || j >= p.stop)) scorer.words[j] = w;", ")) scorer.words[j] = w;"),
     Mutant(COMPLETED + "test_rows_are_completed", "a group that is cut off counts", "src/qaxis/decode/line.cuh", "(seen.begin + 127) / 128", "seen.begin / 128"),
-    Mutant(COMPLETED + "test_scores_that_hardly_differ_have_no_slope", "rounding is taken for a slope", "src/qaxis/decode/fit.cuh", "spread > __fmul_rn(second, 0x1p-12f)", "spread > 0.0f"),
+    Mutant(COMPLETED + "test_scores_that_hardly_differ_have_no_slope", "rounding is taken for a slope", COMPLETE, "spread > __fmul_rn(line[1], 0x1p-12f) && ", ""),
     Mutant(COMPLETED + "test_triton_refuses_by_name", "a step that Triton runs is not completed, and nobody is told", "src/qaxis/decode/api.py", '            if kind != "none":\n                why', '            if False:\n                why'),
     Mutant(COMPLETED + "test_what_is_not_allowed_is_named", "no key need be ranked", "src/qaxis/decode/asked.py", "    require(sum(always) < ranked,", "    require(True,"),
     Mutant("native", "near keys are not ordered by position", "src/qaxis/decode/choice.cuh", "s.near_position[o] < j", "s.near_position[o] > j"),
@@ -481,13 +481,13 @@ MUTANTS = (
     Mutant("golden", "wrong softmax scale", "src/qaxis/validation.py", "return head_dim**-0.5", "return head_dim**-0.51"),
     Mutant("selection", "reference keeps one key too few", SELECTION, "parts.append(mask_to_indices(select_mask(q[:, :, rows], k, some, wanted)", "parts.append(mask_to_indices(select_mask(q[:, :, rows], k, some, (wanted - 1).clamp(min=1))"),
     # Completion
-    Mutant("completion", "runs of 32 keys", COMPLETION, "RUN = 16", "RUN = 32"),
-    Mutant("completion", "groups count from the first key that is there", COMPLETION, "(self.begin + self.offset + GROUP - 1) // GROUP, (self.end + self.offset) // GROUP", "(self.begin + GROUP - 1) // GROUP, self.end // GROUP"),
-    Mutant("completion", "a group that padding begins in counts", COMPLETION, "(self.begin + self.offset + GROUP - 1) // GROUP", "(self.begin + self.offset) // GROUP"),
-    Mutant("golden", "selected keys stay in the spread", COMPLETION, "second = fitted.second - canonical.tree_sum(taken * taken)", "second = fitted.second"),
-    Mutant("golden", "any spread makes a slope", COMPLETION, "LEAST_SPREAD = 2.0**-12", "LEAST_SPREAD = -(2.0**-12)"),
-    Mutant("completion-bound", "half the slope", COMPLETION, "beta = torch.where(sloped, excess /", "beta = torch.where(sloped, 0.5 * excess /"),
-    Mutant("completion-bound", "a bound that is too small", COMPLETION_BOUND, "    crooked = (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart", "    crooked = 0.3 * (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart"),
+    Mutant("completion", "runs of 32 keys", TAIL, "RUN = 16", "RUN = 32"),
+    Mutant("completion", "groups count from the first key that is there", TAIL, "(self.begin + self.offset + GROUP - 1) // GROUP, (self.end + self.offset) // GROUP", "(self.begin + GROUP - 1) // GROUP, self.end // GROUP"),
+    Mutant("completion", "a group that padding begins in counts", TAIL, "(self.begin + self.offset + GROUP - 1) // GROUP", "(self.begin + self.offset) // GROUP"),
+    Mutant("golden", "selected keys stay in the spread", TAIL, "second = fitted.second - canonical.tree_sum(taken * taken)", "second = fitted.second"),
+    Mutant("completion", "any spread makes a slope", TAIL, "LEAST_SPREAD = 2.0**-12", "LEAST_SPREAD = -(2.0**-12)"),
+    Mutant("completion-bound", "half the slope", TAIL, "beta = torch.where(sloped, excess /", "beta = torch.where(sloped, 0.5 * excess /"),
+    Mutant("completion-bound", "a bound that is too small", TAIL_BOUND, "    crooked = (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart", "    crooked = 0.3 * (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart"),
     Mutant("completion-ppl", "completion is forgotten by enable", ENABLE, "Settings(chosen, exactness, backend, always, strict, kind)", 'Settings(chosen, exactness, backend, always, strict, "none")'),
     Mutant("test_completion_claims.py::test_the_claim_sees_a_bit_where_it_is_on_and_where_it_is_off", "bits are not looked at", "selfcheck/checks/completing.py", "            if said:\n                self.differ += rows", "            if False:\n                self.differ += rows"),
     # Model and cache

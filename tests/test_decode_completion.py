@@ -216,10 +216,11 @@ def test_rows_of_any_shape(monkeypatch, multiprocessors, heads, kv_heads, dim, d
 def test_blocks_are_added_by_their_absolute_number():
     # The 1024th block is among them, then the 32nd: trees have a level more, and begin far before the row.
     n = 526000
-    q, k, v = three(1, 1, n, 16)
-    decoder, index = decode.Decoder(1, 1, n, 16, 40, "cpu"), decode.index_keys(k)
+    q, k, v = three(4, 1, n, 16)
+    decoder, index = decode.Decoder(1, 4, n, 16, 40, "cpu"), decode.index_keys(k)
     for row in [(522700, 525500, 40), (16100, 17000, 9), (511 * 512 + 3, 511 * 512 + 500, 9)]:
-        check(decoder, q, k, v, index, [row])
+        # Weights that are much alike: what is left decides about the output, and its last bit.
+        check(decoder, q, k, v, index, [row], logits=Logits(0.05))
 
 
 @pytest.mark.parametrize("codes", [False, True])

@@ -55,7 +55,7 @@ class Rows:
     @property
     def fitted(self) -> torch.Tensor:
         """The keys that the line is fitted to, bool ``[H, N]``."""
-        return ~self.chosen & (torch.arange(self.x.shape[1]) < self.whole)
+        return ~self.chosen & (torch.arange(self.x.shape[1], device=self.x.device) < self.whole)
 
     @property
     def p(self) -> torch.Tensor:
