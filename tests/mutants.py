@@ -153,6 +153,11 @@ MUTANTS = (
     Mutant(OF_MODELS + "test_while_a_step_is_captured_the_pads_are_the_graphs", "a graph has the pads of the token that was captured", STEPS, "return held.shared.pads if shown.pads is None and captured else shown.pads", "return shown.pads"),
     Mutant(OF_MODELS + "test_bitwise_takes_no_step_over_codes", "rounded scores pass for canonical ones", STEPS, 'settings.exactness == "bitwise" and held.index.codes is not None', "False"),
     Mutant(OF_MODELS + "test_what_is_no_step_is_not_captured", "a step in a window is captured, and fails", "src/qaxis/models/replaying.py", "if completed and any(cache.is_sliding):", "if False:"),
+    Mutant(OF_MODELS + "test_each_head_and_token_keeps_what_a_tolerance_needs", "a model's heads forget the tolerance", ROUTING, "k_eff = backend.keys_of(settings.budget, q, keys, allowed, logits)", "k_eff = settings.budget.of(allowed)"),
+    Mutant(OF_MODELS + "test_each_head_and_token_keeps_what_a_tolerance_needs", "a step is to keep to a tolerance, which its table does not have", STEPS, "if settings.budget.tolerance is not None:", "if False:"),
+    Mutant(OF_MODELS + "test_each_head_and_token_keeps_what_a_tolerance_needs", "a prompt with a tolerance goes to matrix products", "src/qaxis/models/prompts.py", "if settings.budget.tolerance is not None:", "if False:"),
+    Mutant(OF_MODELS + "test_strict_mode_refuses_what_nobody_asked_for", "strict mode takes a tolerance for an obstacle", "src/qaxis/models/attended.py", 'Refusal("a budget with a tolerance", asked=True)', 'Refusal("a budget with a tolerance")'),
+    Mutant(OF_MODELS + "test_a_token_with_a_tolerance_is_not_captured", "a token with a tolerance is captured, and fails", "src/qaxis/models/replaying.py", "s.budget.tolerance is not None for s", "False for s"),
     Mutant(OF_MODELS + "test_names_and_room_are_checked", "kept keys may fill the budget of a completion", "src/qaxis/models/enable.py", 'completion == "none" or minimum > total', 'completion == "none" or minimum >= total'),
     # Caches in place: clock, rows, index, windows
     Mutant("test_rows.py::test_a_clock_moves_in_device_memory", "the clock moves on the host alone", "src/qaxis/storage/clock.py", "            self.tensor.fill_(end)\n", "            pass\n"),
