@@ -1,4 +1,7 @@
-"""``enable(completion=)``: what a model's attention puts back, which way it goes then, and what is refused by name."""
+"""``enable(completion=)``: what a model's attention puts back, which way it goes then, and what is refused by name.
+
+Budgets with a tolerance go the same way, to canonical attention.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,15 @@ from qaxis.attention import completed
 from qaxis.attention.always import Always
 from qaxis.attention.completion import Seen, seen_of
 from qaxis.attention.logits import Logits
-from qaxis.attention.selection import causal_mask, mask_to_indices
+from qaxis.attention.selection import causal_mask, indices_to_mask, mask_to_indices
 from qaxis.decode import Decoder, places
 from qaxis.models import attention, decoding, generation, replaying, routing
-from qaxis.models.attended import Attended, Refusal
+from qaxis.models.attended import TOLERANCE, Attended, Refusal
 from qaxis.models.compiled import CompiledForward
 from qaxis.models.holding import HOLDER
 from qaxis.models.masks import Shown, dropped_before
 from qaxis.models.settings import Settings, settings_of
-from qaxis.storage.lazy import dequantized
+from qaxis.storage.lazy import dequantized, stored_or_tensor
 from qaxis.storage.side import Stored
 from tests import test_replaying
 
@@ -342,7 +345,7 @@ def test_strict_mode_refuses_what_nobody_asked_for(llama):
     for refusal in (decoding.FOREIGN, decoding.DRAFTED, decoding.WINDOW):
         with pytest.raises(RuntimeError, match=f"layer 1: canonical attention, as {refusal}"):
             attention._check_strict(module, Attended(torch.zeros(1), None, "canonical", (refusal,)), strict)
-    for refusal in (decoding.TRITON, decoding.CODES):
+    for refusal in (decoding.TRITON, decoding.CODES, TOLERANCE):
         attention._check_strict(module, Attended(torch.zeros(1), None, "canonical", (refusal,)), strict)
 
 
@@ -591,3 +594,67 @@ def test_a_compiled_step_completes():
                 logits.append((model(**kwargs) if whole else replays._compiled(None, **kwargs)).logits)
             found.append(logits)
     assert all(map(torch.equal, *found))
+
+
+# ---- budgets with a tolerance --------------------------------------------------------------------------------------
+
+SHARE = Budget(0, 1, tolerance=0.05)
+
+
+@pytest.mark.parametrize(
+    "kind, backend, n",
+    [("none", "auto", 140), ("linear", "auto", 140), ("linear", "cuda", 140), ("none", "triton", 24)],
+)
+@torch.inference_mode()
+def test_each_head_and_token_keeps_what_a_tolerance_needs(calls, kind, backend, n):
+    """A prompt, a token and drafted tokens over codes: the keys of the public call, in its bits."""
+    model, ids = wide(), prompt(n + 5)
+    cache = qaxis.Int8Cache(model.config)
+    with (
+        qaxis.sparse(model, {0: SHARE}, backend=backend, completion=kind),
+        qaxis.record(model, masks=True) as recording,
+    ):
+        for part in (ids[:, :n], ids[:, n : n + 1], ids[:, n + 1 :]):
+            model(part, past_key_values=cache)
+    assert set(recording.engines) == {"canonical: a budget with a tolerance"} and len(calls) == 3
+    kept = 0
+    for (q, k, v, done), mask in zip(calls, recording.layers[0].masks, strict=True):
+        keys, values = (dequantized(x) if isinstance(x, Stored) else x for x in map(stored_or_tensor, (k, v)))
+        expected = qaxis.topk_attention(q, keys, values, SHARE, completion=kind)
+        assert torch.equal(done.output, expected.output)
+        assert torch.equal(mask, indices_to_mask(expected.indices, keys.shape[2]))
+        kept = kept + mask.sum((0, 2, 3)).double()
+    per_head = recording.layers[0].k_eff
+    assert torch.equal(per_head, kept / (n + 5)) and float(per_head[0]) != float(per_head[1])
+    assert f"{float(per_head.mean()):8.1f} " in recording.summary().splitlines()[1]
+
+
+@torch.inference_mode()
+def test_dense_products_keep_to_a_tolerance_too(calls):
+    for kind in ("none", "linear"):
+        found, model = [], wide()
+        for exactness in ("auto", "selection"):
+            with (
+                qaxis.sparse(model, SHARE, exactness=exactness, backend="cuda", completion=kind),
+                qaxis.record(model, masks=True) as recording,
+            ):
+                cache = qaxis.Cache(model.config)
+                out = [model(ids, past_key_values=cache).logits for ids in (prompt(140), prompt(1))]
+            engine = "masked" if exactness == "selection" else "canonical"
+            assert set(recording.engines) == {f"{engine}: a budget with a tolerance"}
+            found.append((out, recording.layers[0].masks))
+        assert all(map(torch.equal, found[0][1], found[1][1]))
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_a_token_with_a_tolerance_is_not_captured(llama):
+    for budget, expected in ((FEW, ""), ({0: FEW, 1: SHARE}, "a budget with a tolerance is no step")):
+        with qaxis.sparse(llama, budget, backend="cuda"):
+            cache = qaxis.Cache(llama.config)
+            llama(prompt(20), past_key_values=cache)
+            kwargs = {"input_ids": prompt(1), "position_ids": torch.tensor([[20]]), "past_key_values": cache}
+            assert replaying.Replaying(llama, llama.forward, None)._refusal((), kwargs) == expected
+    with qaxis.sparse(llama, SHARE, backend="cuda"), routing.only_steps():
+        with pytest.raises(RuntimeError, match="no step that can be repeated: a budget with a tolerance"):
+            llama(prompt(1), past_key_values=cache)

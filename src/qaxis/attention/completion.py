@@ -210,7 +210,8 @@ def completed_weights(
         top = torch.maximum(top, logits.sink.float().reshape(1, -1, 1, 1))
     none = ~selected.any(-1, keepdim=True)
     p = torch.where(visible, torch.exp(torch.minimum(logit, top) - torch.where(none, 0.0, top)), 0.0)
-    fitted = _fitted(seen, scores.shape[-1]) & ~selected & ~none
+    groups = _fitted(seen, scores.shape[-1])
+    fitted = groups & ~selected & ~none
     count = fitted.sum(-1, keepdim=True)
     rest = torch.where(selected | (count == 0), 0.0, p)
     n = count.clamp(min=1).float()
@@ -219,7 +220,8 @@ def completed_weights(
     weights = torch.where(selected, p, 0.0) + torch.where(fitted, rest.sum(-1, keepdim=True) / n, 0.0)
     if kind == "linear":
         spread = away.square().sum(-1, keepdim=True)
-        sloped = spread > LEAST_SPREAD * (spread + n * mean.square())
+        # As canonical, next to the scores of all keys of complete groups: a few that are left may lie close together.
+        sloped = spread > LEAST_SPREAD * torch.where(groups, scores, 0.0).square().sum(-1, keepdim=True)
         excess = (rest * (scores - mean)).sum(-1, keepdim=True)
         weights = weights + torch.where(sloped, excess / torch.where(sloped, spread, 1.0), 0.0) * away
     total = torch.where(selected, p, rest).sum(-1, keepdim=True)

@@ -25,6 +25,7 @@ class Refusal:
 
 #: what keeps both the decode step and prefill away
 DENSE = Refusal("the layer is dense", asked=True)
+TOLERANCE = Refusal("a budget with a tolerance", asked=True)
 REFERENCE = Refusal("backend='reference'", asked=True)
 NO_GPU = Refusal("there is no GPU")
 NO_RANGE = Refusal("the mask is no range of keys")

@@ -22,7 +22,7 @@ from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
 from ..storage.shared import Shared
 from . import masked
-from .attended import DENSE, NO_GPU, NO_RANGE, REFERENCE, Attended, Refusal
+from .attended import DENSE, NO_GPU, NO_RANGE, REFERENCE, TOLERANCE, Attended, Refusal
 from .holding import HOLDER
 from .masks import Shown
 from .settings import Settings
@@ -170,6 +170,9 @@ def refusal(
     holder = getattr(k, HOLDER, None)
     if settings.budget is None:
         return None if _is_dense_step(q, holder, shown, settings) else DENSE
+    # How many keys a query needs is known once all are scored: the table that a step reads has no such number.
+    if settings.budget.tolerance is not None:
+        return TOLERANCE
     if settings.backend == "reference":
         return REFERENCE
     if q.device.type == "cpu" and settings.backend == "auto":

@@ -74,7 +74,10 @@ def enable(
     Args:
         model: a transformers model whose decoder's attention goes through ``AttentionInterface``.
         budget: a :class:`~qaxis.Budget` (default: coverage 0.1, at least 64 keys), an int, ``"dense"``, or a dict
-            from layers (the ``layer_idx`` of attention) to these, with ``"default"`` for those it does not name.
+            from layers (the ``layer_idx`` of attention) to these, with ``"default"`` for those it does not name. With
+            a tolerance each head and token keeps its own number of keys: tokens and prompts are canonical by scores of
+            every key then, slowly, on a GPU too, and never captured; ``exactness="selection"`` takes the dense product.
+            What is always kept counts towards that number, and may leave out more than the tolerance says.
         exactness: which keys are attended to is always the canonical choice; this is about their sum. ``"auto"``: a
             token's is canonical, bit for bit, on every device; a prompt's too on a CPU, while on a GPU it is summed by
             matrix products (:mod:`qaxis.prefill`), within

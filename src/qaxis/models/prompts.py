@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..attention.logits import Logits
-from .attended import DENSE, NO_GPU, NO_RANGE, REFERENCE, Attended, Refusal
+from .attended import DENSE, NO_GPU, NO_RANGE, REFERENCE, TOLERANCE, Attended, Refusal
 from .holding import HOLDER
 from .masks import Shown
 from .settings import Settings
@@ -19,6 +19,8 @@ def refusal(q: torch.Tensor, shown: Shown | None, settings: Settings) -> Refusal
     """Why prefill on matrix products is not what is wanted, or cannot be; None if it is."""
     if settings.budget is None:
         return DENSE
+    if settings.budget.tolerance is not None:
+        return TOLERANCE
     if settings.exactness == "bitwise":
         return BITWISE
     if settings.backend == "reference":

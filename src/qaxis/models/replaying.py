@@ -120,6 +120,8 @@ class Replaying:
             return "qaxis is off"
         if isinstance(cache, Int8Cache) and any(settings.budget is None for settings in self.settings.values()):
             return "a layer is dense, over a cache of codes"
+        if any(s.budget is not None and s.budget.tolerance is not None for s in self.settings.values()):
+            return "a budget with a tolerance is no step"
         completed = any(s.budget is not None and s.completion != "none" for s in self.settings.values())
         if completed and any(cache.is_sliding):
             return "a completion in a window is no step"

@@ -109,7 +109,8 @@ def _canonical(
     """Selection and canonical sums by the kernels of any query, which read a cache as it is stored."""
     assert settings.budget is not None
     keys, values, n = stored_or_tensor(k), stored_or_tensor(v), k.shape[2]
-    k_eff, name = settings.budget.of(allowed), "auto" if settings.backend == "cuda" else settings.backend
+    name = "auto" if settings.backend == "cuda" else settings.backend
+    k_eff = backend.keys_of(settings.budget, q, keys, allowed, logits)
     indices = backend.select(q, keys, allowed, k_eff, backend=name, always=settings.always)
     seen = None if settings.completion == "none" else seen_of(allowed, dropped())
     out = backend.attend(q, keys, values, indices, logits, backend=name, completion=settings.completion, seen=seen)
