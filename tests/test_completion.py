@@ -51,10 +51,13 @@ def direct(q, k, v, indices, kind, seen, logits):
         p = torch.where(visible, (logit - top).exp(), 0.0)
         token = place + seen.offset
         fitted = (token // GROUP * GROUP >= begin + seen.offset) & (token // GROUP * GROUP + GROUP <= end + seen.offset)
+        squares = score[fitted].square().sum()
+        fitted &= ~taken
         stand_in = torch.zeros_like(values)
         if fitted.any():
             s, x = score[fitted], values[fitted]
-            slope = ((s - s.mean()) @ (x - x.mean(0))) / (s - s.mean()).square().sum()
+            spread = (s - s.mean()).square().sum()
+            slope = ((s - s.mean()) @ (x - x.mean(0))) / spread * (spread > squares * 2.0**-12)
             stand_in = x.mean(0) + (score - s.mean())[:, None] * (slope if kind == "linear" else 0.0 * slope)
         below = p[taken].sum() if not fitted.any() else p.sum()
         if logits.sink is not None:
