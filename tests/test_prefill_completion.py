@@ -18,14 +18,11 @@ from qaxis.models.masked import masked
 from qaxis.models.settings import Settings
 from qaxis.prefill import PrefillTuning, prefill_attention, selected_positions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from .test_prefill_seen import bell, seen
+
 both_kinds = pytest.mark.parametrize("kind", ["mean", "linear"])
 #: of the largest value, as prefill_attention states it; an eighth of what is put back, or less
 TOLERANCE = {torch.float32: 2.0**-17, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-
-
-def bell(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def qkv(b=1, h=2, kv=1, m=3, n=300, d=64, dv=None, dtype=torch.float32):
@@ -33,15 +30,6 @@ def qkv(b=1, h=2, kv=1, m=3, n=300, d=64, dv=None, dtype=torch.float32):
     q, k = bell(b, h, m, d), bell(b, kv, n, d, seed=1)
     v = bell(b, kv, n, dv or d, seed=2) + k[..., : dv or d] + 1
     return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def seen(b, m, n, causal=True, pads=None, window=None):
-    """The mask of the keys that each query sees, bool ``[B, 1, M, N]``."""
-    end = torch.arange(n - m, n)[:, None] + 1 if causal else torch.full((m, 1), n)
-    j = torch.arange(n)
-    mask = (j < end) & (j >= end - (window or n))
-    first = torch.tensor([0] * b if pads is None else [int(x) for x in pads])
-    return (mask[None] & (j >= first[:, None, None]))[:, None].to(DEVICE)
 
 
 def in_double(q, k, v, indices, allowed, logits, kind, offset):
