@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from ..storage.moments import GROUP, Moments, add_groups, empty
 from . import completion
 from .completion import Seen
 from .logits import Logits
-from .reference import Sums, weighted_sums
+from .reference import Sums, logits_of, weighted_sums
 
 
 def attend(
@@ -98,16 +99,30 @@ def rows_of(
     plain = weighted_sums(picked, own, live, logits, head)
     fitted = completion.along(q, moments, count)
     counted = live & (chosen + offset >= groups[0] * GROUP) & (chosen + offset < groups[1] * GROUP)
-    line = completion.without(fitted, picked, counted)
-    taken = torch.zeros(q.shape[0], n + 1, dtype=torch.bool, device=q.device)
-    left = visible & ~taken.scatter_(1, torch.where(live, chosen, n), True)[:, :n]
-    score = score if known is None else known(score)
-    # Runs and the tree over them begin with the first token, also where a window dropped it.
-    score, left, visible = (torch.nn.functional.pad(x, (offset, 0)) for x in (score, left, visible))
-    rest = completion.tail(score, left, visible, plain.top, fitted.mean, logits)
+    # Runs and the trees over them begin with the first token, also where a window dropped it.
+    marked = (_marked(chosen, which, n) for which in (live, counted))
+    keys_by_place = (score, score if known is None else known(score), visible, *marked)
+    by_place = completion.Keys(*(torch.nn.functional.pad(x, (offset, 0)) for x in keys_by_place))
+    rest = completion.tail(by_place, _top(picked, live, logits, head), fitted.mean, logits)
+    line = completion.without(fitted, rest)
     weights = completion.affine(rest, fitted.mean, line, kind)
     instead = torch.where(counted, weights.alpha[:, None] + weights.beta[:, None] * picked, 0.0)
     done = weighted_sums(picked, own, live, logits, head, instead)
     numerator = done.numerator + completion.added(fitted, weights)
     output = Sums(numerator, plain.denominator + rest.mass, plain.top).output()
     return torch.where((line.many > 0)[:, None] & live.any(-1, keepdim=True), output, plain.output())
+
+
+def _marked(chosen: torch.Tensor, which: torch.Tensor, n: int) -> torch.Tensor:
+    """Those of ``chosen [R, K]`` that ``which [R, K]`` names, bool ``[R, n]``."""
+    marked = torch.zeros(chosen.shape[0], n + 1, dtype=torch.bool, device=chosen.device)
+    return marked.scatter_(1, torch.where(which, chosen, n), True)[:, :n]
+
+
+def _top(picked: torch.Tensor, live: torch.Tensor, logits: Logits, head: int) -> torch.Tensor:
+    """The logit of the highest selected score, or the sink's, float32 ``[R]``.
+
+    Unlike the highest logit it is known before any logit: a rounded cap need not be monotone.
+    """
+    top = logits_of(torch.where(live, picked, -math.inf).amax(-1), logits)
+    return top if logits.sink is None else torch.maximum(top, logits.sink[head].float())

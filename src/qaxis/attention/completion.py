@@ -105,6 +105,67 @@ def along(q: torch.Tensor, moments: Moments, count: int) -> Fitted:
     return Fitted(count, total, second, sums[:-dim], cross[:, :-dim])
 
 
+class Keys(NamedTuple):
+    """Keys of R queries by their places; runs, and the trees over them, begin with the first."""
+
+    #: raw scores, float32 ``[R, N]``, and those by which keys are weighed: the same, or what is known of them
+    score: torch.Tensor
+    known: torch.Tensor
+    #: bool ``[R, N]``; those that are seen, of these the selected ones, of these those of complete groups
+    visible: torch.Tensor
+    selected: torch.Tensor
+    counted: torch.Tensor
+
+    def runs(self) -> Keys:
+        """The same, ``[R, N / 16, 16]``."""
+        short = -self.score.shape[-1] % RUN
+        return Keys(*(torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, RUN)) for x in self))
+
+
+class Tail(NamedTuple):
+    """Sums of R queries: float32 ``[R]``, and how many as int64.
+
+    Mass and excess are relative to the logit of the highest selected score.
+    """
+
+    #: sum of the weights of what is not selected, W
+    mass: torch.Tensor
+    #: sum of weights times the scores' distance from the mean score of all keys of complete groups
+    excess: torch.Tensor
+    #: of the selected keys of complete groups: how many, the sum of their scores, and of the squares
+    many: torch.Tensor
+    total: torch.Tensor
+    second: torch.Tensor
+
+
+def tail(keys: Keys, top: torch.Tensor, mean: torch.Tensor, logits: Logits) -> Tail:
+    """Of runs of 16 the sums over all keys less those over the selected ones, one after the other; a tree over all runs.
+
+    Args:
+        top: the logit of the highest selected score, or the sink's, float32 ``[R]``. A higher one counts as that.
+        mean: what the excess is relative to, float32 ``[R]``: :attr:`Fitted.mean`, known before any key is selected.
+    """
+    score, known, visible, selected, counted = keys.runs()
+    some, factor = visible.any(-1), to_base_two(logits)
+    best = torch.where(some, torch.where(visible, known, -math.inf).amax(-1), 0.0)
+    highest = logits_of(best, logits)
+    power = (logits_of(known, logits) - highest[..., None]) * factor
+    p = torch.where(visible, canonical.exp2(torch.where(visible, power, 0.0)), 0.0)
+    apart = p * torch.where(visible, known - best[..., None], 0.0)
+    mass, excess = canonical.tree_sum(p), canonical.tree_sum(apart)
+    own, square = torch.where(counted, score, 0.0), torch.where(counted, score * score, 0.0)
+    total, second = torch.zeros_like(mass), torch.zeros_like(mass)
+    for i in range(RUN):
+        mass, excess = (x - torch.where(selected[..., i], y[..., i], 0.0) for x, y in ((mass, p), (excess, apart)))
+        total, second = total + own[..., i], second + square[..., i]
+    mass = mass.clamp(min=0)
+    weight = canonical.exp2((torch.minimum(highest, top[:, None]) - top[:, None]) * factor)
+    left = (visible & ~selected).any(-1)
+    excess = torch.where(left, weight * (excess + mass * (best - mean[:, None])), 0.0)
+    sums = (canonical.tree_sum(x) for x in (torch.where(left, weight * mass, 0.0), excess, total, second))
+    return Tail(next(sums), next(sums), counted.sum((-1, -2)), *sums)
+
+
 class Line(NamedTuple):
     """Scores of the unselected keys of complete groups, of R queries."""
 
@@ -116,56 +177,13 @@ class Line(NamedTuple):
     spread: torch.Tensor
 
 
-def without(fitted: Fitted, score: torch.Tensor, counted: torch.Tensor) -> Line:
-    """Of ``fitted`` what is left without selected keys.
-
-    Args:
-        score: float32 raw scores ``[R, K]`` of the selected keys, ascending positions.
-        counted: bool ``[R, K]``; those that lie in the complete groups.
-    """
-    taken = torch.where(counted, score, 0.0)
-    many = fitted.many - counted.sum(-1)
-    total = fitted.total - canonical.tree_sum(taken)
-    second = fitted.second - canonical.tree_sum(taken * taken)
+def without(fitted: Fitted, selected: Tail) -> Line:
+    """Of ``fitted`` what is left without the selected keys."""
+    many = fitted.many - selected.many
+    total, second = fitted.total - selected.total, fitted.second - selected.second
     mean = total / many.clamp(min=1).float()
     spread = second - total * mean
     return Line(many, mean, torch.where(spread > fitted.second * LEAST_SPREAD, spread, 0.0))
-
-
-class Tail(NamedTuple):
-    """Of what is not selected, relative to the highest selected logit, of R queries: float32 ``[R]`` each."""
-
-    #: sum of weights, W
-    mass: torch.Tensor
-    #: sum of weights times the scores' distance from the mean score of all keys of complete groups
-    excess: torch.Tensor
-
-
-def tail(
-    score: torch.Tensor, left: torch.Tensor, visible: torch.Tensor, top: torch.Tensor, mean: torch.Tensor,
-    logits: Logits,
-) -> Tail:  # fmt: skip
-    """Mass and excess of the keys that are ``left``, by runs of 16 and a tree over all runs.
-
-    Args:
-        score: float32 raw scores ``[R, N]``; runs and the tree begin at the first.
-        left, visible: bool ``[R, N]``.
-        top: the highest selected logit, float32 ``[R]``. Where a key that is left has a higher one it counts as that.
-        mean: what the excess is relative to, float32 ``[R]``: :attr:`Fitted.mean`, known before any key is selected.
-    """
-    short = -score.shape[-1] % RUN
-    score = torch.nn.functional.pad(score, (0, short)).unflatten(-1, (-1, RUN))
-    left, visible = (torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, RUN)) for x in (left, visible))
-    some, factor = visible.any(-1), to_base_two(logits)
-    best = torch.where(some, torch.where(visible, score, -math.inf).amax(-1), 0.0)
-    highest = logits_of(best, logits)
-    power = (logits_of(score, logits) - highest[..., None]) * factor
-    p = torch.where(left, canonical.exp2(torch.where(left, power, 0.0)), 0.0)
-    mass, excess = canonical.tree_sum(p), canonical.tree_sum(p * torch.where(left, score - best[..., None], 0.0))
-    weight = canonical.exp2((torch.minimum(highest, top[:, None]) - top[:, None]) * factor)
-    weight = torch.where(some & left.any(-1), weight, 0.0)
-    excess = weight * (excess + mass * (best - mean[:, None]))
-    return Tail(canonical.tree_sum(weight * mass), canonical.tree_sum(excess))
 
 
 class Affine(NamedTuple):
