@@ -159,9 +159,7 @@ def test_rows_are_completed(decoder, tensors, name, rows, codes):
 
 
 @pytest.mark.parametrize("codes", [False, True])
-def test_runs_are_summed_where_keys_are_scored(monkeypatch, tensors, codes):
-    # As where there are many of them.
-    monkeypatch.setattr(cuda, "RUNS_A_THREAD", 0)
+def test_runs_are_summed_whatever_becomes_of_scores(tensors, codes):
     q, k, v = tensors
     decoder, index = decode.Decoder(2, 6, 1100, 64, 200, "cpu"), decode.index_keys(k, codes=codes)
     rows = [(0, 1100, 9), (257, 1099, 1)]
@@ -173,9 +171,8 @@ def test_runs_are_summed_where_keys_are_scored(monkeypatch, tensors, codes):
 @pytest.mark.parametrize(
     ("heads", "dim", "dtype"), [(1, 16, torch.float32), (8, 128, torch.bfloat16), (3, 256, torch.half)]
 )
-def test_runs_of_any_shape_are_summed_where_keys_are_scored(monkeypatch, heads, dim, dtype):
+def test_runs_of_any_shape_are_summed_where_keys_are_scored(heads, dim, dtype):
     # Two or more keys, or a part of one, are a lane's.
-    monkeypatch.setattr(cuda, "RUNS_A_THREAD", 0)
     q, k, v = three(heads, 1, 700, dim, dtype)
     for codes in (False, True) if dim > 16 else (False,):
         check(decode.Decoder(1, heads, 700, dim, 60, "cpu"), q, k, v, decode.index_keys(k, codes=codes), [(5, 690, 9)])

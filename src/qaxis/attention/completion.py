@@ -139,7 +139,7 @@ class Tail(NamedTuple):
 
 
 def tail(keys: Keys, top: torch.Tensor, mean: torch.Tensor, logits: Logits) -> Tail:
-    """Of runs of 16 the sums over all keys less those over the selected ones, one after the other; a tree over all runs.
+    """Of runs of 16 the sums over all keys less those over the selected ones, one by one; a tree over all runs.
 
     Args:
         top: the logit of the highest selected score, or the sink's, float32 ``[R]``. A higher one counts as that.

@@ -82,7 +82,7 @@ __device__ __forceinline__ void find_winners(const Program& p, int missing) {
     }
 }
 
-__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge) {
+__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge, int* words) {
     Shared& s = p.s;
     const int found = edge.found;
     sort_out(p, bins, found, edge.at.bin);
@@ -94,12 +94,17 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bin
     sums_before(p.before, p.blocks, s.scratch);
     mark(p, 8);
     const int winners = s.winners;
+    auto choose = [&](int j, int w) {
+        send(p, j, w, winners);
+        // complete.cuh sums words by position.
+        if (COMPLETED && CODED) words[j] = w;
+    };
 #pragma unroll 1
     for (int i = p.tid; i < found; i += THREADS)
-        if (p.is_taken(p.position[i])) send(p, p.position[i], p.value[i], winners);
+        if (p.is_taken(p.position[i])) choose(p.position[i], p.value[i]);
 #pragma unroll 1
     for (int i = p.tid; i < winners; i += THREADS)
-        if (p.owns(s.winner[i])) send(p, s.winner[i], s.winner_word[i], winners);
+        if (p.owns(s.winner[i])) choose(s.winner[i], s.winner_word[i]);
 }
 
 // Too many candidates, or too many near the edge, or a cut too high: the k_eff-th word is found byte by byte, over all keys,
@@ -259,7 +264,7 @@ __device__ __forceinline__ int choose(
     if (CODED && !look.edge.sure) look = look_again(p, scorer, off_of, units, count);
     if (look.edge.sure) {
         const int highest = highest_of_row(p);
-        choose_by_bins(p, look.cut.bins(), look.edge);
+        choose_by_bins(p, look.cut.bins(), look.edge, words);
         return highest;
     }
     choose_by_words(p, scorer, off_of, look.cut, words, count);

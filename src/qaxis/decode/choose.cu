@@ -18,7 +18,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     int heads, int n, int padded, int k_eff, int room, int span, int in_full, int sinks, int recent,
     int q_b, int q_h, double factor, double scale, double cap, const void* sink, int sink_kind, int sink_h
 #if COMPLETED
-    , const float* line, float* run_sums, int linear
+    , const float* line, const float* run_sums, int linear
 #endif
 ) {
     DYNAMIC_SHARED(memory);
@@ -41,14 +41,20 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
 #if COMPLETED
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
-    const Completion completion(
+    const Completion completion{
         p, logits, Known(p, words, units_of[p.row]), Whole(seen), line + (i64)p.row * LINE, linear,
-        run_sums + ((i64)p.row * padded + p.base) / SUB * 2);
+        run_sums + ((i64)p.row * padded + p.base) / SUB * 2};
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count);
     mark(p, 9);
-    cluster_arrive();
+    __syncthreads();
+    mark_winners(p);
+    __syncthreads();
+    const Told told(p, padded / BLOCK);
+    if (completion.whole.keys() > 0) completion.sum_up(told, highest);
+    cluster_sync();
+    mark(p, 10);
     forget(p, tally);
-    completion.attend(Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), highest, k_eff, indices, out);
+    completion.attend(Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), told, highest, k_eff, indices, out);
 #else
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
     mark(p, 9);

@@ -1,6 +1,6 @@
-// A run of SUB neighbouring keys that are left out: its mass and excess (attention/completion.py), which need no other key. Where
-// that is SUMMED, the score kernels make them for runs of which all keys are left, and choose.cu for the others; else it makes
-// all. cuda.py puts it before both where outputs are completed.
+// A run of SUB neighbouring keys: its mass and excess (attention/completion.py), which need no other key. Where that is SUMMED, the
+// score kernels make them for runs of which they score all keys, and choose.cu for the others; else it makes all. cuda.py puts it
+// before both where outputs are completed.
 
 constexpr float UP = 0x1p126f, DOWN = 0x1p-126f;
 
@@ -37,19 +37,19 @@ __device__ __forceinline__ void of_places(uint2 packed, float unit, float half, 
 
 struct Sums2 { float mass, excess; };
 
-// Of the `left` ones of SUB scores, with the weights power(score, away), in a sum by pairs. Four scores at a time, four(u, s): run
+// Of the `seen` ones of SUB scores, with the weights power(score, away), in a sum by pairs. Four scores at a time, four(u, s): run
 // once, more instructions take longer to come than to be done.
 template <class Four, class Power>
-__device__ __forceinline__ Sums2 sums_of_run(Four four, float best, u32 left, Power power) {
+__device__ __forceinline__ Sums2 sums_of_run(Four four, float best, u32 seen, Power power) {
     float before[2] = {}, half[2] = {};
 #pragma unroll 1
-    for (int u = 0; u < SUB / 4; u++, left >>= 4) {
+    for (int u = 0; u < SUB / 4; u++, seen >>= 4) {
         float s[4], sum[2][4];
         four(u, s);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const float away = __fsub_rn(s[e], best), all = power(s[e], away);
-            sum[0][e] = left >> e & 1 ? all : 0.0f, sum[1][e] = __fmul_rn(sum[0][e], away);
+            sum[0][e] = seen >> e & 1 ? all : 0.0f, sum[1][e] = __fmul_rn(sum[0][e], away);
         }
 #pragma unroll
         for (int x = 0; x < 2; x++) {
