@@ -92,18 +92,18 @@ def rows_of(
         known: from canonical scores ``[R, N]`` to those by which the keys that are left are weighed.
     """
     count = max(0, groups[1] - groups[0]) * GROUP
-    n, safe, live = keys.shape[0], chosen.clamp(min=0), chosen >= 0
+    safe, live = chosen.clamp(min=0), chosen >= 0
     score = canonical.pair_scores(q[:, None, :], keys)
     canonical.check_scores(score)
     picked, own = score.gather(1, safe), values[safe]
     plain = weighted_sums(picked, own, live, logits, head)
     fitted = completion.along(q, moments, count)
     counted = live & (chosen + offset >= groups[0] * GROUP) & (chosen + offset < groups[1] * GROUP)
-    # Runs and the trees over them begin with the first token, also where a window dropped it.
-    marked = (_marked(chosen, which, n) for which in (live, counted))
-    keys_by_place = (score, score if known is None else known(score), visible, *marked)
-    by_place = completion.Keys(*(torch.nn.functional.pad(x, (offset, 0)) for x in keys_by_place))
-    rest = completion.tail(by_place, _top(picked, live, logits, head), fitted.mean, logits)
+    weighed = score if known is None else known(score)
+    kept = completion.Chosen(picked, weighed.gather(1, safe), live, counted)
+    # Runs begin with the first token, also where a window dropped it.
+    weighed, visible = (torch.nn.functional.pad(x, (offset, 0)) for x in (weighed, visible))
+    rest = completion.tail(weighed, visible, kept, _top(picked, live, logits, head), fitted, logits)
     line = completion.without(fitted, rest)
     weights = completion.affine(rest, fitted.mean, line, kind)
     instead = torch.where(counted, weights.alpha[:, None] + weights.beta[:, None] * picked, 0.0)
@@ -111,12 +111,6 @@ def rows_of(
     numerator = done.numerator + completion.added(fitted, weights)
     output = Sums(numerator, plain.denominator + rest.mass, plain.top).output()
     return torch.where((line.many > 0)[:, None] & live.any(-1, keepdim=True), output, plain.output())
-
-
-def _marked(chosen: torch.Tensor, which: torch.Tensor, n: int) -> torch.Tensor:
-    """Those of ``chosen [R, K]`` that ``which [R, K]`` names, bool ``[R, n]``."""
-    marked = torch.zeros(chosen.shape[0], n + 1, dtype=torch.bool, device=chosen.device)
-    return marked.scatter_(1, torch.where(which, chosen, n), True)[:, :n]
 
 
 def _top(picked: torch.Tensor, live: torch.Tensor, logits: Logits, head: int) -> torch.Tensor:

@@ -28,6 +28,10 @@ from .reference import logits_of, to_base_two
 KINDS = ("none", "mean", "linear")
 #: neighbouring keys whose weights are summed relative to the best of them
 RUN = 16
+#: sums over keys count parts of 2^-40, of numbers up to that
+PARTS, MOST = 2.0**40, 2.0**20
+#: the highest exponent of a weight: what is known of a score may be above the highest selected one
+HIGHEST = 12.0
 #: a spread of scores below that share of their mean square is rounding: there is no slope then
 LEAST_SPREAD = 2.0**-12
 
@@ -105,28 +109,19 @@ def along(q: torch.Tensor, moments: Moments, count: int) -> Fitted:
     return Fitted(count, total, second, sums[:-dim], cross[:, :-dim])
 
 
-class Keys(NamedTuple):
-    """Keys of R queries by their places; runs, and the trees over them, begin with the first."""
+class Chosen(NamedTuple):
+    """The selected keys of R queries, ``[R, K]``."""
 
-    #: raw scores, float32 ``[R, N]``, and those by which keys are weighed: the same, or what is known of them
+    #: raw scores, float32, and those by which they were weighed among all: the same, or what is known of them
     score: torch.Tensor
     known: torch.Tensor
-    #: bool ``[R, N]``; those that are seen, of these the selected ones, of these those of complete groups
-    visible: torch.Tensor
-    selected: torch.Tensor
+    #: bool: those that are no padding, and of these those of complete groups
+    live: torch.Tensor
     counted: torch.Tensor
-
-    def runs(self) -> Keys:
-        """The same, ``[R, N / 16, 16]``."""
-        short = -self.score.shape[-1] % RUN
-        return Keys(*(torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, RUN)) for x in self))
 
 
 class Tail(NamedTuple):
-    """Sums of R queries: float32 ``[R]``, and how many as int64.
-
-    Mass and excess are relative to the logit of the highest selected score.
-    """
+    """Sums of R queries, float32 ``[R]``, how many as int64; weights are relative to the highest selected score's."""
 
     #: sum of the weights of what is not selected, W
     mass: torch.Tensor
@@ -138,32 +133,59 @@ class Tail(NamedTuple):
     second: torch.Tensor
 
 
-def tail(keys: Keys, top: torch.Tensor, mean: torch.Tensor, logits: Logits) -> Tail:
-    """Of runs of 16 the sums over all keys less those over the selected ones, one by one; a tree over all runs.
+def unit_of(second: torch.Tensor) -> torch.Tensor:
+    """A power of two near the root of a sum of squares, float32: what sums of scores are multiples of parts of."""
+    exponent = ((second.view(torch.int32) >> 23) & 255) - 127
+    return ((exponent.clamp(min=-100) >> 1) + 127 << 23).view(torch.float32)
+
+
+def to_parts(x: torch.Tensor) -> torch.Tensor:
+    """How many parts are nearest to ``x``, float32, as int64, whose sum has no order; no number counts as the least."""
+    x = torch.where(x > -MOST, x, -MOST)
+    return (torch.where(x < MOST, x, MOST) * PARTS).round().long()
+
+
+def _from_parts(x: torch.Tensor) -> torch.Tensor:
+    """Of sums ``[R, ...]`` of parts, over all but the first dimension, float32 ``[R]``."""
+    return x.flatten(1).sum(1).float() * (1 / PARTS)
+
+
+def tail(
+    known: torch.Tensor, visible: torch.Tensor, chosen: Chosen, top: torch.Tensor, fitted: Fitted, logits: Logits
+) -> Tail:  # fmt: skip
+    """Sums over all keys, by runs of 16, less those over the selected ones, in parts of 2^-40.
 
     Args:
-        top: the logit of the highest selected score, or the sink's, float32 ``[R]``. A higher one counts as that.
-        mean: what the excess is relative to, float32 ``[R]``: :attr:`Fitted.mean`, known before any key is selected.
+        known: float32 scores ``[R, N]`` as they are known; runs begin with the first. visible: bool, alike.
+        top: the logit of the highest selected score, or the sink's, float32 ``[R]``.
     """
-    score, known, visible, selected, counted = keys.runs()
-    some, factor = visible.any(-1), to_base_two(logits)
+    short, factor = -known.shape[-1] % RUN, to_base_two(logits)
+    known, visible = (torch.nn.functional.pad(x, (0, short)).unflatten(-1, (-1, RUN)) for x in (known, visible))
+    unit = unit_of(fitted.second)[:, None]
+    # Single products, as powers of two are exact: no unit is smaller than 2^-50.
+    per_unit, mean, some = 1 / unit, fitted.mean[:, None], visible.any(-1)
     best = torch.where(some, torch.where(visible, known, -math.inf).amax(-1), 0.0)
     highest = logits_of(best, logits)
     power = (logits_of(known, logits) - highest[..., None]) * factor
     p = torch.where(visible, canonical.exp2(torch.where(visible, power, 0.0)), 0.0)
-    apart = p * torch.where(visible, known - best[..., None], 0.0)
-    mass, excess = canonical.tree_sum(p), canonical.tree_sum(apart)
-    own, square = torch.where(counted, score, 0.0), torch.where(counted, score * score, 0.0)
-    total, second = torch.zeros_like(mass), torch.zeros_like(mass)
-    for i in range(RUN):
-        mass, excess = (x - torch.where(selected[..., i], y[..., i], 0.0) for x, y in ((mass, p), (excess, apart)))
-        total, second = total + own[..., i], second + square[..., i]
-    mass = mass.clamp(min=0)
-    weight = canonical.exp2((torch.minimum(highest, top[:, None]) - top[:, None]) * factor)
-    left = (visible & ~selected).any(-1)
-    excess = torch.where(left, weight * (excess + mass * (best - mean[:, None])), 0.0)
-    sums = (canonical.tree_sum(x) for x in (torch.where(left, weight * mass, 0.0), excess, total, second))
-    return Tail(next(sums), next(sums), counted.sum((-1, -2)), *sums)
+    mass, excess = canonical.tree_sum(p), canonical.tree_sum(p * torch.where(visible, known - best[..., None], 0.0))
+
+    def weight(logit: torch.Tensor) -> torch.Tensor:
+        return canonical.exp2(((logit - top[:, None]) * factor).clamp(max=HIGHEST))
+
+    in_all = weight(highest)
+    mass, excess = in_all * mass, in_all * (excess + mass * (best - mean))
+    mass, excess = (torch.where(some, to_parts(x), 0) for x in (mass, excess * per_unit))
+    picked = weight(logits_of(chosen.known, logits))
+    less = (picked, picked * (chosen.known - mean) * per_unit)
+    less_mass, less_excess = (torch.where(chosen.live, to_parts(x), 0) for x in less)
+    apart = chosen.score * per_unit
+    total, second = (torch.where(chosen.counted, to_parts(x), 0) for x in (apart, apart * apart))
+    return Tail(
+        _from_parts(torch.cat([mass, -less_mass], -1)).clamp(min=0),
+        _from_parts(torch.cat([excess, -less_excess], -1)) * unit[:, 0],
+        chosen.counted.sum(-1), _from_parts(total) * unit[:, 0], _from_parts(second) * unit[:, 0] * unit[:, 0],
+    )  # fmt: skip
 
 
 class Line(NamedTuple):

@@ -243,6 +243,8 @@ inline u32 __float_as_uint(float x) { return emulated::from_bits<u32>(emulated::
 inline float __int_as_float(int x) { return emulated::from_bits<float>(emulated::bits_of(x)); }
 inline float __uint_as_float(u32 x) { return emulated::from_bits<float>(emulated::bits_of(x)); }
 inline int __float2int_rz(float x) { return (int)x; }
+inline i64 __float2ll_rn(float x) { return std::llrint(x); }
+inline float __ll2float_rn(i64 x) { return (float)x; }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __popcll(u64 x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -6,9 +6,11 @@
 // or there is too little room, or too many scores are in one bin, a slower way that needs none of that is taken.
 //
 // The stages are in files of their own, which cuda.py puts before this one: numbers.cuh (keys and values as they lie),
-// counts.cuh, program.cuh (what a program knows and keeps), candidates.cuh, scores.cuh, edge.cuh, choice.cuh, attend.cuh.
+// counts.cuh, program.cuh (what a program knows and keeps), logits.cuh, candidates.cuh, scores.cuh, edge.cuh, tail.cuh (what is
+// left out), choice.cuh, attend.cuh.
 //
-// cuda.py lists these and, before them, seen.cuh and tally.cuh, which compiler.py puts behind its own; and defines: DIM_V, GROUP, CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED (keys and
+// cuda.py lists these and, before them, seen.cuh and tally.cuh, which compiler.py puts behind its own; and defines: DIM_V, GROUP,
+// CLUSTER, RANKS, LEVELS, THREADS, CODED (keys were scored by their 8-bit codes), STORED (keys and
 // values are an 8-bit cache), FORCED (some keys are always kept), LOGITS (0: scaled scores; 1: with a sink; 2: capped, perhaps
 // with a sink), COMPLETED (what is left out is put back: line.cuh comes first and complete.cuh last), PROFILE, SHARED (bytes).
 
@@ -41,22 +43,19 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
 #if COMPLETED
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
-    const Completion completion{
-        p, logits, Known(p, words, units_of[p.row]), Whole(seen), line + (i64)p.row * LINE, linear,
-        run_sums + ((i64)p.row * padded + p.base) / SUB * 2};
-    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count);
+    line += (i64)p.row * LINE;
+    const Mean mean(Whole(seen), p.base, line);
+    Tail tail(p, logits, mean, words, run_sums + ((i64)p.row * padded + p.base) / SUB * 2, units_of[p.row]);
+    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail);
     mark(p, 9);
-    __syncthreads();
-    mark_winners(p);
-    __syncthreads();
-    const Told told(p, padded / BLOCK);
-    if (completion.whole.keys() > 0) completion.sum_up(told, highest);
     cluster_sync();
     mark(p, 10);
     forget(p, tally);
-    completion.attend(Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), told, highest, k_eff, indices, out);
+    attend_completed(
+        p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, tail, line, linear, highest, k_eff, indices, out);
 #else
-    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count);
+    Tail none;
+    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count, none);
     mark(p, 9);
     cluster_sync();
     mark(p, 10);

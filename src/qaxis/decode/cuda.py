@@ -32,7 +32,9 @@ SCORE_KEYS, SCORE_CODES, CHOOSE = (HERE / f"{name}.cu" for name in ("score_keys"
 SHARED_PARTS = tuple(HERE / f"{name}.cuh" for name in ("seen", "tally"))
 STAGES = tuple(
     HERE / f"{name}.cuh"
-    for name in ("numbers", "counts", "program", "candidates", "scores", "edge", "choice", "attend")
+    for name in (
+        "numbers", "counts", "program", "logits", "candidates", "scores", "edge", "tail", "choice", "attend"
+    )
 )
 #: what completion adds: shared (two), to what scores keys, to what chooses and attends
 LINE_PART, RUN_PART, FIT_PART, COMPLETE_PART = (HERE / f"{name}.cuh" for name in ("line", "run", "fit", "complete"))
@@ -65,8 +67,6 @@ LONG = 1 << 19
 AHEAD = 3
 #: score programs that a multiprocessor runs at the same time: of keys, of codes by head_dim (registers allow no more)
 KEYS_AT_ONCE, CODES_AT_ONCE = 3, {64: 4, 128: 4, 256: 2}
-#: as in complete.cuh: numbers that programs tell each other of every block, with completion
-TOLD = 4
 #: multiprocessors that the emulator pretends to have, as many as an H200
 EMULATED_MULTIPROCESSORS = 132
 
@@ -205,12 +205,6 @@ def _fixed_bytes(dim_v: int, cluster: int, threads: int) -> int:
     return 4 * (TALLY + 2 * NEAR * (cluster + 1) + cluster + warps + 10 + (warps + cluster) * (dim_v + 1))
 
 
-def _told_bytes(blocks: int, cluster: int, threads: int) -> int:
-    """What is needed behind all else where the sums that programs tell each other do not fit where counts were."""
-    told = TOLD * blocks + cluster * threads // 32
-    return 0 if told <= TALLY else 16 + 4 * told
-
-
 def _room(shape: Shape, cluster: int, own: int) -> int:
     """Candidates that a program with ``own`` blocks has room for; more are looked for in a slower way."""
     room = CANDIDATES * shape.k_eff // cluster + MORE
@@ -252,8 +246,6 @@ def plan_of(shape: Shape, multiprocessors: int) -> Plan | None:
     span, room = turns * ranks * teams, _room(shape, cluster, own)
     fixed = _fixed_bytes(shape.dim_v, cluster, threads)
     shared = -(-fixed // 16) * 16 + 4 * (2 * room + own + blocks + 16 * own + 2 * span)
-    if shape.completed:
-        shared += _told_bytes(blocks, cluster, threads)
     # Clusters of programs that fill a multiprocessor each do not all fit at once, and the last would wait for the
     # first: no matter where the scores take much longer than the rest.
     at_once = cluster == 1 or 2 * (shared + 1024) <= SHARED_LIMIT + 1024 or n >= LONG

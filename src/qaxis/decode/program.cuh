@@ -38,7 +38,6 @@ struct Program {
     int *own_count, *before;         // chosen keys: of own blocks; of all blocks, then the sums before each
     u32* bitmap;                     // chosen keys, WORDS an own block
     int *chosen_position, *chosen;   // of ranks [span rank, span (rank + 1))
-    float* behind;                   // what lies behind all that, in 16 bytes
     const Fast *fast, *best;         // of the row, from `base` on
     i64* marks;
     int rank, tid, lane, warp;       // of the program in its cluster, of the thread
@@ -66,7 +65,6 @@ struct Program {
         own_count = value + room, before = own_count + most_own;
         bitmap = (u32*)(before + most_blocks);
         chosen_position = (int*)(bitmap + most_own * WORDS), chosen = chosen_position + most.span;
-        behind = (float*)(memory + ((char*)(chosen + most.span) - memory + 15) / 16 * 16);
         fast = all_fast + (i64)row * most.padded + base, best = all_best + ((i64)row * most.padded + base) / SUB;
     }
     __device__ __forceinline__ int span() const { return turns * TURN; }
