@@ -85,7 +85,7 @@ __device__ __forceinline__ void find_winners(const Program& p, int missing, cons
     }
 }
 
-__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge, const Tail& tail) {
+__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge, Tail& tail) {
     Shared& s = p.s;
     const int found = edge.found;
     Parts above, at_edge;
@@ -258,7 +258,7 @@ struct Look {
 __device__ __noinline__ Look look_again(
     const Program p, const Scorer scorer, const float* off_of, const float* units, int* count) {
     const Cut cut = find_cut(p, off_of, *units);
-    return {cut, find_edge(p, scorer, off_of, cut, count)};
+    return {cut, find_edge(p, scorer, off_of, cut, count, cluster_sync)};
 }
 
 // Sends every chosen key and its word to its rank; returns the highest word.
@@ -268,7 +268,8 @@ __device__ __forceinline__ int choose(
     Look look = {{counted_cut(p, tally), *units}, {}};
     mark(p, 1);
     __syncthreads();
-    if (look.cut.place >= 0.0f) look.edge = find_edge(p, scorer, off_of, look.cut, count);
+    if (look.cut.place >= 0.0f) look.edge = find_edge(p, scorer, off_of, look.cut, count, [&]() { tail.sync_asking(); });
+    else tail.ask();
     if (CODED && !look.edge.sure) look = look_again(p, scorer, off_of, units, count);
     if (look.edge.sure) {
         const int highest = highest_of_row(p);

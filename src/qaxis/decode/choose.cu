@@ -44,15 +44,18 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
     line += (i64)p.row * LINE;
-    const Mean mean(Whole(seen), p.base, line);
-    Tail tail(p, logits, mean, words, run_sums + ((i64)p.row * padded + p.base) / SUB * 2, units_of[p.row]);
+    Tail tail(
+        p, logits, Grouped(Whole(seen), p.base, line), words, run_sums + ((i64)p.row * padded + p.base) / SUB * 2, units_of[p.row]);
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail);
     mark(p, 9);
-    cluster_sync();
+    __syncthreads();
+    cluster_arrive();
+    const Affine rest = weights_of_rest(tail.rest(), tail.all, linear);
+    cluster_wait();
     mark(p, 10);
     forget(p, tally);
     attend_completed(
-        p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, tail, line, linear, highest, k_eff, indices, out);
+        p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, tail.all, rest, line, highest, k_eff, indices, out);
 #else
     Tail none;
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count, none);

@@ -26,9 +26,9 @@ struct Affine { float alpha, beta, mass; };  // weights of what is left, of comp
 __device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) < 0x7f800000u; }
 
 // Nothing is put back where no key of complete groups is left.
-__device__ __forceinline__ Affine weights_of_rest(const Rest& rest, const Mean& all, int linear) {
+__device__ __forceinline__ Affine weights_of_rest(const Rest& rest, const Grouped& all, int linear) {
     const int many = all.count - rest.many;
-    if (many <= 0) return {0.0f, 0.0f, 0.0f};
+    if (all.count == 0 || many <= 0) return {0.0f, 0.0f, 0.0f};
     const float n = (float)many, total = __fsub_rn(all.total, rest.total), second = __fsub_rn(all.second, rest.second);
     const float mean = __fdiv_rn(total, n), spread = __fsub_rn(second, __fmul_rn(total, mean)), level = __fdiv_rn(rest.mass, n);
     float beta = 0.0f;
@@ -43,12 +43,12 @@ __device__ __forceinline__ Affine weights_of_rest(const Rest& rest, const Mean& 
 struct Rank {
     float weight, score;
     bool counted;
-    __device__ __forceinline__ Rank(const Program& p, const Logits& logits, const Mean& mean, int live, float top, int i)
+    __device__ __forceinline__ Rank(const Program& p, const Logits& logits, const Grouped& all, int live, float top, int i)
         : weight(0.0f), score(0.0f), counted(false) {
         if (i >= live) return;
         score = score_of(p.chosen[i]);
         const int j = p.chosen_position[i];
-        counted = j >= mean.from && j < mean.to;
+        counted = j >= all.from && j < all.to;
         weight = logits.power(logits.of(score), top);
     }
     // Less what the affine weights have of it.
@@ -57,30 +57,29 @@ struct Rank {
     }
 };
 
-// As weigh in attend.cuh, by a warp's neighbouring ranks, 32 a turn, no more than 32 turns, of which `rank` is this thread's first.
-// Returns the sum of the warp's weights, of which nothing is taken off.
+// As weigh in attend.cuh, by a warp's neighbouring ranks, 32 a turn, no more than 32 turns. Returns the sum of the warp's weights,
+// of which nothing is taken off.
 struct Weights {
     const Program& p;
     const Logits& logits;
-    const Mean& mean;
+    const Grouped& all;
     int live, turns;
     float top;
 
     __device__ __forceinline__ int at(int u) const { return (p.warp * turns + u) * 32 + p.lane; }
-    __device__ __forceinline__ Rank rank(int u) const { return Rank(p, logits, mean, live, top, at(u)); }
     __device__ __forceinline__ static float sum_lanes(float x) {
 #pragma unroll
         for (int m = 1; m < 32; m *= 2) x = __fadd_rn(x, __shfl_xor_sync(ALL, x, m));
         return x;
     }
-    __device__ __forceinline__ float weigh(Rank rank, const Affine& rest) const {
+    __device__ __forceinline__ float weigh(const Affine& rest) const {
         float sum = 0.0f;
 #pragma unroll 1
-        for (int u = 0;; rank = this->rank(u)) {
+        for (int u = 0; u < turns; u++) {
+            const Rank rank(p, logits, all, live, top, at(u));
             if (at(u) < p.span()) p.chosen[at(u)] = __float_as_int(rank.less(rest));
-            const float all = sum_lanes(rank.weight);
-            sum = p.lane == u ? all : sum;
-            if (++u == turns) break;
+            const float of_lanes = sum_lanes(rank.weight);
+            sum = p.lane == u ? of_lanes : sum;
         }
         return turns > 1 ? sum_lanes(sum) : sum;
     }
@@ -115,15 +114,12 @@ static_assert(DIM_V <= THREADS && CLUSTER <= 32 && WARPS <= 32);
 
 // As attend in attend.cuh, once all ranks were exchanged.
 __device__ __forceinline__ void attend_completed(
-    const Program& p, const Rows& values, const Logits& logits, const Tail& tail, const float* line, int linear, int highest,
+    const Program& p, const Rows& values, const Logits& logits, const Grouped& all, const Affine& rest, const float* line, int highest,
     int most, i64* indices, void* out) {
     const int live = p.live();
     const float top = highest_logit(p, logits, live, highest);
-    const Weights weights{p, logits, tail.mean, live, max(1, p.span() / (32 * WARPS)), top};
-    const Rank first = weights.rank(0);
-    Affine rest = {0.0f, 0.0f, 0.0f};
-    if (tail.mean.count > 0) rest = weights_of_rest(tail.rest(), tail.mean, linear);
-    const float sum = weights.weigh(first, rest);
+    const Weights weights{p, logits, all, live, max(1, p.span() / (32 * WARPS)), top};
+    const float sum = weights.weigh(rest);
     write_indices(p, live, most, indices);
     const Moment moment(p, line);
     __syncthreads();

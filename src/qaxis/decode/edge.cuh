@@ -12,8 +12,9 @@ struct Edge {
 // Where nothing is to be chosen, as all keys are kept or all but those that are kept in any case are not.
 __device__ __forceinline__ bool takes_all(const Program& p) { return p.ranked() >= p.last - p.first; }
 
+template <class Sync>
 __device__ __forceinline__ Edge find_edge(
-    const Program& p, const Scorer& scorer, const float* off_of, const Cut& cut, int* count) {
+    const Program& p, const Scorer& scorer, const float* off_of, const Cut& cut, int* count, Sync sync) {
     Shared& s = p.s;
     clear(p);
     __syncthreads();
@@ -21,7 +22,7 @@ __device__ __forceinline__ Edge find_edge(
     mark(p, 2);
     score_candidates(p, scorer, cut.bins(), found);
     mark(p, 3);
-    cluster_sync();
+    sync();
     mark(p, 4);
     bool sure = true;
 #pragma unroll

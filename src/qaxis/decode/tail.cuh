@@ -19,14 +19,16 @@ struct Parts {
     int many = 0;
 };
 
-// What fit.cuh left of a row, asked for before it is needed.
-struct Mean {
-    int count, from, to;  // keys of complete groups
+// Of a row's keys of complete groups; sums of scores as fit.cuh left them, asked for before they are needed.
+struct Grouped {
+    int count, from, to;
     float total, second;
     float mean, unit, per_unit;  // of scores; what sums of them are parts of, and its reciprocal
 
-    __device__ __forceinline__ Mean(const Whole& whole, int base, const float* line)
-        : count(whole.keys()), from(whole.from - base), to(whole.to - base), total(line[0]), second(line[1]), mean(0.0f) {
+    __device__ __forceinline__ Grouped(const Whole& whole, int base, const float* line)
+        : count(whole.keys()), from(whole.from - base), to(whole.to - base), total(line[0]), second(line[1]), mean(0.0f),
+          unit(1.0f), per_unit(1.0f) {}
+    __device__ __forceinline__ void settle() {
         if (count > 0) mean = __fdiv_rn(total, (float)count);
         const int exponent = max((int)(__float_as_uint(second) >> 23 & 255) - 127, -100) >> 1;
         unit = __int_as_float((127 + exponent) << 23), per_unit = __int_as_float((127 - exponent) << 23);
@@ -39,19 +41,22 @@ struct Rest {
 };
 
 struct Tail {
+    static constexpr int DEEP = 4;  // runs of a thread that are asked for at once
     const Program& p;
     const Logits& logits;
-    const Mean& mean;
+    Grouped all;
     const int* words;   // canonical, of the row: of keys that have no place
     const float* runs;  // of the row's runs, all their keys: mass, excess
     int start, stop;    // keys of which there is a place, or a word that is ranked
     float unit, half;   // score of a place, and half of it, negative
     float per;          // as power_below has it
     float top;          // the logit of the highest chosen score, or the sink's
+    uint2 sums[DEEP];   // of the first of this thread's runs, and their bests
+    Fast bests[DEEP];
 
     __device__ __forceinline__ Tail(
-        const Program& p, const Logits& logits, const Mean& mean, const int* words, const float* runs, float units)
-        : p(p), logits(logits), mean(mean), words(words), runs(runs), start(p.start), stop(p.stop), unit(0.0f), half(0.0f),
+        const Program& p, const Logits& logits, const Grouped& all, const int* words, const float* runs, float units)
+        : p(p), logits(logits), all(all), words(words), runs(runs), start(p.start), stop(p.stop), unit(0.0f), half(0.0f),
           per(logits.factor * (-1.0f / 256.0f)), top(0.0f) {
         if constexpr (CODED) {
             if (units > 0.0f) unit = __fdiv_rn(1.0f, units), half = -0.5f * unit;
@@ -61,6 +66,7 @@ struct Tail {
     __device__ __forceinline__ void begin(int highest) {
         top = logits.of(score_of(highest));
         if (LOGITS > 0 && logits.has_sink) top = fmaxf(top, logits.sink);
+        all.settle();
     }
     __device__ __forceinline__ bool is_placed(int j) const { return CODED && j >= start && j < stop; }
     __device__ __forceinline__ u32 place_of(int j) const { return CODED ? p.fast[j] : 0; }
@@ -71,12 +77,12 @@ struct Tail {
 
     // A chosen key, its canonical word and its place.
     __device__ __forceinline__ void take(Parts& parts, int j, int word, u32 place) const {
-        if (mean.count == 0) return;
+        if (all.count == 0) return;
         const float canonical = score_of(word), score = is_placed(j) ? of_place(place, unit, half) : canonical;
-        const float mass = weight(logits.of(score)), apart = __fmul_rn(canonical, mean.per_unit);
+        const float mass = weight(logits.of(score)), apart = __fmul_rn(canonical, all.per_unit);
         parts.mass -= parts_of(mass);
-        parts.excess -= parts_of(__fmul_rn(__fmul_rn(mass, __fsub_rn(score, mean.mean)), mean.per_unit));
-        if (j < mean.from || j >= mean.to) return;
+        parts.excess -= parts_of(__fmul_rn(__fmul_rn(mass, __fsub_rn(score, all.mean)), all.per_unit));
+        if (j < all.from || j >= all.to) return;
         parts.total += parts_of(apart), parts.second += parts_of(__fmul_rn(apart, apart)), parts.many++;
     }
 
@@ -87,28 +93,38 @@ struct Tail {
     __device__ __forceinline__ void add(Parts& parts, const Sums2& run, float best, float highest) const {
         const float relative = weight(highest);
         parts.mass += parts_of(__fmul_rn(relative, run.mass));
-        const float excess = __fmul_rn(relative, __fadd_rn(run.excess, __fmul_rn(run.mass, __fsub_rn(best, mean.mean))));
-        parts.excess += parts_of(__fmul_rn(excess, mean.per_unit));
+        const float excess = __fmul_rn(relative, __fadd_rn(run.excess, __fmul_rn(run.mass, __fsub_rn(best, all.mean))));
+        parts.excess += parts_of(__fmul_rn(excess, all.per_unit));
     }
-    __device__ __forceinline__ void add_summed(Parts& parts) const {
-        constexpr int DEEP = 4;
-#pragma unroll 1
-        for (int i = p.tid; i < p.own * 32; i += THREADS * DEEP) {
-            uint2 two[DEEP];
-            Fast best[DEEP];
-            bool is[DEEP];
+    __device__ __forceinline__ bool has_sums(int i) const { return SUMMED && i < p.own * 32 && is_summed(key_of(i)); }
+    __device__ __forceinline__ void ask_from(int i) {
 #pragma unroll
-            for (int u = 0; u < DEEP; u++) {
+        for (int u = 0; u < DEEP; u++)
+            if (has_sums(i + u * THREADS)) {
                 const int key = key_of(i + u * THREADS);
-                is[u] = i + u * THREADS < p.own * 32 && is_summed(key);
-                if (is[u]) two[u] = *(const uint2*)(runs + key / SUB * 2), best[u] = p.best[key / SUB];
+                sums[u] = *(const uint2*)(runs + key / SUB * 2), bests[u] = p.best[key / SUB];
             }
+    }
+    // While others come to the barrier.
+    __device__ __forceinline__ void ask() { ask_from(p.tid); }
+    __device__ __forceinline__ void sync_asking() {
+        cluster_arrive();
+        ask();
+        cluster_wait();
+    }
+    // What was asked for, in a loop: more instructions take longer to come than to be done.
+    __device__ __forceinline__ void add_summed(Parts& parts) {
+#pragma unroll 1
+        for (int i = p.tid;;) {
+#pragma unroll 1
+            for (int u = 0; u < DEEP; u++, i += THREADS) {
+                const float score = CODED ? of_place(bests[0], unit, half) : score_of(bests[0]);
+                if (has_sums(i)) add(parts, {__uint_as_float(sums[0].x), __uint_as_float(sums[0].y)}, score, logits.of(score));
 #pragma unroll
-            for (int u = 0; u < DEEP; u++) {
-                if (!is[u]) continue;
-                const float score = CODED ? of_place(best[u], unit, half) : score_of(best[u]);
-                add(parts, {__uint_as_float(two[u].x), __uint_as_float(two[u].y)}, score, logits.of(score));
+                for (int v = 1; v < DEEP; v++) sums[v - 1] = sums[v], bests[v - 1] = bests[v];
             }
+            if (i >= p.own * 32) return;
+            ask_from(i);
         }
     }
     // Four neighbours, whether they are seen or not.
@@ -149,8 +165,8 @@ struct Tail {
             add(parts, run, best, highest);
         }
     }
-    __device__ __forceinline__ void add_runs(Parts& parts) const {
-        if (mean.count == 0) return;
+    __device__ __forceinline__ void add_runs(Parts& parts) {
+        if (all.count == 0) return;
         if (SUMMED) add_summed(parts);
         if (!SUMMED || start > p.begin || stop < p.end || p.begin % SUB > 0 || p.end % SUB > 0) add_other(parts);
     }
@@ -171,7 +187,7 @@ struct Tail {
     }
     // Over a warp; lanes share the four sums out, as tree_over_lanes does.
     __device__ __forceinline__ void keep(const Parts& parts) const {
-        if (mean.count == 0) return;
+        if (all.count == 0) return;
         const bool first = p.lane & 1, second = p.lane & 2;
         const i64 a = (first ? parts.total : parts.mass) + over_lanes(first ? parts.mass : parts.total, 1);
         const i64 b = (first ? parts.second : parts.excess) + over_lanes(first ? parts.excess : parts.second, 1);
@@ -185,7 +201,7 @@ struct Tail {
     }
     // A warp a number: of this program, told to all, once its warps have kept theirs and waited.
     __device__ __forceinline__ void tell() const {
-        if (mean.count == 0 || p.warp >= Parts::NUMBERS) return;
+        if (all.count == 0 || p.warp >= Parts::NUMBERS) return;
         i64 x = p.lane < WARPS ? get(of_warp(p.lane, p.warp)) : 0;
 #pragma unroll
         for (int m = 1; m < 32; m *= 2) x += over_lanes(x, m);
@@ -195,7 +211,7 @@ struct Tail {
     }
     // Of the row, once the cluster and the program have waited; with what warps have kept since, which is the same everywhere.
     __device__ __forceinline__ void add_up(bool more) const {
-        if (mean.count == 0 || p.warp >= Parts::NUMBERS) return;
+        if (all.count == 0 || p.warp >= Parts::NUMBERS) return;
         i64 x = p.lane < CLUSTER ? get(of_program(p.lane, p.warp)) : 0;
         if (more && p.lane < WARPS) x += get(of_warp(p.lane, p.warp));
 #pragma unroll
@@ -203,7 +219,7 @@ struct Tail {
         if (p.lane == 0) put(of_row(p.warp), x);
     }
     // All of this where the bitmap names the chosen keys.
-    __device__ __forceinline__ void of_bits(const int* words) const {
+    __device__ __forceinline__ void of_bits(const int* words) {
         Parts parts;
         __syncthreads();
         add_runs(parts);
@@ -218,7 +234,7 @@ struct Tail {
     }
     // Once the program has waited.
     __device__ __forceinline__ Rest rest() const {
-        const float unit = mean.unit;
+        const float unit = all.unit;
         return {fmaxf(of_parts(get(of_row(0))), 0.0f), __fmul_rn(of_parts(get(of_row(1))), unit),
                 __fmul_rn(of_parts(get(of_row(2))), unit), __fmul_rn(__fmul_rn(of_parts(get(of_row(3))), unit), unit),
                 of_row(4)[0]};
@@ -233,6 +249,8 @@ struct Parts {};
 
 struct Tail {
     __device__ __forceinline__ void begin(int) const {}
+    __device__ __forceinline__ void ask() const {}
+    __device__ __forceinline__ void sync_asking() const { cluster_sync(); }
     __device__ __forceinline__ u32 place_of(int) const { return 0; }
     __device__ __forceinline__ void take(Parts&, int, int, u32) const {}
     __device__ __forceinline__ void add_runs(Parts&) const {}
