@@ -239,7 +239,7 @@ __device__ __forceinline__ void choose_by_words(
     tail.begin(highest_of_row(p));
     cluster_sync();
     search.take_ties();
-    tail.of_bits(words);
+    sum_bits(tail);
     search.count_before();
     tail.add_up(false);
 #pragma unroll 1
@@ -258,7 +258,7 @@ struct Look {
 __device__ __noinline__ Look look_again(
     const Program p, const Scorer scorer, const float* off_of, const float* units, int* count) {
     const Cut cut = find_cut(p, off_of, *units);
-    return {cut, find_edge(p, scorer, off_of, cut, count, cluster_sync)};
+    return {cut, find_edge(p, scorer, off_of, cut, count, [](int) { cluster_sync(); })};
 }
 
 // Sends every chosen key and its word to its rank; returns the highest word.
@@ -268,9 +268,14 @@ __device__ __forceinline__ int choose(
     Look look = {{counted_cut(p, tally), *units}, {}};
     mark(p, 1);
     __syncthreads();
-    if (look.cut.place >= 0.0f) look.edge = find_edge(p, scorer, off_of, look.cut, count, [&]() { tail.sync_asking(); });
-    else tail.ask();
-    if (CODED && !look.edge.sure) look = look_again(p, scorer, off_of, units, count);
+    if (look.cut.place >= 0.0f) {
+        auto sync = [&](int found) { tail.sync_asking(found); };
+        look.edge = find_edge(p, scorer, off_of, look.cut, count, sync);
+    }
+    if (CODED && !look.edge.sure) {
+        look = look_again(p, scorer, off_of, units, count);
+        tail.ask_of_candidates(look.edge.found);
+    }
     if (look.edge.sure) {
         const int highest = highest_of_row(p);
         tail.begin(highest);

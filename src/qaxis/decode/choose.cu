@@ -32,18 +32,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     mark(p, 0);
     const char* query = (const char*)q + ((i64)p.b * q_b + (i64)p.h * q_h) * (16 / E);
     const int whole = (p.base + p.end) / 128 * 128 - p.base;
-#if COMPLETED
-    int* const words = word + (i64)p.row * padded + p.base;
-    const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, p.base, whole, in_full), query, words};
-#else
     const Scorer scorer{Rows(AS_SIDE(k), p.b, p.g, p.base, whole, in_full), query};
-#endif
     // By how many places the fast scores of a group of 128 may be off.
     const float* off_of = off + ((i64)p.row * padded + p.base) / 128;
 #if COMPLETED
     Logits logits = {(float)factor, (float)scale, (float)cap, 0.0f, LOGITS > 0 && sink_kind >= 0};
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
     line += (i64)p.row * LINE;
+    int* const words = word + (i64)p.row * padded + p.base;
     Tail tail(
         p, logits, Grouped(Whole(seen), p.base, line), words, run_sums + ((i64)p.row * padded + p.base) / SUB * 2, units_of[p.row]);
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail);

@@ -22,7 +22,7 @@ __device__ __forceinline__ Edge find_edge(
     mark(p, 2);
     score_candidates(p, scorer, cut.bins(), found);
     mark(p, 3);
-    sync();
+    sync(found);
     mark(p, 4);
     bool sure = true;
 #pragma unroll

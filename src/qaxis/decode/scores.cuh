@@ -10,9 +10,6 @@ struct Scorer {
     static constexpr int DEEP = 4;
     Rows keys;
     const char* query;
-#if COMPLETED
-    int* words;  // of the row, where those of keys are kept that have no fast score
-#endif
 
     // Of every key, this lane's part of the score. PLAIN: all are coded.
     template <bool PLAIN>
@@ -70,10 +67,6 @@ __device__ __forceinline__ void score_candidates(const Program& p, const Scorer&
         const int j = p.position[i];
         if (p.may_be_highest(j)) highest = max(highest, w);
         if (!p.forced(j) && bins.counts(score_of(w))) atomicAdd(&p.s.counts[bins.of(score_of(w))], 1);
-#if COMPLETED
-        // All of them are candidates; without units every key is one.
-        if (CODED && (bins.per == 0.0f || j < p.start || j >= p.stop)) scorer.words[j] = w;
-#endif
     };
     if (CODED) {
         scorer.score(p, found, [&](int i) { return p.position[i]; }, [&](int i, int w) { p.value[i] = w, count(i, w); });

@@ -40,27 +40,75 @@ struct Rest {
     int many;
 };
 
+// How scores are known: canonical words, or over codes places, where a key has one.
+struct Known {
+    const int* words;
+    const Fast* fast;
+    int start, stop;   // keys of which there is a place
+    float unit, half;  // score of a place, and half of it, negative
+    __device__ __forceinline__ bool is_placed(int j) const { return CODED && j >= start && j < stop; }
+    __device__ __forceinline__ float of(u32 place) const { return of_place(place, unit, half); }
+    // Four neighbours, whether they are seen or not.
+    __device__ __forceinline__ void four(int key, float (&s)[4]) const {
+        const uint4 w = *(const uint4*)(words + key);
+        s[0] = score_of(w.x), s[1] = score_of(w.y), s[2] = score_of(w.z), s[3] = score_of(w.w);
+        if constexpr (CODED) {
+            float placed[4];
+            of_places(*(const uint2*)(fast + key), unit, half, placed);
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[e] = is_placed(key + e) ? placed[e] : s[e];
+        }
+    }
+};
+
+struct Run {
+    Sums2 sum;
+    float best;
+};
+
+// A run that the score kernels have not summed. Seldom needed: not inlined.
+__device__ __noinline__ Run sum_run(const Known known, const Logits logits, int key, u32 seen) {
+    float best = -__int_as_float(0x7f800000);
+#pragma unroll
+    for (int u = 0; u < SUB / 4; u++) {
+        float s[4];
+        known.four(key + 4 * u, s);
+#pragma unroll
+        for (int e = 0; e < 4; e++) best = fmaxf(best, seen >> (4 * u + e) & 1 ? s[e] : best);
+    }
+    const float highest = logits.of(best);
+    const Sums2 sum = sums_of_run(
+        [&](int u, float (&s)[4]) {
+            known.four(key + 4 * u, s);
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[e] = seen >> (4 * u + e) & 1 ? s[e] : best;
+        }, best, seen, [&](float score, float away) {
+            if constexpr (LOGITS == 2) return logits.power(logits.of(score), highest);
+            else return plain_power(score, away, highest, logits.scale, logits.factor * (-1.0f / 256.0f));
+        });
+    return {sum, best};
+}
+
 struct Tail {
     static constexpr int DEEP = 4;  // runs of a thread that are asked for at once
     const Program& p;
     const Logits& logits;
     Grouped all;
-    const int* words;   // canonical, of the row: of keys that have no place
+    int* words;         // canonical, of the row: of keys that have no place; where the bitmap names the chosen ones, of all
     const float* runs;  // of the row's runs, all their keys: mass, excess
-    int start, stop;    // keys of which there is a place, or a word that is ranked
-    float unit, half;   // score of a place, and half of it, negative
-    float per;          // as power_below has it
+    float units;        // of a place, asked for before they are needed
+    Known known;        // its keys are, without codes, those that are ranked
     float top;          // the logit of the highest chosen score, or the sink's
-    uint2 sums[DEEP];   // of the first of this thread's runs, and their bests
-    Fast bests[DEEP];
+    Run run[DEEP];      // the first of this thread's, 0 where nothing is seen
 
     __device__ __forceinline__ Tail(
-        const Program& p, const Logits& logits, const Grouped& all, const int* words, const float* runs, float units)
-        : p(p), logits(logits), all(all), words(words), runs(runs), start(p.start), stop(p.stop), unit(0.0f), half(0.0f),
-          per(logits.factor * (-1.0f / 256.0f)), top(0.0f) {
+        const Program& p, const Logits& logits, const Grouped& all, int* words, const float* runs, float units)
+        : p(p), logits(logits), all(all), words(words), runs(runs), units(units) {}
+    __device__ __forceinline__ void settle() {
+        known = {words, p.fast, p.start, p.stop, 0.0f, 0.0f};
         if constexpr (CODED) {
-            if (units > 0.0f) unit = __fdiv_rn(1.0f, units), half = -0.5f * unit;
-            else start = stop = p.end;  // all keys were scored canonically
+            if (units > 0.0f) known.unit = __fdiv_rn(1.0f, units), known.half = -0.5f * known.unit;
+            else known.start = known.stop = p.end;  // all keys were scored canonically
         }
     }
     __device__ __forceinline__ void begin(int highest) {
@@ -68,7 +116,6 @@ struct Tail {
         if (LOGITS > 0 && logits.has_sink) top = fmaxf(top, logits.sink);
         all.settle();
     }
-    __device__ __forceinline__ bool is_placed(int j) const { return CODED && j >= start && j < stop; }
     __device__ __forceinline__ u32 place_of(int j) const { return CODED ? p.fast[j] : 0; }
     // What is known of a score may be above the highest chosen one.
     __device__ __forceinline__ float weight(float logit) const {
@@ -78,7 +125,7 @@ struct Tail {
     // A chosen key, its canonical word and its place.
     __device__ __forceinline__ void take(Parts& parts, int j, int word, u32 place) const {
         if (all.count == 0) return;
-        const float canonical = score_of(word), score = is_placed(j) ? of_place(place, unit, half) : canonical;
+        const float canonical = score_of(word), score = known.is_placed(j) ? known.of(place) : canonical;
         const float mass = weight(logits.of(score)), apart = __fmul_rn(canonical, all.per_unit);
         parts.mass -= parts_of(mass);
         parts.excess -= parts_of(__fmul_rn(__fmul_rn(mass, __fsub_rn(score, all.mean)), all.per_unit));
@@ -89,86 +136,66 @@ struct Tail {
     // Own runs, SUB keys each.
     __device__ __forceinline__ int key_of(int run) const { return p.dealt<32>(run) * SUB; }
     // Whether the score kernels summed it.
-    __device__ __forceinline__ bool is_summed(int key) const { return SUMMED && key >= start && key + SUB <= stop; }
-    __device__ __forceinline__ void add(Parts& parts, const Sums2& run, float best, float highest) const {
-        const float relative = weight(highest);
-        parts.mass += parts_of(__fmul_rn(relative, run.mass));
-        const float excess = __fmul_rn(relative, __fadd_rn(run.excess, __fmul_rn(run.mass, __fsub_rn(best, all.mean))));
-        parts.excess += parts_of(__fmul_rn(excess, all.per_unit));
-    }
-    __device__ __forceinline__ bool has_sums(int i) const { return SUMMED && i < p.own * 32 && is_summed(key_of(i)); }
-    __device__ __forceinline__ void ask_from(int i) {
+    __device__ __forceinline__ bool is_summed(int key) const { return SUMMED && key >= known.start && key + SUB <= known.stop; }
+    static constexpr int STEP = THREADS / 32 * CLUSTER * BLOCK;  // from a thread's run to its next one
+    __device__ __forceinline__ void ask_from(int key) {
 #pragma unroll
-        for (int u = 0; u < DEEP; u++)
-            if (has_sums(i + u * THREADS)) {
-                const int key = key_of(i + u * THREADS);
-                sums[u] = *(const uint2*)(runs + key / SUB * 2), bests[u] = p.best[key / SUB];
-            }
+        for (int u = 0; u < DEEP; u++) {
+            const int k = key + u * STEP;
+            run[u] = {{0.0f, 0.0f}, 0.0f};
+            if (!is_summed(k)) continue;
+            const uint2 two = *(const uint2*)(runs + k / SUB * 2);
+            const Fast best = p.best[k / SUB];
+            run[u] = {{__uint_as_float(two.x), __uint_as_float(two.y)}, CODED ? known.of(best) : score_of(best)};
+        }
+        if (SUMMED && known.start <= p.begin && known.stop >= p.end && p.begin % SUB == 0 && p.end % SUB == 0) return;
+#pragma unroll 1
+        for (int u = 0; u < DEEP; u++) {
+            const int k = key + u * STEP;
+            const u32 seen = between(k, p.begin, p.end);
+            if (is_summed(k) || seen == 0) continue;
+            const Run own = sum_run(known, logits, k, seen);
+#pragma unroll
+            for (int v = 0; v < DEEP; v++)
+                if (u == v) run[v] = own;
+        }
+    }
+    // Keys that have no place are candidates, whose words are needed if they are not chosen.
+    __device__ __forceinline__ void ask_of_candidates(int found) {
+        settle();
+        if (CODED && all.count > 0 && (known.start > p.begin || known.stop < p.end)) {
+#pragma unroll 1
+            for (int i = p.tid; i < found; i += THREADS)
+                if (!known.is_placed(p.position[i])) words[p.position[i]] = p.value[i];
+            __syncthreads();
+        }
+        if (all.count > 0) ask_from(key_of(p.tid));
     }
     // While others come to the barrier.
-    __device__ __forceinline__ void ask() { ask_from(p.tid); }
-    __device__ __forceinline__ void sync_asking() {
+    __device__ __forceinline__ void sync_asking(int found) {
         cluster_arrive();
-        ask();
+        ask_of_candidates(found);
         cluster_wait();
     }
     // What was asked for, in a loop: more instructions take longer to come than to be done.
-    __device__ __forceinline__ void add_summed(Parts& parts) {
-#pragma unroll 1
-        for (int i = p.tid;;) {
-#pragma unroll 1
-            for (int u = 0; u < DEEP; u++, i += THREADS) {
-                const float score = CODED ? of_place(bests[0], unit, half) : score_of(bests[0]);
-                if (has_sums(i)) add(parts, {__uint_as_float(sums[0].x), __uint_as_float(sums[0].y)}, score, logits.of(score));
-#pragma unroll
-                for (int v = 1; v < DEEP; v++) sums[v - 1] = sums[v], bests[v - 1] = bests[v];
-            }
-            if (i >= p.own * 32) return;
-            ask_from(i);
-        }
-    }
-    // Four neighbours, whether they are seen or not.
-    __device__ __forceinline__ void four(int key, float (&s)[4]) const {
-        const uint4 w = *(const uint4*)(words + key);
-        s[0] = score_of(w.x), s[1] = score_of(w.y), s[2] = score_of(w.z), s[3] = score_of(w.w);
-        if constexpr (CODED) {
-            float placed[4];
-            of_places(*(const uint2*)(p.fast + key), unit, half, placed);
-#pragma unroll
-            for (int e = 0; e < 4; e++) s[e] = is_placed(key + e) ? placed[e] : s[e];
-        }
-    }
-    __device__ __forceinline__ void add_other(Parts& parts) const {
-#pragma unroll 1
-        for (int i = p.tid; i < p.own * 32; i += THREADS) {
-            const int key = key_of(i);
-            const u32 seen = between(key, p.begin, p.end);
-            if (is_summed(key) || seen == 0) continue;
-            float best = -__int_as_float(0x7f800000);
-#pragma unroll
-            for (int u = 0; u < SUB / 4; u++) {
-                float s[4];
-                four(key + 4 * u, s);
-#pragma unroll
-                for (int e = 0; e < 4; e++) best = fmaxf(best, seen >> (4 * u + e) & 1 ? s[e] : best);
-            }
-            const float highest = logits.of(best);
-            const Sums2 run = sums_of_run(
-                [&](int u, float (&s)[4]) {
-                    four(key + 4 * u, s);
-#pragma unroll
-                    for (int e = 0; e < 4; e++) s[e] = seen >> (4 * u + e) & 1 ? s[e] : best;
-                }, best, seen, [&](float score, float away) {
-                    if constexpr (LOGITS == 2) return logits.power(logits.of(score), highest);
-                    else return plain_power(score, away, highest, logits.scale, per);
-                });
-            add(parts, run, best, highest);
-        }
-    }
     __device__ __forceinline__ void add_runs(Parts& parts) {
         if (all.count == 0) return;
-        if (SUMMED) add_summed(parts);
-        if (!SUMMED || start > p.begin || stop < p.end || p.begin % SUB > 0 || p.end % SUB > 0) add_other(parts);
+#pragma unroll 1
+        for (int key = key_of(p.tid);;) {
+#pragma unroll 1
+            for (int u = 0; u < DEEP; u++) {
+                const Sums2& sum = run[0].sum;
+                const float relative = weight(logits.of(run[0].best));
+                parts.mass += parts_of(__fmul_rn(relative, sum.mass));
+                const float excess = __fadd_rn(sum.excess, __fmul_rn(sum.mass, __fsub_rn(run[0].best, all.mean)));
+                parts.excess += parts_of(__fmul_rn(__fmul_rn(relative, excess), all.per_unit));
+#pragma unroll
+                for (int v = 1; v < DEEP; v++) run[v - 1] = run[v];
+            }
+            key += DEEP * STEP;
+            if (key >= p.end) return;
+            ask_from(key);
+        }
     }
 
     // Numbers lie as two words each: of warps where values are summed later, of programs where those of the cluster are.
@@ -219,9 +246,8 @@ struct Tail {
         if (p.lane == 0) put(of_row(p.warp), x);
     }
     // All of this where the bitmap names the chosen keys.
-    __device__ __forceinline__ void of_bits(const int* words) {
+    __device__ __forceinline__ void of_bits() {
         Parts parts;
-        __syncthreads();
         add_runs(parts);
 #pragma unroll 1
         for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
@@ -241,6 +267,19 @@ struct Tail {
     }
 };
 
+// Seldom needed: not inlined, as look_again is not.
+__device__ __noinline__ void tail_of_bits(
+    const Program p, const Logits logits, const Grouped all, int* words, const float* runs, float units, float top) {
+    Tail tail(p, logits, all, words, runs, units);
+    tail.top = top;
+    tail.settle(), tail.all.settle(), tail.ask_from(tail.key_of(p.tid));
+    __syncthreads();
+    tail.of_bits();
+}
+__device__ __forceinline__ void sum_bits(const Tail& tail) {
+    if (tail.all.count > 0) tail_of_bits(tail.p, tail.logits, tail.all, tail.words, tail.runs, tail.units, tail.top);
+}
+
 static_assert(Parts::NUMBERS <= WARPS && 2 * Parts::NUMBERS <= DIM_V && 2 * Parts::NUMBERS <= WARPS && CLUSTER <= 32);
 
 #else
@@ -249,15 +288,16 @@ struct Parts {};
 
 struct Tail {
     __device__ __forceinline__ void begin(int) const {}
-    __device__ __forceinline__ void ask() const {}
-    __device__ __forceinline__ void sync_asking() const { cluster_sync(); }
+    __device__ __forceinline__ void ask_of_candidates(int) const {}
+    __device__ __forceinline__ void sync_asking(int) const { cluster_sync(); }
     __device__ __forceinline__ u32 place_of(int) const { return 0; }
     __device__ __forceinline__ void take(Parts&, int, int, u32) const {}
     __device__ __forceinline__ void add_runs(Parts&) const {}
     __device__ __forceinline__ void keep(const Parts&) const {}
     __device__ __forceinline__ void tell() const {}
     __device__ __forceinline__ void add_up(bool) const {}
-    __device__ __forceinline__ void of_bits(const int*) const {}
 };
+
+__device__ __forceinline__ void sum_bits(const Tail&) {}
 
 #endif
