@@ -125,7 +125,8 @@ class Tail(NamedTuple):
 
     #: sum of the weights of what is not selected, W
     mass: torch.Tensor
-    #: sum of weights times the scores' distance from the mean score of all keys of complete groups
+    #: sum of weights times the scores' distance from the mean score of all keys of complete groups; no number if one of
+    #: them is too large to be counted, so that there is no slope
     excess: torch.Tensor
     #: of the selected keys of complete groups: how many, the sum of their scores, and of the squares
     many: torch.Tensor
@@ -175,15 +176,18 @@ def tail(
 
     in_all = weight(highest)
     mass, excess = in_all * mass, in_all * (excess + mass * (best - mean))
-    mass, excess = (torch.where(some, to_parts(x), 0) for x in (mass, excess * per_unit))
     picked = weight(logits_of(chosen.known, logits))
-    less = (picked, picked * (chosen.known - mean) * per_unit)
-    less_mass, less_excess = (torch.where(chosen.live, to_parts(x), 0) for x in less)
+    # Of all that is seen, and of what is selected.
+    mass, less_mass = torch.where(some, mass, 0.0), torch.where(chosen.live, picked, 0.0)
+    excess = torch.where(some, excess * per_unit, 0.0)
+    less = torch.where(chosen.live, picked * (chosen.known - mean) * per_unit, 0.0)
+    counts = (torch.cat([excess, less], -1).abs() < MOST).all(-1)
+    excess = _from_parts(torch.cat([to_parts(excess), -to_parts(less)], -1)) * unit[:, 0]
     apart = chosen.score * per_unit
-    total, second = (torch.where(chosen.counted, to_parts(x), 0) for x in (apart, apart * apart))
+    total, second = (to_parts(torch.where(chosen.counted, x, 0.0)) for x in (apart, apart * apart))
     return Tail(
-        _from_parts(torch.cat([mass, -less_mass], -1)).clamp(min=0),
-        _from_parts(torch.cat([excess, -less_excess], -1)) * unit[:, 0],
+        _from_parts(torch.cat([to_parts(mass), -to_parts(less_mass)], -1)).clamp(min=0),
+        torch.where(counts, excess, math.nan),
         chosen.counted.sum(-1), _from_parts(total) * unit[:, 0], _from_parts(second) * unit[:, 0] * unit[:, 0],
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ __device__ __forceinline__ void send(const Program& p, int j, int w, int winners
 }
 
 // Bits for candidates above the edge; those near it are told to every program.
-__device__ __forceinline__ void sort_out(const Program& p, const Bins& bins, int found, int edge, const Tail& tail, Parts& parts) {
+__device__ __forceinline__ void sort_out(const Program& p, const Bins& bins, int found, int edge) {
     Shared& s = p.s;
 #pragma unroll 1
     for (int i = p.tid; i < found; i += THREADS) {
@@ -49,7 +49,6 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& bins, int
         if (bin > edge) {
             atomicOr(p.bits_of(j) + j % BLOCK / 32, 1u << (j % 32));
             atomicAdd(&p.own_count[p.own_block(j)], 1);
-            tail.take(parts, j, p.value[i], tail.place_of(j));
         }
         if (bin == edge) {
             const int at = atomicAdd(&s.nears, 1);
@@ -63,14 +62,13 @@ __device__ __forceinline__ void sort_out(const Program& p, const Bins& bins, int
 }
 
 // The `missing` best of the near ones (rule 4); every program finds them all.
-__device__ __forceinline__ void find_winners(const Program& p, int missing, const Tail& tail, Parts& parts) {
+__device__ __forceinline__ void find_winners(const Program& p, int missing) {
     Shared& s = p.s;
     const int* near = s.near;
 #pragma unroll 1
     for (int i = p.tid; i < CLUSTER * NEAR; i += THREADS) {
         if (i % NEAR >= near[i / NEAR]) continue;
         const int w = s.near_word[i], j = s.near_position[i];
-        const u32 place = tail.place_of(j);
         int better = 0;
 #pragma unroll 1
         for (int r = 0; r < CLUSTER; r++)
@@ -80,27 +78,20 @@ __device__ __forceinline__ void find_winners(const Program& p, int missing, cons
         if (better < missing) {
             const int at = atomicAdd(&s.winners, 1);
             s.winner[at] = j, s.winner_word[at] = w;
-            tail.take(parts, j, w, place);
         }
     }
 }
 
-__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge, Tail& tail) {
+__device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bins, const Edge& edge, Tail& tail, Parts& parts) {
     Shared& s = p.s;
     const int found = edge.found;
-    Parts above, at_edge;
-    tail.add_runs(above);
-    sort_out(p, bins, found, edge.at.bin, tail, above);
-    tail.keep(above);
+    sort_out(p, bins, found, edge.at.bin);
     tell_counts(p);
-    tail.tell();
     mark(p, 6);
-    cluster_sync();
+    tail.sync_taking(parts, edge);
     mark(p, 7);
-    find_winners(p, p.ranked() - edge.at.above, tail, at_edge);
-    tail.keep(at_edge);
+    find_winners(p, p.ranked() - edge.at.above);
     sums_before(p.before, p.blocks, s.scratch);
-    tail.add_up(true);
     mark(p, 8);
     const int winners = s.winners;
 #pragma unroll 1
@@ -108,7 +99,10 @@ __device__ __forceinline__ void choose_by_bins(const Program& p, const Bins& bin
         if (p.is_taken(p.position[i])) send(p, p.position[i], p.value[i], winners);
 #pragma unroll 1
     for (int i = p.tid; i < winners; i += THREADS)
-        if (p.owns(s.winner[i])) send(p, s.winner[i], s.winner_word[i], winners);
+        if (p.owns(s.winner[i])) {
+            send(p, s.winner[i], s.winner_word[i], winners);
+            tail.take_winner(parts, s.winner[i], s.winner_word[i]);
+        }
 }
 
 // Too many candidates, or too many near the edge, or a cut too high: the k_eff-th word is found byte by byte, over all keys,
@@ -223,7 +217,7 @@ __device__ __forceinline__ int highest_of_row(const Program& p) {
 }
 
 __device__ __forceinline__ void choose_by_words(
-    const Program& p, const Scorer& scorer, const float* off_of, const Cut& cut, int* words, int* count, Tail& tail) {
+    const Program& p, const Scorer& scorer, const float* off_of, const Cut& cut, int* words, int* count, Tail& tail, Parts& parts) {
     WordSearch search(p, words);
     cluster_sync();
     if (CODED) {
@@ -239,14 +233,13 @@ __device__ __forceinline__ void choose_by_words(
     tail.begin(highest_of_row(p));
     cluster_sync();
     search.take_ties();
-    sum_bits(tail);
     search.count_before();
-    tail.add_up(false);
 #pragma unroll 1
     for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
         const int j = search.key(i);
         if (p.is_taken(j)) send(p, j, words[j], 0);
     }
+    sum_bits(tail, parts);
 }
 
 struct Look {
@@ -264,7 +257,7 @@ __device__ __noinline__ Look look_again(
 // Sends every chosen key and its word to its rank; returns the highest word.
 __device__ __forceinline__ int choose(
     const Program& p, const Scorer& scorer, const float* off_of, const float* units, int* tally, int* words, int* count,
-    Tail& tail) {
+    Tail& tail, Parts& parts) {
     Look look = {{counted_cut(p, tally), *units}, {}};
     mark(p, 1);
     __syncthreads();
@@ -279,10 +272,10 @@ __device__ __forceinline__ int choose(
     if (look.edge.sure) {
         const int highest = highest_of_row(p);
         tail.begin(highest);
-        choose_by_bins(p, look.cut.bins(), look.edge, tail);
+        choose_by_bins(p, look.cut.bins(), look.edge, tail, parts);
         return highest;
     }
-    choose_by_words(p, scorer, off_of, look.cut, words, count, tail);
+    choose_by_words(p, scorer, off_of, look.cut, words, count, tail, parts);
     return highest_of_row(p);
 }
 

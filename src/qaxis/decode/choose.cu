@@ -42,19 +42,21 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     int* const words = word + (i64)p.row * padded + p.base;
     Tail tail(
         p, logits, Grouped(Whole(seen), p.base, line), words, run_sums + ((i64)p.row * padded + p.base) / SUB * 2, units_of[p.row]);
-    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail);
+    Parts parts;
+    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail, parts);
+    tail.tell(parts);
     mark(p, 9);
-    __syncthreads();
-    cluster_arrive();
-    const Affine rest = weights_of_rest(tail.rest(), tail.all, linear);
-    cluster_wait();
+    cluster_sync();
     mark(p, 10);
+    const Affine rest = weights_of_rest(tail.rest(), tail.all, linear);
     forget(p, tally);
     attend_completed(
         p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, tail.all, rest, line, highest, k_eff, indices, out);
 #else
-    Tail none;
-    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, word + (i64)p.row * padded + p.base, count, none);
+    Tail tail;
+    Parts parts;
+    int* const words = word + (i64)p.row * padded + p.base;
+    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail, parts);
     mark(p, 9);
     cluster_sync();
     mark(p, 10);

@@ -27,8 +27,8 @@ __device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0
 
 // Nothing is put back where no key of complete groups is left.
 __device__ __forceinline__ Affine weights_of_rest(const Rest& rest, const Grouped& all, int linear) {
-    const int many = all.count - rest.many;
-    if (all.count == 0 || many <= 0) return {0.0f, 0.0f, 0.0f};
+    const int many = all.count > 0 ? all.count - rest.many : 0;
+    if (many <= 0) return {0.0f, 0.0f, 0.0f};
     const float n = (float)many, total = __fsub_rn(all.total, rest.total), second = __fsub_rn(all.second, rest.second);
     const float mean = __fdiv_rn(total, n), spread = __fsub_rn(second, __fmul_rn(total, mean)), level = __fdiv_rn(rest.mass, n);
     float beta = 0.0f;

@@ -2,8 +2,8 @@
 // completed nothing of it is.
 //
 // Sums over all keys, by the runs that the score kernels summed, less those over the chosen ones, are counted in parts of 2^-40:
-// integers, whose sums have no order. So every thread counts what it comes by, and the barriers that a choice needs anyway serve:
-// at the one at which chosen keys are counted, programs tell each other what they have; keys at the edge are found by all of them.
+// integers, whose sums have no order. So every thread counts what it comes by, much of it while programs wait for each other, and
+// the barrier at which ranks are exchanged serves for these too.
 
 #if COMPLETED
 
@@ -12,11 +12,17 @@ constexpr float PARTS = 0x1p40f, MOST = 0x1p20f, HIGHEST = 12.0f;
 __device__ __forceinline__ i64 parts_of(float x) { return __float2ll_rn(__fmul_rn(fminf(fmaxf(x, -MOST), MOST), PARTS)); }
 __device__ __forceinline__ float of_parts(i64 x) { return __fmul_rn(__ll2float_rn(x), 1.0f / PARTS); }
 
-// Of the tail mass and excess; of chosen keys of complete groups scores, squares, and how many they are.
+// Of the tail mass and excess; of chosen keys of complete groups scores, squares, and how many they are. `wide`: an excess was too
+// large to be counted.
 struct Parts {
     static constexpr int NUMBERS = 5;
     i64 mass = 0, excess = 0, total = 0, second = 0;
     int many = 0;
+    bool wide = false;
+    __device__ __forceinline__ i64 excess_of(float x) {
+        wide |= !(x > -MOST && x < MOST);
+        return parts_of(x);
+    }
 };
 
 // Of a row's keys of complete groups; sums of scores as fit.cuh left them, asked for before they are needed.
@@ -99,7 +105,8 @@ struct Tail {
     float units;        // of a place, asked for before they are needed
     Known known;        // its keys are, without codes, those that are ranked
     float top;          // the logit of the highest chosen score, or the sink's
-    Run run[DEEP];      // the first of this thread's, 0 where nothing is seen
+    uint2 sums[DEEP];   // of this thread's first runs mass and excess, as bits
+    int bests[DEEP];    // and their bests: places or words, or of runs that were summed here words
 
     __device__ __forceinline__ Tail(
         const Program& p, const Logits& logits, const Grouped& all, int* words, const float* runs, float units)
@@ -124,11 +131,10 @@ struct Tail {
 
     // A chosen key, its canonical word and its place.
     __device__ __forceinline__ void take(Parts& parts, int j, int word, u32 place) const {
-        if (all.count == 0) return;
         const float canonical = score_of(word), score = known.is_placed(j) ? known.of(place) : canonical;
         const float mass = weight(logits.of(score)), apart = __fmul_rn(canonical, all.per_unit);
         parts.mass -= parts_of(mass);
-        parts.excess -= parts_of(__fmul_rn(__fmul_rn(mass, __fsub_rn(score, all.mean)), all.per_unit));
+        parts.excess -= parts.excess_of(__fmul_rn(__fmul_rn(mass, __fsub_rn(score, all.mean)), all.per_unit));
         if (j < all.from || j >= all.to) return;
         parts.total += parts_of(apart), parts.second += parts_of(__fmul_rn(apart, apart)), parts.many++;
     }
@@ -142,11 +148,8 @@ struct Tail {
 #pragma unroll
         for (int u = 0; u < DEEP; u++) {
             const int k = key + u * STEP;
-            run[u] = {{0.0f, 0.0f}, 0.0f};
-            if (!is_summed(k)) continue;
-            const uint2 two = *(const uint2*)(runs + k / SUB * 2);
-            const Fast best = p.best[k / SUB];
-            run[u] = {{__uint_as_float(two.x), __uint_as_float(two.y)}, CODED ? known.of(best) : score_of(best)};
+            sums[u] = make_uint2(0, 0), bests[u] = 0;
+            if (is_summed(k)) sums[u] = *(const uint2*)(runs + k / SUB * 2), bests[u] = p.best[k / SUB];
         }
         if (SUMMED && known.start <= p.begin && known.stop >= p.end && p.begin % SUB == 0 && p.end % SUB == 0) return;
 #pragma unroll 1
@@ -154,16 +157,20 @@ struct Tail {
             const int k = key + u * STEP;
             const u32 seen = between(k, p.begin, p.end);
             if (is_summed(k) || seen == 0) continue;
-            const Run own = sum_run(known, logits, k, seen);
+            const Run run = sum_run(known, logits, k, seen);
 #pragma unroll
             for (int v = 0; v < DEEP; v++)
-                if (u == v) run[v] = own;
+                if (u == v) {
+                    sums[v] = make_uint2(__float_as_uint(run.sum.mass), __float_as_uint(run.sum.excess));
+                    bests[v] = word_of(run.best);
+                }
         }
     }
     // Keys that have no place are candidates, whose words are needed if they are not chosen.
     __device__ __forceinline__ void ask_of_candidates(int found) {
         settle();
         if (CODED && all.count > 0 && (known.start > p.begin || known.stop < p.end)) {
+            __syncthreads();
 #pragma unroll 1
             for (int i = p.tid; i < found; i += THREADS)
                 if (!known.is_placed(p.position[i])) words[p.position[i]] = p.value[i];
@@ -179,23 +186,38 @@ struct Tail {
     }
     // What was asked for, in a loop: more instructions take longer to come than to be done.
     __device__ __forceinline__ void add_runs(Parts& parts) {
-        if (all.count == 0) return;
 #pragma unroll 1
         for (int key = key_of(p.tid);;) {
 #pragma unroll 1
-            for (int u = 0; u < DEEP; u++) {
-                const Sums2& sum = run[0].sum;
-                const float relative = weight(logits.of(run[0].best));
-                parts.mass += parts_of(__fmul_rn(relative, sum.mass));
-                const float excess = __fadd_rn(sum.excess, __fmul_rn(sum.mass, __fsub_rn(run[0].best, all.mean)));
-                parts.excess += parts_of(__fmul_rn(__fmul_rn(relative, excess), all.per_unit));
+            for (int u = 0; u < DEEP; u++, key += STEP) {
+                const float best = CODED && is_summed(key) ? known.of(bests[0]) : score_of(bests[0]);
+                const float mass = __uint_as_float(sums[0].x), relative = weight(logits.of(best));
+                parts.mass += parts_of(__fmul_rn(relative, mass));
+                const float excess = __fadd_rn(__uint_as_float(sums[0].y), __fmul_rn(mass, __fsub_rn(best, all.mean)));
+                parts.excess += parts.excess_of(__fmul_rn(__fmul_rn(relative, excess), all.per_unit));
 #pragma unroll
-                for (int v = 1; v < DEEP; v++) run[v - 1] = run[v];
+                for (int v = 1; v < DEEP; v++) sums[v - 1] = sums[v], bests[v - 1] = bests[v];
             }
-            key += DEEP * STEP;
             if (key >= p.end) return;
             ask_from(key);
         }
+    }
+
+    // While others come to the barrier at which chosen keys are counted: own ones above the edge.
+    template <class Edge> __device__ __forceinline__ void sync_taking(Parts& parts, const Edge& edge) {
+        cluster_arrive();
+        if (all.count > 0) {
+            add_runs(parts);
+#pragma unroll 1
+            for (int i = p.tid; i < edge.found; i += THREADS) {
+                const int j = p.position[i];
+                if (p.is_taken(j)) take(parts, j, p.value[i], place_of(j));
+            }
+        }
+        cluster_wait();
+    }
+    __device__ __forceinline__ void take_winner(Parts& parts, int j, int word) const {
+        if (all.count > 0) take(parts, j, word, place_of(j));
     }
 
     // Numbers lie as two words each: of warps where values are summed later, of programs where those of the cluster are.
@@ -205,7 +227,6 @@ struct Tail {
     __device__ __forceinline__ int* of_program(int rank, int i) const {
         return (int*)p.s.numerators + (rank * Parts::NUMBERS + i) * 2;
     }
-    __device__ __forceinline__ int* of_row(int i) const { return (int*)p.s.warp_denominators + i * 2; }
     __device__ __forceinline__ static void put(int* to, i64 x) { to[0] = (int)x, to[1] = (int)(x >> 32); }
     __device__ __forceinline__ static i64 get(const int* from) { return (i64)(u32)from[0] | (i64)from[1] << 32; }
     __device__ __forceinline__ static i64 over_lanes(i64 x, int m) {
@@ -214,7 +235,6 @@ struct Tail {
     }
     // Over a warp; lanes share the four sums out, as tree_over_lanes does.
     __device__ __forceinline__ void keep(const Parts& parts) const {
-        if (all.count == 0) return;
         const bool first = p.lane & 1, second = p.lane & 2;
         const i64 a = (first ? parts.total : parts.mass) + over_lanes(first ? parts.mass : parts.total, 1);
         const i64 b = (first ? parts.second : parts.excess) + over_lanes(first ? parts.excess : parts.second, 1);
@@ -222,13 +242,17 @@ struct Tail {
 #pragma unroll
         for (int m = 4; m < 32; m *= 2) x += over_lanes(x, m);
         const int many = __reduce_add_sync(ALL, parts.many);
+        const bool wide = __ballot_sync(ALL, parts.wide) != 0;
         // Mass, excess, total, second are at lanes 0, 2, 1, 3.
         if (p.lane < 4) put(of_warp(p.warp, (p.lane & 1) * 2 + (p.lane >> 1)), x);
-        if (p.lane == 4) put(of_warp(p.warp, 4), many);
+        if (p.lane == 4) put(of_warp(p.warp, 4), (i64)many | (i64)wide << 32);
     }
-    // A warp a number: of this program, told to all, once its warps have kept theirs and waited.
-    __device__ __forceinline__ void tell() const {
-        if (all.count == 0 || p.warp >= Parts::NUMBERS) return;
+    // A warp a number: of this program, told to all.
+    __device__ __forceinline__ void tell(const Parts& parts) const {
+        if (all.count == 0) return;
+        keep(parts);
+        __syncthreads();
+        if (p.warp >= Parts::NUMBERS) return;
         i64 x = p.lane < WARPS ? get(of_warp(p.lane, p.warp)) : 0;
 #pragma unroll
         for (int m = 1; m < 32; m *= 2) x += over_lanes(x, m);
@@ -236,51 +260,47 @@ struct Tail {
         int* const to = of_program(p.rank, p.warp);
         push(to, p.lane, (int)x), push(to + 1, p.lane, (int)(x >> 32));
     }
-    // Of the row, once the cluster and the program have waited; with what warps have kept since, which is the same everywhere.
-    __device__ __forceinline__ void add_up(bool more) const {
-        if (all.count == 0 || p.warp >= Parts::NUMBERS) return;
-        i64 x = p.lane < CLUSTER ? get(of_program(p.lane, p.warp)) : 0;
-        if (more && p.lane < WARPS) x += get(of_warp(p.lane, p.warp));
-#pragma unroll
-        for (int m = 1; m < 32; m *= 2) x += over_lanes(x, m);
-        if (p.lane == 0) put(of_row(p.warp), x);
-    }
-    // All of this where the bitmap names the chosen keys.
-    __device__ __forceinline__ void of_bits() {
-        Parts parts;
-        add_runs(parts);
+    // Chosen keys, as the bitmap names them, where all have words.
+    __device__ __forceinline__ void take_bits(Parts& parts) const {
 #pragma unroll 1
         for (int i = p.tid; i < p.own * BLOCK; i += THREADS) {
             const int j = p.dealt<BLOCK>(i);
             if (p.is_taken(j)) take(parts, j, words[j], place_of(j));
         }
-        keep(parts);
-        __syncthreads();
-        tell();
     }
-    // Once the program has waited.
+    // Of the row, once the cluster has waited.
+    __device__ __forceinline__ i64 of_row(int i) const {
+        i64 x = 0;
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) x += get(of_program(r, i));
+        return x;
+    }
     __device__ __forceinline__ Rest rest() const {
         const float unit = all.unit;
-        return {fmaxf(of_parts(get(of_row(0))), 0.0f), __fmul_rn(of_parts(get(of_row(1))), unit),
-                __fmul_rn(of_parts(get(of_row(2))), unit), __fmul_rn(__fmul_rn(of_parts(get(of_row(3))), unit), unit),
-                of_row(4)[0]};
+        const i64 many = of_row(4);
+        const float excess = many >> 32 ? __int_as_float(0x7fc00000) : __fmul_rn(of_parts(of_row(1)), unit);
+        return {fmaxf(of_parts(of_row(0)), 0.0f), excess, __fmul_rn(of_parts(of_row(2)), unit),
+                __fmul_rn(__fmul_rn(of_parts(of_row(3)), unit), unit), (int)many};
     }
 };
 
-// Seldom needed: not inlined, as look_again is not.
-__device__ __noinline__ void tail_of_bits(
+// Of all that the bitmap names. Seldom needed: not inlined, as look_again is not.
+__device__ __noinline__ Parts parts_of_bits(
     const Program p, const Logits logits, const Grouped all, int* words, const float* runs, float units, float top) {
     Tail tail(p, logits, all, words, runs, units);
+    Parts parts;
     tail.top = top;
     tail.settle(), tail.all.settle(), tail.ask_from(tail.key_of(p.tid));
-    __syncthreads();
-    tail.of_bits();
+    tail.add_runs(parts);
+    tail.take_bits(parts);
+    return parts;
 }
-__device__ __forceinline__ void sum_bits(const Tail& tail) {
-    if (tail.all.count > 0) tail_of_bits(tail.p, tail.logits, tail.all, tail.words, tail.runs, tail.units, tail.top);
+__device__ __forceinline__ void sum_bits(const Tail& tail, Parts& parts) {
+    if (tail.all.count > 0)
+        parts = parts_of_bits(tail.p, tail.logits, tail.all, tail.words, tail.runs, tail.units, tail.top);
 }
 
-static_assert(Parts::NUMBERS <= WARPS && 2 * Parts::NUMBERS <= DIM_V && 2 * Parts::NUMBERS <= WARPS && CLUSTER <= 32);
+static_assert(Parts::NUMBERS <= WARPS && 2 * Parts::NUMBERS <= DIM_V && CLUSTER <= 32);
 
 #else
 
@@ -290,14 +310,10 @@ struct Tail {
     __device__ __forceinline__ void begin(int) const {}
     __device__ __forceinline__ void ask_of_candidates(int) const {}
     __device__ __forceinline__ void sync_asking(int) const { cluster_sync(); }
-    __device__ __forceinline__ u32 place_of(int) const { return 0; }
-    __device__ __forceinline__ void take(Parts&, int, int, u32) const {}
-    __device__ __forceinline__ void add_runs(Parts&) const {}
-    __device__ __forceinline__ void keep(const Parts&) const {}
-    __device__ __forceinline__ void tell() const {}
-    __device__ __forceinline__ void add_up(bool) const {}
+    template <class Edge> __device__ __forceinline__ void sync_taking(Parts&, const Edge&) const { cluster_sync(); }
+    __device__ __forceinline__ void take_winner(Parts&, int, int) const {}
 };
 
-__device__ __forceinline__ void sum_bits(const Tail&) {}
+__device__ __forceinline__ void sum_bits(const Tail&, Parts&) {}
 
 #endif
