@@ -40,8 +40,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     if (logits.has_sink) logits.sink = sink_at(sink, sink_kind, (i64)p.h * sink_h);
     line += (i64)p.row * LINE;
     int* const words = word + (i64)p.row * padded + p.base;
-    Tail tail(
-        p, logits, Grouped(Whole(seen), p.base, line), words, run_sums + ((i64)p.row * padded + p.base) / SUB * 2, units_of[p.row]);
+    const float* const runs = run_sums + ((i64)p.row * padded + p.base) / SUB * 2;
+    Tail tail(p, logits, Grouped(Whole(seen), p.base, line), words, runs, units_of + p.row);
     Parts parts;
     const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail, parts);
     tail.tell(parts);

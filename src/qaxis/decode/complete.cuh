@@ -1,4 +1,5 @@
-// Values, with those of what is left put back (attention/completion.py). cuda.py puts it behind attend.cuh where outputs are completed.
+// Values, with those of what is left put back (attention/completion.py). cuda.py puts it behind attend.cuh where outputs are
+// completed.
 //
 // By now tail.cuh has summed what scores tell. The weights of chosen keys are known, less what the moments have of them, and values
 // are summed as ever.
@@ -114,16 +115,16 @@ static_assert(DIM_V <= THREADS && CLUSTER <= 32 && WARPS <= 32);
 
 // As attend in attend.cuh, once all ranks were exchanged.
 __device__ __forceinline__ void attend_completed(
-    const Program& p, const Rows& values, const Logits& logits, const Grouped& all, const Affine& rest, const float* line, int highest,
-    int most, i64* indices, void* out) {
+    const Program& p, const Rows& values, const Logits& logits, const Grouped& all, const Affine& rest, const float* line,
+    int highest, int most, i64* indices, void* out) {
     const int live = p.live();
     const float top = highest_logit(p, logits, live, highest);
     const Weights weights{p, logits, all, live, max(1, p.span() / (32 * WARPS)), top};
     const float sum = weights.weigh(rest);
     write_indices(p, live, most, indices);
-    const Moment moment(p, line);
     __syncthreads();
     sum_warp(p, values, live);
+    const Moment moment(p, line);
     if (p.lane == 0) p.s.warp_denominators[p.warp] = sum;
     __syncthreads();
     mark(p, 11);

@@ -25,16 +25,18 @@ struct Parts {
     }
 };
 
-// Of a row's keys of complete groups; sums of scores as fit.cuh left them, asked for before they are needed.
+// Of a row's keys of complete groups; sums of scores as fit.cuh left them.
 struct Grouped {
+    const float* line;
     int count, from, to;
     float total, second;
     float mean, unit, per_unit;  // of scores; what sums of them are parts of, and its reciprocal
 
     __device__ __forceinline__ Grouped(const Whole& whole, int base, const float* line)
-        : count(whole.keys()), from(whole.from - base), to(whole.to - base), total(line[0]), second(line[1]), mean(0.0f),
-          unit(1.0f), per_unit(1.0f) {}
+        : line(line), count(whole.keys()), from(whole.from - base), to(whole.to - base) {}
+    __device__ __forceinline__ void ask() { total = line[0], second = line[1]; }
     __device__ __forceinline__ void settle() {
+        mean = 0.0f;
         if (count > 0) mean = __fdiv_rn(total, (float)count);
         const int exponent = max((int)(__float_as_uint(second) >> 23 & 255) - 127, -100) >> 1;
         unit = __int_as_float((127 + exponent) << 23), per_unit = __int_as_float((127 - exponent) << 23);
@@ -102,18 +104,21 @@ struct Tail {
     Grouped all;
     int* words;         // canonical, of the row: of keys that have no place; where the bitmap names the chosen ones, of all
     const float* runs;  // of the row's runs, all their keys: mass, excess
-    float units;        // of a place, asked for before they are needed
+    const float* units_of;
     Known known;        // its keys are, without codes, those that are ranked
     float top;          // the logit of the highest chosen score, or the sink's
     uint2 sums[DEEP];   // of this thread's first runs mass and excess, as bits
     int bests[DEEP];    // and their bests: places or words, or of runs that were summed here words
 
     __device__ __forceinline__ Tail(
-        const Program& p, const Logits& logits, const Grouped& all, int* words, const float* runs, float units)
-        : p(p), logits(logits), all(all), words(words), runs(runs), units(units) {}
+        const Program& p, const Logits& logits, const Grouped& all, int* words, const float* runs, const float* units)
+        : p(p), logits(logits), all(all), words(words), runs(runs), units_of(units) {}
+    // What is not needed before: a register that waits for it would have to be kept elsewhere.
     __device__ __forceinline__ void settle() {
+        all.ask();
         known = {words, p.fast, p.start, p.stop, 0.0f, 0.0f};
         if constexpr (CODED) {
+            const float units = *units_of;
             if (units > 0.0f) known.unit = __fdiv_rn(1.0f, units), known.half = -0.5f * known.unit;
             else known.start = known.stop = p.end;  // all keys were scored canonically
         }
@@ -286,7 +291,7 @@ struct Tail {
 
 // Of all that the bitmap names. Seldom needed: not inlined, as look_again is not.
 __device__ __noinline__ Parts parts_of_bits(
-    const Program p, const Logits logits, const Grouped all, int* words, const float* runs, float units, float top) {
+    const Program p, const Logits logits, const Grouped all, int* words, const float* runs, const float* units, float top) {
     Tail tail(p, logits, all, words, runs, units);
     Parts parts;
     tail.top = top;
@@ -297,7 +302,7 @@ __device__ __noinline__ Parts parts_of_bits(
 }
 __device__ __forceinline__ void sum_bits(const Tail& tail, Parts& parts) {
     if (tail.all.count > 0)
-        parts = parts_of_bits(tail.p, tail.logits, tail.all, tail.words, tail.runs, tail.units, tail.top);
+        parts = parts_of_bits(tail.p, tail.logits, tail.all, tail.words, tail.runs, tail.units_of, tail.top);
 }
 
 static_assert(Parts::NUMBERS <= WARPS && 2 * Parts::NUMBERS <= DIM_V && CLUSTER <= 32);
