@@ -171,14 +171,16 @@ def _completed_row(
     # Of all keys of whole groups along the query, then of those that are not selected.
     dim, wide = q.shape[0], values.shape[1]
     cross = tree(products * q)
-    second, own = tree(q * cross[-dim:]), np.where(inside, score[chosen], F32(0))
-    whole = tree(sums[wide:] * q)
-    total, before = whole - tree(own), whole / F32(GROUP * len(kept))
+    second, whole = tree(q * cross[-dim:]), tree(sums[wide:] * q)
+    before = whole / F32(GROUP * len(kept))
+    # Where a cap rounds, the best score need not have the best logit.
+    highest = logit[chosen[np.argmax(score[chosen])]]
+    highest = highest if sink is None else max(highest, sink)
+    mass, excess = _tail(score, logit, chosen, highest, factor, before, begin + told.offset)
+    own, squares = _taken(score, chosen[inside], begin + told.offset)
+    total = whole - own
     mean = total / F32(many)
-    spread = (second - tree(own * own)) - total * mean
-    left = np.ones(len(score), bool)
-    left[chosen] = False
-    mass, excess = _tail(score, logit, left, top, factor, before, begin + told.offset)
+    spread = (second - squares) - total * mean
     excess = excess + mass * (before - mean)
     alpha, beta = mass / F32(many), F32(0)
     if kind == "linear" and spread > second * LEAST:
@@ -191,22 +193,37 @@ def _completed_row(
 
 
 def _tail(
-    score: np.ndarray, logit: np.ndarray, left: np.ndarray, top: np.ndarray, factor: np.float32, mean: np.ndarray,
+    score: np.ndarray, logit: np.ndarray, chosen: np.ndarray, top: np.ndarray, factor: np.float32, mean: np.ndarray,
     first: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Sum of the weights of the keys that are ``left``, and of weights times distances of scores from ``mean``.
+    """Sum of the weights of the keys that are not ``chosen``, and of weights times distances of scores from ``mean``.
 
     By runs of 16, which begin with the first token of all; ``first`` tokens come before the first score.
     """
     runs = (first + np.arange(len(score))) // RUN
     mass, excess = np.zeros(runs[-1] + 1, F32), np.zeros(runs[-1] + 1, F32)
     for run in range(runs[0], runs[-1] + 1):
-        # Sixteen places, of which those that hold nothing add zero.
-        p, away, here = np.zeros(RUN, F32), np.zeros(RUN, F32), np.flatnonzero(runs == run)
-        place, best = (first + here) % RUN, here[np.argmax(score[here])]
-        p[place] = np.where(left[here], exp2((logit[here] - logit[best]) * factor), F32(0))
-        away[place] = np.where(left[here], score[here] - score[best], F32(0))
-        share, apart = tree(p), tree(p * away)
+        here, gone = np.flatnonzero(runs == run), chosen[runs[chosen] == run]
+        if len(gone) == len(here):
+            continue
+        # Sixteen places, of which those that hold nothing add zero; then what is chosen is taken out, one by one.
+        p, away, best = np.zeros(RUN, F32), np.zeros(RUN, F32), here[np.argmax(score[here])]
+        p[(first + here) % RUN] = exp2((logit[here] - logit[best]) * factor)
+        away[(first + here) % RUN] = score[here] - score[best]
+        distance = p * away
+        share, apart = tree(p), tree(distance)
+        for place in (first + gone) % RUN:
+            share, apart = share - p[place], apart - distance[place]
+        share = np.maximum(share, F32(0))
         relative = exp2((min(logit[best], top) - top) * factor)
         mass[run], excess[run] = relative * share, relative * (apart + share * (score[best] - mean))
     return tree(mass), tree(excess)
+
+
+def _taken(score: np.ndarray, keys: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the scores of some ``keys``, ascending, and of their squares: within each run one after the other."""
+    own, squares = (np.zeros((first + len(score) - 1) // RUN + 1, F32) for _ in range(2))
+    for key in keys:
+        run = (first + key) // RUN
+        own[run], squares[run] = own[run] + score[key], squares[run] + score[key] * score[key]
+    return tree(own), tree(squares)
