@@ -32,8 +32,10 @@ from .prefill import ALLOWED, INTERPRETED
 COMPLETIONS = ("mean", "linear")
 #: (B, H, Hkv, M, N, D) that NumPy recomputes: rows of several groups, a prompt that passes from none to one and to two
 SHAPES = ((1, 4, 2, 1, 300, 32), (2, 3, 1, 2, 517, 64), (1, 2, 2, 40, 144, 32), (1, 1, 1, 3, 258, 80))
-#: the last leaves nothing out
-BUDGETS = (qaxis.Budget(0.1, 5), qaxis.Budget(0.5, 1), qaxis.Budget(0, 33), qaxis.Budget(1.0, 1))
+#: with nine tenths kept, runs of which nothing or one key is left; the fourth leaves nothing out
+BUDGETS = (
+    qaxis.Budget(0.1, 5), qaxis.Budget(0.5, 1), qaxis.Budget(0, 33), qaxis.Budget(1.0, 1), qaxis.Budget(0.9, 1)
+)  # fmt: skip
 #: kinds whose keys a prompt tells apart as well: where all scores are equal but for rounding there is a slope or none
 APART = ("normal", "wide range", "one dominates", "sink", "outlier channel", "outlier key", "coarse scales")
 
@@ -162,7 +164,7 @@ def _witnessed(context: Context, tally: Tally) -> None:
     plan = list(itertools.product(range(len(kinds)), range(3), range(2)))
     for i, j, c in context.progress(plan, "completed rows"):
         shape, dtype = SHAPES[(i + j) % len(SHAPES)], DTYPES[(i + 2 * j) % 3]
-        budget, completion, kind = BUDGETS[(i + j + c) % 4], COMPLETIONS[c], kinds[i]
+        budget, completion, kind = BUDGETS[(i + j + c) % len(BUDGETS)], COMPLETIONS[c], kinds[i]
         made = make(kind, shape, dtype, context.seed % 1000 + 10 * i + j)
         right = witness.completed(*made, budget.coverage, budget.minimum, completion)
         q, k, v = (x.to(context.device) for x in made)
@@ -189,7 +191,8 @@ def _beside(context: Context, tally: Tally) -> None:
         begin = torch.tensor(beside.pads)[:, None].maximum(end - (beside.window or n)).minimum(end)
         place = torch.arange(n)
         allowed = ((place >= begin[..., None]) & (place < end[:, None]))[:, None].to(context.device)
-        sink = torch.linspace(-1, 2, h) if beside.sink else None
+        # From below every key to above most queries' best.
+        sink = torch.linspace(-1, 8, h) if beside.sink else None
         logits = Logits(d**-0.5, beside.cap, None if sink is None else sink.to(context.device))
         indices = door.select(q, k, allowed, budget.of(allowed), backend="reference")
         seen = seen_of(allowed, beside.offset)
