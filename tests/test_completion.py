@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qaxis
-from qaxis.attention import backend, completed
+from qaxis.attention import backend, completed, completion
 from qaxis.attention.always import Always
 from qaxis.attention.completion import GROUP, Seen, completed_weights, kind_of, seen_of
 from qaxis.attention.logits import Logits
+from qaxis.attention.reference import logits_of
 from qaxis.attention.selection import causal_mask
+from selfcheck.checks.completion_bound import ROUNDED
+from selfcheck.inputs import witness
 
 KINDS = ("mean", "linear")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,8 +60,9 @@ def direct(q, k, v, indices, kind, seen, logits):
         if fitted.any():
             s, x = score[fitted], values[fitted]
             spread = (s - s.mean()).square().sum()
-            slope = ((s - s.mean()) @ (x - x.mean(0))) / spread * (spread > squares * 2.0**-12)
-            stand_in = x.mean(0) + (score - s.mean())[:, None] * (slope if kind == "linear" else 0.0 * slope)
+            sloped = kind == "linear" and spread > squares * 2.0**-12
+            slope = ((s - s.mean()) @ (x - x.mean(0))) / spread if sloped else torch.zeros_like(x[0])
+            stand_in = x.mean(0) + (score - s.mean())[:, None] * slope
         below = p[taken].sum() if not fitted.any() else p.sum()
         if logits.sink is not None:
             below = below + (logits.sink[h].double() - top).exp()
@@ -283,3 +287,123 @@ def test_terms_that_leave_float32_are_left_out(kind):
     v = v.sign() * 3e38
     out = qaxis.topk_attention(q, k, v, 9, completion=kind).output
     assert not out.isnan().any()
+
+
+# ---- selected keys are taken out of the sums of their runs -----------------------------------------------------------
+
+
+def bell(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def of_scores(score, v, k_eff, kind, logits=None):
+    """Output of one query with the raw scores ``[N]``, which has the witness's bits, and that of double precision."""
+    logits, n = logits or Logits(1.0), len(score)
+    q, k, v = torch.zeros(1, 1, 1, 4), bell(1, 1, n, 4, seed=1), v[None, None]
+    q[..., 0], k[..., 0] = 1.0, score
+    indices, seen = qaxis.topk_indices(q, k, k_eff), all_seen(1, n)
+    got = backend.attend(q, k, v, indices, logits, completion=kind, seen=seen)
+    told = witness.Setting(scale=logits.scale, cap=logits.soft_cap)
+    right = witness.completed(q, k, v, 0, k_eff, kind, told)
+    assert torch.equal(indices, right["indices"]) and same_bits(got, right["output"])
+    return got, direct(q, k, v, indices, kind, seen, logits)
+
+
+def rounded(got, right, v):
+    """Whether an output is that of double precision, as near as the theorem's claim asks for."""
+    return float((got.double() - right).abs().max()) <= ROUNDED * float(v.abs().max())
+
+
+def keys_of(score, selected, visible=None):
+    visible = torch.ones_like(selected) if visible is None else visible
+    return completion.Keys(score, score, visible, selected, selected)
+
+
+LEFT = {
+    "one": [7], "two of two runs": [37, 200], "one of every run": list(range(3, 300, 16)),
+    "one run": list(range(32, 48)), "one run and one key": [*range(64, 80), 81], "of no complete group": [5, 90, 299],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+@pytest.mark.parametrize("apart", [0.0, 3.0, 20.0])
+def test_runs_of_which_all_or_all_but_one_key_is_kept(left, kind, apart):
+    score, v = bell(300, seed=2), bell(300, 8, seed=3)
+    score[left] = score.min() - apart - bell(len(left), seed=4).abs()
+    v[left] += score[left, None] + apart
+    assert rounded(*of_scores(score, v, 300 - len(left), kind), v)
+
+
+def test_a_run_that_is_kept_leaves_no_rounding_behind():
+    """What is left of its sums, some 2^-24, is nobody's."""
+    score = bell(100, 48)
+    selected = torch.ones(100, 48, dtype=torch.bool)
+    top, mean = score.amax(-1), score.mean(-1)
+    rest = completion.tail(keys_of(score, selected), top, mean, Logits(1.0))
+    assert not rest.mass.any() and not rest.excess.any() and torch.equal(rest.many, torch.full((100,), 48))
+    # Neither is that of keys that nobody sees.
+    visible = torch.arange(48) < 41
+    rest = completion.tail(keys_of(score, selected & visible, visible.expand(100, 48)), top, mean, Logits(1.0))
+    assert not rest.mass.any() and not rest.excess.any() and torch.equal(rest.many, torch.full((100,), 41))
+
+
+def test_the_mass_of_a_run_is_never_negative():
+    """Of keys whose weights vanish beside the selected ones; without a floor some sums would fall below zero."""
+    score = bell(500, 16)
+    score[:, 11] = score.amin(-1) - 69
+    selected = (torch.arange(16) != 11).expand(500, 16)
+    rest = completion.tail(keys_of(score, selected), score.amax(-1), score.mean(-1), Logits(1.0))
+    assert (rest.mass >= 0).all() and rest.mass.any()
+    assert float(rest.mass.max()) < 20 * 2.0**-24 * 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kept", [1, 8, 15])
+def test_keys_that_vanish_beside_a_selected_one_of_their_run(kept, kind):
+    """Weights of 1e-30 of the selected ones': nothing of them is left in the run's mass, nor has it to be."""
+    for seed in range(10):
+        score, v = bell(256, seed=seed), bell(256, 8, seed=seed + 50)
+        left = (torch.arange(256) % 16 + seed) % 16 >= kept
+        score[left] = 2.5 * score[left] - 69 - 10
+        v[left] += 0.2 * score[left, None].clamp(-84, -74) + 16
+        assert float(score[~left].min()) > float(score[left].max()) + 60
+        assert rounded(*of_scores(score, v, int((~left).sum()), kind), v)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("coverage", [0.9, 0.99])
+@pytest.mark.parametrize("n", [129, 500, 1100])
+def test_nearly_all_keys_are_kept(n, coverage, kind):
+    q, k, v = tensors(n, m=3, kv_heads=2, group=2)
+    got = qaxis.topk_attention(q, k, v, qaxis.Budget(coverage, 1), completion=kind)
+    assert 0 < n - got.indices.shape[-1] < n / 9
+    right = witness.completed(q, k, v, coverage, 1, kind)
+    assert torch.equal(got.indices, right["indices"]) and same_bits(got.output, right["output"])
+    assert rounded(got.output, direct(q, k, v, got.indices, kind, all_seen(3, n), Logits(0.25)), v)
+
+
+@pytest.mark.parametrize("begin", [0, 256], ids=["everywhere", "behind the complete groups"])
+@pytest.mark.parametrize(("edge", "scale"), [(3e38, 1.0), (5e37, 1e-38)], ids=["distances", "their sum"])
+def test_an_excess_that_leaves_float32_leaves_no_slope(begin, edge, scale):
+    """Scores at both edges of the range: what is infinite makes the line a mean, whose mass is as it was."""
+    # Values so small that their products with scores add up to something finite.
+    score, v = bell(300, seed=2), bell(300, 8, seed=3) * 2.0**-6
+    score[begin:] = -edge
+    score[begin + 3 :: 16] = edge
+    kept = int((score > 1e37).sum()) + 20
+    line, mean = (of_scores(score, v, kept, kind, Logits(scale)) for kind in ("linear", "mean"))
+    assert line[0].isfinite().all() and same_bits(line[0], mean[0])
+    assert rounded(*mean, v)
+
+
+def test_the_tail_is_relative_to_the_logit_of_the_highest_selected_score():
+    """A cap that rounds may give the higher of two neighbours among scores the lower logit."""
+    score, v, capped = bell(300, seed=2), bell(300, 8, seed=3), Logits(1.0, 1.0)
+    score = torch.where(score > 0.1, score - 4, score)
+    low = torch.tensor(0.17180022597312927)
+    score[40], score[80] = low, torch.nextafter(low, torch.tensor(1.0))
+    logit = logits_of(score, capped)
+    assert score.argmax() == 80 and logit.argmax() == 40 and logit[40] > logit[80]
+    for kind in KINDS:
+        assert rounded(*of_scores(score, v, 30, kind, capped), v)
