@@ -399,11 +399,32 @@ def test_an_excess_that_leaves_float32_leaves_no_slope(begin, edge, scale):
 
 def test_the_tail_is_relative_to_the_logit_of_the_highest_selected_score():
     """A cap that rounds may give the higher of two neighbours among scores the lower logit."""
-    score, v, capped = bell(300, seed=2), bell(300, 8, seed=3), Logits(1.0, 1.0)
-    score = torch.where(score > 0.1, score - 4, score)
-    low = torch.tensor(0.17180022597312927)
-    score[40], score[80] = low, torch.nextafter(low, torch.tensor(1.0))
+    score, v, capped = 6 + 0.5 * bell(300, seed=2), bell(300, 8, seed=3), Logits(1.0, 50.0)
+    low = torch.tensor(8.569159507751465)
+    score[40], score[80] = low, torch.nextafter(low, torch.tensor(9.0))
     logit = logits_of(score, capped)
     assert score.argmax() == 80 and logit.argmax() == 40 and logit[40] > logit[80]
     for kind in KINDS:
         assert rounded(*of_scores(score, v, 30, kind, capped), v)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_are_weighed_by_what_is_known_of_their_scores(kind):
+    """Mass and excess are those of known scores; the line, and weights of selected keys, of canonical ones."""
+    q, k, v = (x[0, 0] for x in tensors(300, m=1))
+    logits, moments = Logits(0.25), completed._Sums(k, v, 0).of(0, 2)
+    chosen = qaxis.topk_indices(q[None, None], k[None, None], 40)[0, 0]
+    visible, arguments = torch.ones(1, 300, dtype=torch.bool), (moments, (0, 2), logits, 0, kind)
+    # Never above the canonical one: what is above the top counts as that.
+    got = completed.rows_of(q, k, v, chosen, visible, *arguments, known=lambda x: (8 * x).floor() / 8)
+    score, values = k.double() @ q[0].double(), v.double()
+    known = (8 * score.float()).floor().double() / 8
+    taken = torch.zeros(300, dtype=torch.bool).scatter_(0, chosen[0], True)
+    top, fitted = score[taken].max(), ~taken & (torch.arange(300) < 256)
+    p = torch.exp((torch.where(taken, score, known) - top) * 0.25)
+    s, x = score[fitted], values[fitted]
+    slope = (s - s.mean()) @ (x - x.mean(0)) / (s - s.mean()).square().sum() * (kind == "linear")
+    drawn = x.mean(0) + (known - s.mean())[:, None] * slope
+    right = p @ torch.where(taken[:, None], values, drawn) / p.sum()
+    assert rounded(got[0], right, v)
+    assert not rounded(got[0], direct(*(y[None, None] for y in (q, k, v, chosen)), kind, all_seen(1, 300), logits), v)
