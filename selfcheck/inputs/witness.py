@@ -79,6 +79,8 @@ def attention(
 
 #: tokens of a group, of a run; a spread below that share of the second moment counts as none
 GROUP, RUN, LEAST = 128, 16, F32(2.0**-12)
+#: a sum over keys counts parts, of numbers up to the most; the highest exponent of a weight
+PART, MOST, HIGHEST = F32(2.0**-40), F32(2.0**20), F32(12)
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,13 @@ def _completed_row(
     dim, wide = q.shape[0], values.shape[1]
     cross = tree(products * q)
     second, whole = tree(q * cross[-dim:]), tree(sums[wide:] * q)
-    before = whole / F32(GROUP * len(kept))
+    before, unit = whole / F32(GROUP * len(kept)), _unit(second)
     # Where a cap rounds, the best score need not have the best logit.
     highest = logit[chosen[np.argmax(score[chosen])]]
     highest = highest if sink is None else max(highest, sink)
-    mass, excess = _tail(score, logit, chosen, highest, factor, before, begin + told.offset)
-    own, squares = _taken(score, chosen[inside], begin + told.offset)
+    mass, excess = _tail(score, logit, chosen, highest, factor, before, unit, begin + told.offset)
+    own = score[chosen[inside]] / unit
+    own, squares = _sum_of_parts(_parts(own)) * unit, _sum_of_parts(_parts(own * own)) * unit * unit
     total = whole - own
     mean = total / F32(many)
     spread = (second - squares) - total * mean
@@ -194,36 +197,43 @@ def _completed_row(
 
 def _tail(
     score: np.ndarray, logit: np.ndarray, chosen: np.ndarray, top: np.ndarray, factor: np.float32, mean: np.ndarray,
-    first: int,
+    unit: np.ndarray, first: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Sum of the weights of the keys that are not ``chosen``, and of weights times distances of scores from ``mean``.
 
-    By runs of 16, which begin with the first token of all; ``first`` tokens come before the first score.
+    Those of all keys by runs of 16, which begin with the first token of all, ``first`` tokens before the first score;
+    less those of the chosen, key by key. Sums count parts, of scores parts of a unit.
     """
-    runs = (first + np.arange(len(score))) // RUN
-    mass, excess = np.zeros(runs[-1] + 1, F32), np.zeros(runs[-1] + 1, F32)
-    for run in range(runs[0], runs[-1] + 1):
-        here, gone = np.flatnonzero(runs == run), chosen[runs[chosen] == run]
-        if len(gone) == len(here):
-            continue
-        # Sixteen places, of which those that hold nothing add zero; then what is chosen is taken out, one by one.
-        p, away, best = np.zeros(RUN, F32), np.zeros(RUN, F32), here[np.argmax(score[here])]
-        p[(first + here) % RUN] = exp2((logit[here] - logit[best]) * factor)
-        away[(first + here) % RUN] = score[here] - score[best]
-        distance = p * away
-        share, apart = tree(p), tree(distance)
-        for place in (first + gone) % RUN:
-            share, apart = share - p[place], apart - distance[place]
-        share = np.maximum(share, F32(0))
-        relative = exp2((min(logit[best], top) - top) * factor)
-        mass[run], excess[run] = relative * share, relative * (apart + share * (score[best] - mean))
-    return tree(mass), tree(excess)
+    runs, mass, excess = (first + np.arange(len(score))) // RUN, [], []
+    for run in np.unique(runs):
+        # Sixteen places, of which those that hold nothing add zero.
+        p, away, here = np.zeros(RUN, F32), np.zeros(RUN, F32), np.flatnonzero(runs == run)
+        place, best = (first + here) % RUN, here[np.argmax(score[here])]
+        p[place] = exp2((logit[here] - logit[best]) * factor)
+        away[place] = score[here] - score[best]
+        share, apart = tree(p), tree(p * away)
+        relative = exp2(np.minimum((logit[best] - top) * factor, HIGHEST))
+        mass.append(_parts(relative * share))
+        excess.append(_parts(relative * (apart + share * (score[best] - mean)) / unit))
+    for key in chosen:
+        relative = exp2(np.minimum((logit[key] - top) * factor, HIGHEST))
+        mass.append(-_parts(relative))
+        excess.append(-_parts(relative * (score[key] - mean) / unit))
+    return np.maximum(_sum_of_parts(np.stack(mass)), F32(0)), _sum_of_parts(np.stack(excess)) * unit
 
 
-def _taken(score: np.ndarray, keys: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the scores of some ``keys``, ascending, and of their squares: within each run one after the other."""
-    own, squares = (np.zeros((first + len(score) - 1) // RUN + 1, F32) for _ in range(2))
-    for key in keys:
-        run = (first + key) // RUN
-        own[run], squares[run] = own[run] + score[key], squares[run] + score[key] * score[key]
-    return tree(own), tree(squares)
+def _unit(second: np.ndarray) -> np.ndarray:
+    """The power of two at or below the root of a sum of squares, within 2^-50 and what its exponent can say."""
+    power = int(np.frexp(second)[1]) - 1 if np.isfinite(second) else 128
+    return np.asarray(2.0 ** (max(power if second else -100, -100) // 2), F32)
+
+
+def _parts(x: np.ndarray) -> np.ndarray:
+    """The nearest numbers of parts, int64; no number counts as the least."""
+    limited = np.clip(np.where(np.isnan(x), -MOST, x), -MOST, MOST)
+    return np.rint(limited / PART).astype(np.int64)
+
+
+def _sum_of_parts(x: np.ndarray) -> np.ndarray:
+    """Integers have no order; they wrap beyond 2^63."""
+    return x.sum(dtype=np.int64).astype(F32) * PART
