@@ -289,7 +289,7 @@ def test_terms_that_leave_float32_are_left_out(kind):
     assert not out.isnan().any()
 
 
-# ---- selected keys are taken out of the sums of their runs -----------------------------------------------------------
+# ---- selected keys are taken out of sums over all keys ---------------------------------------------------------------
 
 
 def bell(*shape, seed=0):
@@ -314,9 +314,13 @@ def rounded(got, right, v):
     return float((got.double() - right).abs().max()) <= ROUNDED * float(v.abs().max())
 
 
-def keys_of(score, selected, visible=None):
-    visible = torch.ones_like(selected) if visible is None else visible
-    return completion.Keys(score, score, visible, selected, selected)
+def tail_of(score, selected):
+    """Sums of rows with the raw scores ``[R, N]`` of which the keys ``selected [N]`` are selected."""
+    picked, seen, exact = score[:, selected], torch.ones_like(score, dtype=torch.bool), score.double()
+    live, no_values = torch.ones_like(picked, dtype=torch.bool), (torch.zeros(1), torch.zeros(len(score), 1))
+    fitted = completion.Fitted(score.shape[1], exact.sum(-1).float(), exact.square().sum(-1).float(), *no_values)
+    chosen = completion.Chosen(picked, picked, live, live)
+    return completion.tail(score, seen, chosen, picked.amax(-1), fitted, Logits(1.0))
 
 
 LEFT = {
@@ -335,27 +339,27 @@ def test_runs_of_which_all_or_all_but_one_key_is_kept(left, kind, apart):
     assert rounded(*of_scores(score, v, 300 - len(left), kind), v)
 
 
-def test_a_run_that_is_kept_leaves_no_rounding_behind():
-    """What is left of its sums, some 2^-24, is nobody's."""
-    score = bell(100, 48)
-    selected = torch.ones(100, 48, dtype=torch.bool)
-    top, mean = score.amax(-1), score.mean(-1)
-    rest = completion.tail(keys_of(score, selected), top, mean, Logits(1.0))
-    assert not rest.mass.any() and not rest.excess.any() and torch.equal(rest.many, torch.full((100,), 48))
-    # Neither is that of keys that nobody sees.
-    visible = torch.arange(48) < 41
-    rest = completion.tail(keys_of(score, selected & visible, visible.expand(100, 48)), top, mean, Logits(1.0))
-    assert not rest.mass.any() and not rest.excess.any() and torch.equal(rest.many, torch.full((100,), 41))
+@pytest.mark.parametrize("apart", [0.0, 5.0, 69.0])
+@pytest.mark.parametrize("left", [[], [11], [5, 17, 40], list(range(16, 32))])
+def test_the_mass_of_what_is_left_is_near_and_never_negative(left, apart):
+    """What rounding leaves of weights that were taken out is at most 20 2^-24 of all; some would fall below zero."""
+    score, selected = bell(500, 48), torch.ones(48, dtype=torch.bool)
+    selected[left] = False
+    score[:, left] -= apart
+    rest, p = tail_of(score, selected), torch.exp(score.double() - score[:, selected].amax(-1, keepdim=True))
+    right = p[:, ~selected].sum(-1)
+    assert (rest.mass >= 0).all() and bool(((rest.mass - right).abs() <= 20 * 2.0**-24 * p.sum(-1)).all())
+    assert rest.mass.any() and (apart < 69 or not rest.mass.all())
+    assert torch.equal(rest.many, torch.full((500,), 48 - len(left)))
+    away = p * (score.double() - score.double().mean(-1, keepdim=True))
+    assert bool(((rest.excess - away[:, ~selected].sum(-1)).abs() <= 40 * 2.0**-24 * away.abs().sum(-1)).all())
 
 
-def test_the_mass_of_a_run_is_never_negative():
-    """Of keys whose weights vanish beside the selected ones; without a floor some sums would fall below zero."""
-    score = bell(500, 16)
-    score[:, 11] = score.amin(-1) - 69
-    selected = (torch.arange(16) != 11).expand(500, 16)
-    rest = completion.tail(keys_of(score, selected), score.amax(-1), score.mean(-1), Logits(1.0))
-    assert (rest.mass >= 0).all() and rest.mass.any()
-    assert float(rest.mass.max()) < 20 * 2.0**-24 * 16
+def test_sums_have_no_order():
+    """Wherever runs and selected keys lie, sums over them are the same."""
+    score, selected = bell(50, 160), bell(160, seed=1) > 0
+    turned = torch.arange(160).unflatten(0, (10, 16)).flip(0).flatten()
+    assert all(map(torch.equal, tail_of(score, selected), tail_of(score[:, turned], selected[turned])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -383,14 +387,13 @@ def test_nearly_all_keys_are_kept(n, coverage, kind):
     assert rounded(got.output, direct(q, k, v, got.indices, kind, all_seen(3, n), Logits(0.25)), v)
 
 
-@pytest.mark.parametrize("begin", [0, 256], ids=["everywhere", "behind the complete groups"])
 @pytest.mark.parametrize(("edge", "scale"), [(3e38, 1.0), (5e37, 1e-38)], ids=["distances", "their sum"])
-def test_an_excess_that_leaves_float32_leaves_no_slope(begin, edge, scale):
+def test_an_excess_that_leaves_float32_leaves_no_slope(edge, scale):
     """Scores at both edges of the range: what is infinite makes the line a mean, whose mass is as it was."""
     # Values so small that their products with scores add up to something finite.
     score, v = bell(300, seed=2), bell(300, 8, seed=3) * 2.0**-6
-    score[begin:] = -edge
-    score[begin + 3 :: 16] = edge
+    score[:] = -edge
+    score[3::16] = edge
     kept = int((score > 1e37).sum()) + 20
     line, mean = (of_scores(score, v, kept, kind, Logits(scale)) for kind in ("linear", "mean"))
     assert line[0].isfinite().all() and same_bits(line[0], mean[0])
