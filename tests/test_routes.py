@@ -7,7 +7,14 @@ import io
 
 import pytest
 import torch
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
 import qaxis
 from qaxis import Budget
@@ -19,6 +26,8 @@ from qaxis.models.holding import HOLDER
 from qaxis.models.masks import Shown
 from qaxis.models.routing import attend
 from qaxis.models.settings import Settings, settings_of
+from qaxis.storage.formats import Format
+from qaxis.storage.grid import Grid
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
@@ -270,3 +279,84 @@ def test_a_dense_layer_of_a_token_reads_all_places_and_sees_its_keys(sliding):
                     found.setdefault(way, []).append(logits)
     torch.testing.assert_close(found["triton"], found["reference"], rtol=1e-5, atol=1e-6)
     assert sum(n for name, n in recording.engines.items() if name.startswith("dense")) == 2
+
+
+CACHES = {
+    "codes": lambda config: qaxis.Cache(config),
+    "bounds": lambda config: qaxis.Cache(config, index="bounds"),
+    "int8": lambda config: qaxis.Int8Cache(config),
+    "int6": lambda config: qaxis.Int8Cache(config, format="int6"),
+    "int4": lambda config: qaxis.Int8Cache(config, format="int4"),
+    "a format of one's own": lambda config: qaxis.Int8Cache(config, format=Format(values=Grid(8, "token", 16))),
+    "dynamic": lambda config: DynamicCache(config=config),
+}
+#: whose keys are numbers, of all places that there is room for
+IN_FULL = ("codes", "bounds")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A model of two layers, whose attention costs little."""
+    monkeypatch.setattr(decoding, "PLACES", 128)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+
+
+def stepped(model, name, backend, **options):
+    """A prompt of more than a group, then a token by a backend: its logits, and how attention of it went."""
+    cache, budget = CACHES[name](model.config), Budget(0.2, 5)
+    with torch.inference_mode():
+        with qaxis.sparse(model, budget, backend="reference", **options):
+            model(prompt(131), past_key_values=cache)
+        with qaxis.sparse(model, budget, backend=backend, **options), qaxis.record(model) as recording:
+            return model(prompt(1), past_key_values=cache).logits, recording.engines
+
+
+@pytest.mark.parametrize("completion", ["none", "linear"])
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+@pytest.mark.parametrize("first_dense", [1, 2])
+@pytest.mark.parametrize("name", CACHES)
+def test_a_token_of_dense_layers_reads_every_cache(small, name, first_dense, backend, completion):
+    options = {"first_dense": first_dense, "completion": completion}
+    found, engines = stepped(small, name, backend, **options)
+    # Sums over all places are rounded otherwise than those over tokens, and codes weigh what they leave out roughly.
+    roughly = (name, backend, completion, first_dense) == ("codes", "cuda", "linear", 1)
+    atol = 1e-3 if roughly else 1e-6 if name in IN_FULL else 0
+    torch.testing.assert_close(found, stepped(small, name, "reference", **options)[0], rtol=0, atol=atol)
+    assert sum(n for engine, n in engines.items() if engine.startswith("dense")) == first_dense
+    if backend != "auto" and completion == "none" and first_dense == 1:
+        assert any(engine.split(":")[0] in ("triton", "cuda") for engine in engines)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_token_of_dense_layers_of_float16_reads_every_cache(small, name):
+    """No kernel reads 8 bits of float16 either."""
+    found, engines = stepped(small.half(), name, "triton", first_dense=1)
+    torch.testing.assert_close(found, stepped(small, name, "reference", first_dense=1)[0], rtol=0, atol=2.0**-8)
+    assert sum(n for engine, n in engines.items() if engine.startswith("dense")) == 1
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_captured_dense_layer_reads_all_places_or_is_no_step(small, name):
+    """Codes have no numbers at places without a token, so a graph of these would be that of no other token."""
+    cache = CACHES[name](small.config)
+    with torch.inference_mode(), qaxis.sparse(small, "dense", backend="triton"):
+        small(prompt(131), past_key_values=cache)
+        with routing.only_steps():
+            if name in IN_FULL:
+                small(prompt(1), past_key_values=cache)
+                return
+            with pytest.raises(RuntimeError, match="the layer is dense"):
+                small(prompt(1), past_key_values=cache)
+
+
+def test_a_dense_step_is_of_keys_and_values_of_one_cache(small):
+    cache, q = qaxis.Cache(small.config), torch.randn(1, 2, 1, 32)
+    with torch.inference_mode():
+        small(prompt(20), past_key_values=cache)
+    keys, values = held(cache), cache.layers[0].kv.views()[1] + 1
+    settings = Settings(None, backend="triton")
+    assert decoding.refusal(q, keys, values, ALL, Logits(0.25), settings) == decoding.DENSE
+    setattr(values, HOLDER, cache.layers[0].kv)
+    assert decoding.refusal(q, keys, values, ALL, Logits(0.25), settings) is None

@@ -18,6 +18,7 @@ from ..attention.logits import Logits
 from ..attention.selection import indices_to_mask
 from ..budget import Budget
 from ..storage.clock import Clock
+from ..storage.in_place import KeyValues
 from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
 from ..storage.shared import Shared
@@ -169,7 +170,7 @@ def refusal(
     """Why these queries cannot, or are not to, be steps; None if they can. Arguments as for :func:`attend`."""
     holder = getattr(k, HOLDER, None)
     if settings.budget is None:
-        return None if _is_dense_step(q, holder, shown, settings) else DENSE
+        return None if _is_dense_step(q, k, v, shown, settings) else DENSE
     # How many keys a query needs is known once all are scored: the table that a step reads has no such number.
     if settings.budget.tolerance is not None:
         return TOLERANCE
@@ -220,10 +221,15 @@ def _not_completed(
     return None
 
 
-def _is_dense_step(q: torch.Tensor, holder: Any, shown: Shown | None, settings: Settings) -> bool:
-    """Whether one query of a dense layer meets full keys in place, where steps are captured or emulated."""
+def _is_dense_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown | None, settings: Settings) -> bool:
+    """Whether one query of a dense layer meets full keys in place, where steps are captured or emulated.
+
+    Codes of any format have no numbers at every place: what stands for them has as many as there are tokens.
+    """
+    holder: Any = getattr(k, HOLDER, None)
+    in_full = isinstance(holder, KeyValues) and getattr(v, HOLDER, None) is holder
     steps = q.is_cuda or settings.backend in ("cuda", "triton")
-    return steps and q.shape[2] == 1 and shown is not None and holder is not None and not holder.quantised
+    return in_full and steps and q.shape[2] == 1 and shown is not None
 
 
 def not_repeatable(k: torch.Tensor, shown: Shown | None) -> str:
