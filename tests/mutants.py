@@ -740,6 +740,7 @@ MUTANTS = (
     Mutant("test_routes.py::test_a_dense_layer_of_a_token_reads_all_places_and_sees_its_keys", "a dense token sees a place too many", "src/qaxis/models/decoding.py", "(places < rows[:, END, None])", "(places <= rows[:, END, None])"),
     Mutant("test_routes.py::test_a_token_of_dense_layers_reads_every_cache", "a dense token takes codes of few bits for numbers", STEPS, "isinstance(holder, KeyValues) and", "holder is not None and not holder.quantised and"),
     Mutant("test_routes.py::test_a_dense_step_is_of_keys_and_values_of_one_cache", "a dense token reads values that its cache does not hold", STEPS, " and getattr(v, HOLDER, None) is holder\n    steps", "\n    steps"),
+    Mutant("test_full_cache.py::test_why_a_step_cannot_be_captured_is_said", "codes of float16 are captured", CACHES, "isinstance(layer, QuantizedLayer) and not layer.kv.quantised", "False"),
     Mutant(PREFILL + "test_parts_are_as_large_as_each_other", "seven heads and then one", "src/qaxis/prefill/plan.py", "    return -(-many // -(-many // at_once))\n", "    return at_once\n"),
 )  # fmt: skip
 

@@ -267,12 +267,11 @@ def test_a_compiled_forward(implementation):
     assert torch.equal(run(step), run(model))
 
 
-def fill(cache, n=30, dim=8, value_dim=8, batch=3):
+def fill(cache, n=30, dim=8, value_dim=8, batch=3, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     for layer in range(len(cache)):
-        cache.update(
-            torch.randn(batch, 2, n, dim, generator=g), torch.randn(batch, 2, n, value_dim, generator=g), layer
-        )
+        states = (torch.randn(batch, 2, n, d, generator=g).to(dtype) for d in (dim, value_dim))
+        cache.update(*states, layer)
     return cache
 
 

@@ -254,8 +254,13 @@ def test_why_a_step_cannot_be_captured_is_said():
     cache.offloading = True
     assert "offloaded" in cache.not_capturable()
     assert "not in place" in qaxis.Cache(build("LFM2").config).not_capturable()
-    for format, why in (("int8", ""), ("int4", "PyTorch")):
-        small = fill(qaxis.Int8Cache(config, format=format))
+    for format, dtype, why in (
+        ("int8", torch.float32, ""),
+        ("int4", torch.float32, "PyTorch"),
+        ("int8", torch.bfloat16, ""),
+        ("int8", torch.float16, "dequantised"),
+    ):
+        small = fill(qaxis.Int8Cache(config, format=format), dtype=dtype)
         assert why in small.not_capturable() and bool(small.not_capturable()) == bool(why)
     assert "more than keys" in qaxis.Int8Cache(build("Falcon-H1").config).not_capturable()
 

@@ -65,7 +65,11 @@ def _not_capturable(layer: Any) -> str:
         return "holds more than keys and values"
     if layer.kv is None or not layer.kv.length:
         return "is empty"
-    return "" if layer.kv.capturable else "quantises with PyTorch, which waits for the host"
+    if not layer.kv.capturable:
+        return "quantises with PyTorch, which waits for the host"
+    # Of codes that no kernel reads a graph would dequantise as many as there were when it was captured.
+    unread = isinstance(layer, QuantizedLayer) and not layer.kv.quantised
+    return "is dequantised for every token" if unread else ""
 
 
 class InPlaceCache(DynamicCache):
