@@ -741,6 +741,10 @@ MUTANTS = (
     Mutant("test_routes.py::test_a_token_of_dense_layers_reads_every_cache", "a dense token takes codes of few bits for numbers", STEPS, "isinstance(holder, KeyValues) and", "holder is not None and not holder.quantised and"),
     Mutant("test_routes.py::test_a_dense_step_is_of_keys_and_values_of_one_cache", "a dense token reads values that its cache does not hold", STEPS, " and getattr(v, HOLDER, None) is holder\n    steps", "\n    steps"),
     Mutant("test_full_cache.py::test_why_a_step_cannot_be_captured_is_said", "codes of float16 are captured", CACHES, "isinstance(layer, QuantizedLayer) and not layer.kv.quantised", "False"),
+    Mutant(OF_MODELS + "test_where_no_group_is_complete_strict_mode_has_nothing_to_refuse", "strict mode asks for a completion of nothing", STEPS, "*(window for window in windows if window)]) < GROUP", "*(window for window in windows if window)]) < 0"),
+    Mutant(OF_MODELS + "test_where_no_group_is_complete_strict_mode_has_nothing_to_refuse", "a complete group is not put back", STEPS, "*(window for window in windows if window)]) < GROUP", "*(window for window in windows if window)]) <= GROUP"),
+    Mutant(OF_MODELS + "test_a_window_without_room_for_a_group_puts_nothing_back", "how many keys a window shows is not looked at", STEPS, "*(window for window in windows if window)]) < GROUP", "]) < GROUP"),
+    Mutant(OF_MODELS + "test_a_step_that_can_complete_asks_for_moments_before_there_is_a_group", "moments are asked for when it is too late to make them", STEPS, 'settings.completion if _not_completed(q, k, v, shown, logits, settings) is None else "none"', '"none"'),
     Mutant(PREFILL + "test_parts_are_as_large_as_each_other", "seven heads and then one", "src/qaxis/prefill/plan.py", "    return -(-many // -(-many // at_once))\n", "    return at_once\n"),
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ Budgets with a tolerance go the same way, to canonical attention.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -349,10 +350,99 @@ def test_strict_mode_refuses_what_nobody_asked_for(llama):
         attention._check_strict(module, Attended(torch.zeros(1), None, "canonical", (refusal,)), strict)
 
 
+@pytest.fixture
+def strictly(monkeypatch):
+    """Strict mode, which looks at tensors on a GPU alone, looks at these."""
+    module, attend = torch.nn.Module(), routing.attend
+
+    def strict(q, k, v, shown, allowed, logits, settings, *rest):
+        done = attend(q, k, v, shown, allowed, logits, settings, *rest)
+        attention._check_strict(module, done, dataclasses.replace(settings, strict=True))
+        return done
+
+    monkeypatch.setattr(routing, "attend", strict)
+
+
+CACHES = {
+    "codes": lambda config: qaxis.Cache(config),
+    "bounds": lambda config: qaxis.Cache(config, index="bounds"),
+    "int6": lambda config: qaxis.Int8Cache(config, format="int6"),
+    "dynamic": lambda config: DynamicCache(config=config),
+}
+
+
+def engines_of(engines):
+    return {engine.split(":")[0] for engine in engines}
+
+
+@pytest.mark.parametrize("tokens, backend", [(1, "cuda"), (3, "cuda"), (16, "cuda"), (1, "triton"), (3, "triton")])
+@pytest.mark.parametrize("name", CACHES)
+def test_where_no_group_is_complete_strict_mode_has_nothing_to_refuse(strictly, monkeypatch, name, tokens, backend):
+    """Of 127 keys nothing is put back, so they go as without a completion; of one more that is for a step to do."""
+    monkeypatch.setattr(decoding, "PLACES", 128)
+    model, options = windowed(None), {"kind": "linear", "tokens": tokens, "ids": prompt(127 - tokens)}
+    engines, found = way(model, backend=backend, cache=CACHES[name](model.config), **options)
+    assert engines_of(engines) == {backend}
+    for kind in ("none", "linear"):
+        options["kind"] = kind
+        canonical = way(model, backend="reference", cache=CACHES[name](model.config), **options)[1]
+        assert torch.equal(found, canonical)
+    options |= {"ids": prompt(128 - tokens), "cache": CACHES[name](model.config), "backend": backend}
+    if name == "dynamic" or tokens > 1:
+        why = decoding.FOREIGN if name == "dynamic" else decoding.DRAFTED
+        with pytest.raises(RuntimeError, match=f"canonical attention, as {why} .strict=True."):
+            way(model, **options)
+    else:
+        asked = {f"canonical: {decoding.TRITON}"}
+        engines, _ = way(model, **options)
+        assert engines == asked if backend == "triton" else engines_of(engines) == {"cuda"}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_eight_bits_of_less_than_a_group_go_as_without_a_completion(strictly, tokens):
+    """Several tokens over them are no step, but a prompt."""
+    model, found = windowed(None), []
+    for kind in ("none", "linear"):
+        options = {"tokens": tokens, "ids": prompt(90), "exactness": "selection", "backend": "triton"}
+        engines, logits = way(model, kind=kind, cache=qaxis.Int8Cache(model.config), **options)
+        assert engines_of(engines) == {"triton" if tokens == 1 else "prefill"}
+        found.append(logits)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("kind", ["ours", "sibling", "dynamic"])
+def test_a_window_without_room_for_a_group_puts_nothing_back(strictly, monkeypatch, kind, backend):
+    """However many tokens there are; a window of 128 keys may hold a group."""
+    monkeypatch.setattr(decoding, "PLACES", 128)
+
+    def go(window, backend):
+        model = windowed(window)
+        config = copy.deepcopy(model.config)
+        if kind == "sibling":
+            config.sliding_window, config.layer_types = None, ["full_attention"]
+        cache = DynamicCache(config=config) if kind == "dynamic" else qaxis.Cache(config)
+        return way(model, backend=backend, cache=cache, ids=prompt(260))
+
+    for window in (100, 127):
+        engines, found = go(window, backend)
+        assert engines_of(engines) == {backend} and torch.equal(found, go(window, "reference")[1])
+    with pytest.raises(RuntimeError, match="canonical attention, as a completion (in a window|of keys)"):
+        go(128, backend)
+
+
+def test_a_step_that_can_complete_asks_for_moments_before_there_is_a_group():
+    """The first that has one may be captured, when it is too late to make them."""
+    model = windowed(None)
+    cache = qaxis.Cache(model.config, index="bounds")
+    way(model, cache=cache, ids=prompt(100))
+    assert cache.layers[0].kv.summary.moments is not None
+
+
 def test_what_is_no_step_is_not_captured(llama):
     cache = qaxis.Cache(llama.config)
     with torch.inference_mode(), qaxis.sparse(llama, FEW, backend="cuda", completion="mean"):
-        llama(prompt(20), past_key_values=cache)
+        llama(prompt(140), past_key_values=cache)
         with pytest.raises(RuntimeError, match="no step that can be repeated: a completion of several queries"):
             with routing.only_steps():
                 llama(prompt(2), past_key_values=cache)

@@ -21,6 +21,7 @@ from ..storage.clock import Clock
 from ..storage.in_place import KeyValues
 from ..storage.key_index import KeyIndex
 from ..storage.lazy import tensor_of
+from ..storage.moments import GROUP
 from ..storage.shared import Shared
 from . import masked
 from .attended import DENSE, NO_GPU, NO_RANGE, REFERENCE, TOLERANCE, Attended, Refusal
@@ -182,11 +183,30 @@ def refusal(
         return Refusal(f"{q.shape[2]} queries")
     if shown is None:
         return NO_RANGE
-    if settings.completion != "none":
+    if _completion(q, k, v, shown, logits, settings) != "none":
         return _not_completed(q, k, v, shown, logits, settings)
     if q.shape[2] > 1 and holder is not None and (holder.window or holder.quantised):
         return SEVERAL
     return None
+
+
+def _completion(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shown: Shown, logits: Logits, settings: Settings
+) -> str:
+    """What a step puts back: ``"none"`` also where it can put nothing back, and there is nothing to put back.
+
+    Where it can it is told all the same: what it needs is there before a step is captured.
+    """
+    if settings.completion == "none" or not _sees_no_group(k, shown):
+        return settings.completion
+    return settings.completion if _not_completed(q, k, v, shown, logits, settings) is None else "none"
+
+
+def _sees_no_group(k: torch.Tensor, shown: Shown) -> bool:
+    """Whether every query sees fewer keys than a complete group has: completed or not, it gets the same bits."""
+    holder: Any = getattr(k, HOLDER, None)
+    windows = (shown.window, None if holder is None else holder.window)
+    return min([k.shape[2], *(window for window in windows if window)]) < GROUP
 
 
 def _not_completed(
@@ -268,7 +288,8 @@ def attend(
         held.shared.workspace.setdefault(_SHOWN, WeakKeyDictionary())[getattr(k, HOLDER)] = shown
     if budget is None:
         return Attended(_dense(q, k, held, shown, logits), None, "dense")
-    completing: dict[str, Any] = {} if settings.completion == "none" else {"completion": settings.completion}
+    kind = _completion(q, k, v, shown, logits, settings)
+    completing: dict[str, Any] = {} if kind == "none" else {"completion": kind}
     if settings.backend == "triton":
         step, engine, reason = _decoder(q, held, budget, "triton"), "triton", "backend='triton'"
     else:

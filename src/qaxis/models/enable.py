@@ -107,7 +107,8 @@ def enable(
             of keys, or the call is refused. A token over a :class:`qaxis.Cache` or :class:`qaxis.Int8Cache` without a
             window goes through the step in CUDA C++: over bounds canonical, over 8-bit codes with the left out ones
             weighed by scores of 16 bits, unless ``exactness="bitwise"``. Else, and several tokens at once, canonical
-            by PyTorch, which takes far longer; :func:`qaxis.record` tells. Prompts go the same ways as without.
+            by PyTorch, which takes far longer; :func:`qaxis.record` tells. Prompts go the same ways as without, and so
+            do tokens that see fewer than 128 keys: nothing is put back there.
 
     Returns:
         The same model.
