@@ -24,6 +24,8 @@ class Budget:
         tolerance: a share of the softmax mass, in (0, 1). Each head and token keeps as many more keys as it needs so
             that those left out hold no more of it; ``Budget(0, 1, tolerance)`` keeps no others. None: no such keys.
             Every key is scored canonically then, on any device; no decode step and no prefill on matrix products.
+            The number is that of the best keys. Keys that are always kept (``sinks``, ``recent``) count towards it in
+            their place, and those left out may hold more than the tolerance then.
 
     Raises:
         ValueError: for values outside those ranges.
