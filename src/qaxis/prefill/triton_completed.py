@@ -54,6 +54,98 @@ def _top_of(
     return top
 
 
+@jit
+def _tail_of(
+    q, keys, bits_ptr, here, behind, usual, seen_from, seen_to, fitted_from, fitted_to,
+    begin, end, n, words, dim, factor, cap, stride_kn,
+    CAP: tl.constexpr, LINEAR: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The first pass: sums over the visible keys of [begin, end) that are left out, of every query ``[QUERIES]``.
+
+    Their mass, 0 where none of them is of a complete group; of those that are how many, and, if LINEAR, the sums of
+    their scores' distances from ``usual`` and of the squares; also the excess of all that are left, relative to
+    ``usual``, and the squared scores of all keys of complete groups.
+    """
+    many = tl.zeros((QUERIES,), tl.int32)
+    mass = tl.zeros((QUERIES,), tl.float32)
+    excess = tl.zeros((QUERIES,), tl.float32)
+    away_sum = tl.zeros((QUERIES,), tl.float32)
+    squares = tl.zeros((QUERIES,), tl.float32)
+    second = tl.zeros((QUERIES,), tl.float32)
+    for offset in tl.range(begin, end, KEYS, num_stages=STAGES):
+        chosen = selected_of(bits_ptr, words, offset, here, QUERIES, KEYS)
+        j = (offset + tl.arange(0, KEYS))[None, :]
+        score = product(q, vectors_of(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
+        left = (j >= seen_from[:, None]) & (j < seen_to[:, None]) & (chosen == 0)
+        fitted = left & (j >= fitted_from[:, None]) & (j < fitted_to[:, None])
+        many += tl.sum(fitted.to(tl.int32), 1)
+        # By rounding alone a key that is left can be above those that are not.
+        power = tl.minimum(in_base_two(score, factor, cap, CAP) - behind[:, None], 0.0)
+        p = tl.where(left, tl.exp2(power), 0.0)
+        mass += tl.sum(p, 1)
+        if LINEAR:
+            away = score - usual[:, None]
+            excess += tl.sum(p * away, 1)
+            away = tl.where(fitted, away, 0.0)
+            away_sum += tl.sum(away, 1)
+            squares += tl.sum(away * away, 1)
+            of_group = (j >= fitted_from[:, None]) & (j < fitted_to[:, None])
+            second += tl.sum(tl.where(of_group, score * score, 0.0), 1)
+    return many, tl.where(many > 0, mass, 0.0), excess, away_sum, squares, second
+
+
+@jit
+def _line_of(many, mass, excess, usual, away_sum, squares, second, QUERIES: tl.constexpr, LINEAR: tl.constexpr):
+    """The weights ``share + slope * (score - mean)`` of keys left out of complete groups, and their scores' spread."""
+    keys_fitted = tl.maximum(many, 1).to(tl.float32)
+    share = mass / keys_fitted
+    slope = tl.zeros((QUERIES,), tl.float32)
+    mean = tl.zeros((QUERIES,), tl.float32)
+    spread = tl.zeros((QUERIES,), tl.float32)
+    if LINEAR:
+        mean = away_sum / keys_fitted
+        spread = squares - away_sum * mean
+        excess -= mass * mean
+        mean += usual
+        # Next to the scores of all keys of complete groups: those of a few that are left may lie close together.
+        sloped = spread > second * _LEAST_SPREAD
+        slope = tl.where(sloped, excess / tl.where(sloped, spread, 1.0), 0.0)
+    return share, slope, mean, spread
+
+
+@jit
+def _weighted_of(
+    q, keys, values, bits_ptr, here, behind, weight, share, slope, mean, room, fitted_from, fitted_to,
+    begin, end, n, words, dim, dim_v, factor, cap, stride_kn, stride_vn,
+    CAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The second pass: values times softmax weights, or affine ones, summed, and ``weight`` plus the former.
+
+    Where values are float16 the affine weights come multiplied by ``room``, and the others are multiplied here.
+    """
+    total = tl.zeros((QUERIES, DIM_V), tl.float32)
+    for offset in tl.range(begin, end, KEYS, num_stages=STAGES):
+        chosen = selected_of(bits_ptr, words, offset, here, QUERIES, KEYS)
+        j = (offset + tl.arange(0, KEYS))[None, :]
+        score = product(q, vectors_of(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
+        p = tl.where(chosen, tl.exp2(in_base_two(score, factor, cap, CAP) - behind[:, None]), 0.0)
+        weight += tl.sum(p, 1)
+        if values.dtype.element_ty == tl.float16:
+            p *= room[:, None]
+        line = share[:, None] + slope[:, None] * (score - mean[:, None])
+        fitted = (j >= fitted_from[:, None]) & (j < fitted_to[:, None]) & (chosen == 0)
+        p += tl.where(fitted, line, 0.0)
+        v = vectors_of(values, offset, n, dim_v, stride_vn, KEYS, DIM_V)
+        if WIDE:
+            # Rounded as for tensor cores, then widened.
+            total += tl.dot(widen(p.to(v.dtype)), widen(v), input_precision="ieee")
+        else:
+            total = tl.dot(p.to(v.dtype), v, total, input_precision="ieee")
+    return total, weight
+
+
 @partial(jit, any_integer=(*VARYING, "shift"))
 def prefill_completed_kernel(
     q_ptr, k_ptr, v_ptr, norm_ptr, largest_ptr, bits_ptr, top_ptr, long_top_ptr, sink_ptr, out_ptr,
@@ -100,51 +192,16 @@ def prefill_completed_kernel(
         weight = tl.exp2(sink - behind)
     seen_from, seen_to = range_of(i, b, first, n, pads_ptr, origin, window, CAUSAL, PADDED)
     fitted_from, fitted_to = _fitted_of(seen_from, seen_to, shift)
-    many = tl.zeros((QUERIES,), tl.int32)
-    mass = tl.zeros((QUERIES,), tl.float32)
     usual = tl.zeros((QUERIES,), tl.float32)
-    excess = tl.zeros((QUERIES,), tl.float32)
-    away_sum = tl.zeros((QUERIES,), tl.float32)
-    squares = tl.zeros((QUERIES,), tl.float32)
-    second = tl.zeros((QUERIES,), tl.float32)
     if LINEAR:
         usual = _usual_of(q, keys, lowest, n, dim, stride_kn, KEYS, DIM, WIDE)
     # Nothing is put back for a tile of queries without a group.
     counted = tl.where(tl.max(fitted_to - fitted_from, 0) > 0, end, begin)
-    for offset in tl.range(begin, counted, KEYS, num_stages=STAGES):
-        chosen = selected_of(bits_ptr, words, offset, here, QUERIES, KEYS)
-        j = (offset + tl.arange(0, KEYS))[None, :]
-        score = product(q, vectors_of(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
-        left = (j >= seen_from[:, None]) & (j < seen_to[:, None]) & (chosen == 0)
-        fitted = left & (j >= fitted_from[:, None]) & (j < fitted_to[:, None])
-        many += tl.sum(fitted.to(tl.int32), 1)
-        # By rounding alone a key that is left can be above those that are not.
-        power = tl.minimum(in_base_two(score, factor, cap, CAP) - behind[:, None], 0.0)
-        p = tl.where(left, tl.exp2(power), 0.0)
-        mass += tl.sum(p, 1)
-        if LINEAR:
-            away = score - usual[:, None]
-            excess += tl.sum(p * away, 1)
-            away = tl.where(fitted, away, 0.0)
-            away_sum += tl.sum(away, 1)
-            squares += tl.sum(away * away, 1)
-            of_group = (j >= fitted_from[:, None]) & (j < fitted_to[:, None])
-            second += tl.sum(tl.where(of_group, score * score, 0.0), 1)
-    # The weight of each key that is left out of a complete group: share + slope * (score - mean).
-    mass = tl.where(many > 0, mass, 0.0)
-    keys_fitted = tl.maximum(many, 1).to(tl.float32)
-    share = mass / keys_fitted
-    slope = tl.zeros((QUERIES,), tl.float32)
-    mean = tl.zeros((QUERIES,), tl.float32)
-    spread = tl.zeros((QUERIES,), tl.float32)
-    if LINEAR:
-        mean = away_sum / keys_fitted
-        spread = squares - away_sum * mean
-        excess -= mass * mean
-        mean += usual
-        # Next to the scores of all keys of complete groups: those of a few that are left may lie close together.
-        sloped = spread > second * _LEAST_SPREAD
-        slope = tl.where(sloped, excess / tl.where(sloped, spread, 1.0), 0.0)
+    many, mass, excess, away_sum, squares, second = _tail_of(
+        q, keys, bits_ptr, here, behind, usual, seen_from, seen_to, fitted_from, fitted_to,
+        begin, counted, n, words, dim, factor, cap, stride_kn, CAP, LINEAR, QUERIES, KEYS, STAGES, DIM, WIDE,
+    )  # fmt: skip
+    share, slope, mean, spread = _line_of(many, mass, excess, usual, away_sum, squares, second, QUERIES, LINEAR)
     room = tl.full((QUERIES,), 1.0, tl.float32)
     if v_ptr.dtype.element_ty == tl.float16:
         # A share of many keys is below float16's smallest number. No weight is above 2 + share + |slope| sqrt(spread).
@@ -152,24 +209,11 @@ def prefill_completed_kernel(
         room = tl.where(many > 0, _ROOM / largest, 1.0)
         share *= room
         slope *= room
-    total = tl.zeros((QUERIES, DIM_V), tl.float32)
-    for offset in tl.range(begin, end, KEYS, num_stages=STAGES):
-        chosen = selected_of(bits_ptr, words, offset, here, QUERIES, KEYS)
-        j = (offset + tl.arange(0, KEYS))[None, :]
-        score = product(q, vectors_of(keys, offset, n, dim, stride_kn, KEYS, DIM), WIDE)
-        p = tl.where(chosen, tl.exp2(in_base_two(score, factor, cap, CAP) - behind[:, None]), 0.0)
-        weight += tl.sum(p, 1)
-        if v_ptr.dtype.element_ty == tl.float16:
-            p *= room[:, None]
-        line = share[:, None] + slope[:, None] * (score - mean[:, None])
-        fitted = (j >= fitted_from[:, None]) & (j < fitted_to[:, None]) & (chosen == 0)
-        p += tl.where(fitted, line, 0.0)
-        v = vectors_of(values, offset, n, dim_v, stride_vn, KEYS, DIM_V)
-        if WIDE:
-            # Rounded as for tensor cores, then widened.
-            total += tl.dot(widen(p.to(v.dtype)), widen(v), input_precision="ieee")
-        else:
-            total = tl.dot(p.to(v.dtype), v, total, input_precision="ieee")
+    total, weight = _weighted_of(
+        q, keys, values, bits_ptr, here, behind, weight, share, slope, mean, room, fitted_from, fitted_to,
+        begin, end, n, words, dim, dim_v, factor, cap, stride_kn, stride_vn,
+        CAP, QUERIES, KEYS, STAGES, DIM, DIM_V, WIDE,
+    )  # fmt: skip
     weight = (weight + mass) * room
     out = total / tl.where(weight > 0.0, weight, 1.0)[:, None]
     e = tl.arange(0, DIM_V)
