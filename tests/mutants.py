@@ -330,6 +330,8 @@ MUTANTS = (
     Mutant(MOMENTS + "test_every_width_and_dtype", "a group that padding begins in counts", SUMMARY, "pads // GROUP + (pads % GROUP > 0).int()", "pads // GROUP"),
     Mutant(MOMENTS + "test_groups_that_change_when_more_of_them_are_quantised_are_added_anew", "groups that change are not added anew", SUMMARY, "        if not holder.lasting:\n", "        if False:\n"),
     Mutant(MOMENTS + "test_a_copy_goes_on_by_itself_and_modes_of_torch_change_nothing", "moments made in inference mode", SUMMARY, "        with torch.inference_mode(False):\n            products", "        if True:\n            products"),
+    Mutant("test_imports.py::test_no_module_is_imported_by_what_it_imports", "a circle of imports, for types alone", SUMMARY, "from .side import Stored\n", "from .side import Stored\n\nif False:\n    from .shared import Holder\n"),
+    Mutant("test_imports.py::test_folders_import_what_is_drawn", "storage takes from attention", SUMMARY, "from .side import Stored\n", "from .side import Stored\n\nif False:\n    from ..attention.logits import Logits\n"),
     Mutant(MOMENTS + "test_every_width_and_dtype", "Triton: halves are added, not neighbours", TRITON_MOMENTS, "tl.sum(tl.reshape(products, (TOKENS >> (level + 1), 2, ROWS, COLUMNS)), 1)", "tl.sum(tl.reshape(products, (2, TOKENS >> (level + 1), ROWS, COLUMNS)), 0)"),
     Mutant(MOMENTS + "test_however_many_tokens_the_kernel_takes_at_once", "Triton: the first half of a group twice", TRITON_MOMENTS, "t + half * (TOKENS // 2), end", "t, end"),
     Mutant(MOMENTS + "test_every_width_and_dtype", "Triton: sums are those of every tile", TRITON_MOMENTS, "mask=(row < x_dim) & sums_too", "mask=row < x_dim"),

@@ -40,6 +40,10 @@ def anew(kv, pads):
     return moments.Moments(*map(torch.stack, zip(*rows, strict=True)))
 
 
+def launch(kv, pads):
+    triton_moments.follow(kv.summary.moments, kv.summary.state, kv.clock.tensor, *kv.all_room(), pads)
+
+
 def ask(kv, pads, way):
     if way == "torch":
         return kv.moments(pads)
@@ -48,7 +52,7 @@ def ask(kv, pads, way):
         kv.summary.make(kv)
     kv.clock.move_to(kv.length)
     for _ in range(2):
-        triton_moments.follow(kv.summary, kv.clock.tensor, *kv.all_room(), pads)
+        launch(kv, pads)
     return kv.summary.moments
 
 
@@ -245,14 +249,14 @@ def test_a_launch_follows_the_clock_alone():
         kv.shared.rewind(mark)
         kv.clock.tensor.fill_(256)
         append_quantised.append(kv, kv.clock.tensor, k[:, :, token : token + 1], v[:, :, token : token + 1])
-        triton_moments.follow(kv.summary, kv.clock.tensor, *kv.all_room(), pads)
+        launch(kv, pads)
         kv.shared.advance(1)
         assert same(kv.summary.moments, anew(kv, pads))
         found.append(kv.summary.moments.sums.clone())
     assert not torch.equal(*found) and not torch.equal(first, found[0])
     # Pads are read where they lie.
     pads.fill_(1)
-    triton_moments.follow(kv.summary, kv.clock.tensor, *kv.all_room(), pads)
+    launch(kv, pads)
     assert same(kv.summary.moments, anew(kv, pads))
 
 

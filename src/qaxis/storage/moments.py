@@ -16,6 +16,13 @@ from .formats import EIGHT
 
 #: tokens of a group
 GROUP = EIGHT.group_size
+#: rows and columns of products that are added together, by a program of a GPU; values and keys have rows of their own
+TILE_ROWS, TILE_COLUMNS = 16, 64
+
+
+def tiles_of(dim: int, dim_v: int) -> tuple[int, int, int]:
+    """Tiles of the rows of values, of the rows of keys, and of the columns."""
+    return -(-dim_v // TILE_ROWS), -(-dim // TILE_ROWS), -(-dim // TILE_COLUMNS)
 
 
 class Moments(NamedTuple):

@@ -11,53 +11,32 @@ from ..validation import check_form, require
 from .clock import Clock
 from .key_index import KeyIndex
 from .moments import Moments
-from .side import Stored
-from .summary import Summary
+from .summary import Summary, Summed
 
 
-class Holder(Protocol):
+class Holder(Summed, Protocol):
     """Keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` of one layer, and the index of the keys.
 
     :class:`~qaxis.storage.in_place.KeyValues` holds numbers, :class:`~qaxis.storage.in_place_quantised.StoredKeyValues`
     codes.
 
+    What it is for the sums over its tokens is in :class:`~qaxis.storage.summary.Summed`.
+
     Attributes:
         shared: what the layers of the cache share.
-        length: tokens appended, also those that a window dropped.
         indexed: places, from the first on, whose keys the index is of.
         reason: why the keys have no index of codes where one would be faster; empty if they have.
         summary: moments, for who asks for them.
     """
 
     shared: Shared
-    length: int
     indexed: int
     reason: str
     summary: Summary
 
     @property
-    def clock(self) -> Clock:
-        """That of the layers on the same device."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffers lie."""
-
-    @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Of keys and values."""
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        """D and Dv."""
-
-    @property
-    def batch(self) -> int:
-        """B."""
-
-    @property
-    def heads(self) -> int:
-        """Hkv."""
 
     @property
     def room(self) -> int:
@@ -78,10 +57,6 @@ class Holder(Protocol):
     @property
     def capturable(self) -> bool:
         """Whether a GPU appends a token in one launch, whatever the clock says."""
-
-    @property
-    def lasting(self) -> bool:
-        """Whether what a complete group of 128 tokens holds stays as it is while others follow."""
 
     def check(self, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str] = ("k", "v")) -> None:
         """Check that states can be appended, by form; ValueError names what cannot."""
@@ -121,12 +96,6 @@ class Holder(Protocol):
             ValueError: for a layer with a window, or pads that do not fit.
             RuntimeError: while a graph is captured, where they were not asked for before or PyTorch makes them.
         """
-
-    def groups(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and the values of the groups [first, end) of 128 tokens, which are complete."""
-
-    def all_room(self) -> tuple[torch.Tensor | Stored, torch.Tensor | Stored]:
-        """The keys and the values of every place, as they are stored: where these lie does not change with a token."""
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""

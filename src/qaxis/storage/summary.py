@@ -8,34 +8,65 @@ that grows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from ..validation import check_memory, require
-from .clock import is_captured
-from .moments import GROUP, Moments, add_groups
+from .clock import Clock, is_captured
+from .moments import GROUP, Moments, add_groups, tiles_of
+from .side import Stored
 
-if TYPE_CHECKING:
-    from .shared import Holder
-
-#: rows and columns of products that are added together, by a program of a GPU; values and keys have rows of their own
-TILE_ROWS, TILE_COLUMNS = 16, 64
 #: a first group that no row has: nothing is counted yet
 _NOTHING = -1
 #: groups whose numbers are made at once
 _AT_ONCE = 64
 
 
-def tiles_of(dim: int, dim_v: int) -> tuple[int, int, int]:
-    """Tiles of the rows of values, of the rows of keys, and of the columns."""
-    return -(-dim_v // TILE_ROWS), -(-dim // TILE_ROWS), -(-dim // TILE_COLUMNS)
-
-
 def first_groups(pads: torch.Tensor) -> torch.Tensor:
     """The first group of every row that holds no padding, int32 ``[B]``."""
     pads = pads.clamp(min=0)
     return pads // GROUP + (pads % GROUP > 0).int()
+
+
+class Summed(Protocol):
+    """What a summary is of: as much of a layer's keys ``[B, Hkv, N, D]`` and values ``[B, Hkv, N, Dv]`` as sums need.
+
+    Attributes:
+        length: tokens appended, also those that a window dropped.
+    """
+
+    length: int
+
+    @property
+    def clock(self) -> Clock:
+        """That of the layers on the same device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers lie."""
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """D and Dv."""
+
+    @property
+    def batch(self) -> int:
+        """B."""
+
+    @property
+    def heads(self) -> int:
+        """Hkv."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what a complete group of 128 tokens holds stays as it is while others follow."""
+
+    def groups(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values of the groups [first, end) of 128 tokens, which are complete."""
+
+    def all_room(self) -> tuple[torch.Tensor | Stored, torch.Tensor | Stored]:
+        """The keys and the values of every place, as they are stored: where these lie does not change with a token."""
 
 
 class Summary:
@@ -52,7 +83,7 @@ class Summary:
         self.state: torch.Tensor | None = None
 
     @torch.no_grad()
-    def of(self, holder: Holder, pads: torch.Tensor | None) -> Moments:
+    def of(self, holder: Summed, pads: torch.Tensor | None) -> Moments:
         """As :meth:`qaxis.storage.shared.Holder.moments`."""
         _check_pads(holder, pads)
         captured = is_captured(holder.clock.tensor)
@@ -60,7 +91,7 @@ class Summary:
             if captured:
                 raise RuntimeError("moments are asked for first while a graph is captured: ask for them once before")
             self.make(holder)
-        assert self.moments is not None
+        assert self.moments is not None and self.state is not None
         if holder.device.type == "cuda" and holder.lasting:
             # Triton exists for Linux only: without a GPU nothing here needs it.
             from . import triton_moments
@@ -70,7 +101,7 @@ class Summary:
             if readable(*sides):
                 # Tokens that were cropped, or taken back, are behind it else.
                 holder.clock.move_to(holder.length)
-                triton_moments.follow(self, holder.clock.tensor, *sides, pads)
+                triton_moments.follow(self.moments, self.state, holder.clock.tensor, *sides, pads)
                 return self.moments
         if captured:
             raise RuntimeError(
@@ -79,7 +110,7 @@ class Summary:
         self._follow(holder, pads)
         return self.moments
 
-    def make(self, holder: Holder) -> None:
+    def make(self, holder: Summed) -> None:
         """Make the buffers, in which no group is counted yet."""
         head, (dim, dim_v) = (holder.batch, holder.heads), holder.dims
         of_values, of_keys, columns = tiles_of(dim, dim_v)
@@ -90,7 +121,7 @@ class Summary:
             self.state = torch.full(size, _NOTHING, dtype=torch.int32, device=holder.device)
         self.moments = Moments(products, sums)
 
-    def _follow(self, holder: Holder, pads: torch.Tensor | None) -> None:
+    def _follow(self, holder: Summed, pads: torch.Tensor | None) -> None:
         """Add what became complete by PyTorch: rows that count the same groups together."""
         assert self.moments is not None and self.state is not None
         if not holder.lasting:
@@ -155,7 +186,7 @@ class Summary:
         return sum(x.untyped_storage().nbytes() for x in (*self.moments, self.state))
 
 
-def _check_pads(holder: Holder, pads: torch.Tensor | None) -> None:
+def _check_pads(holder: Summed, pads: torch.Tensor | None) -> None:
     if pads is None:
         return
     check_memory("pads", pads)

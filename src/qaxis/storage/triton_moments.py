@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ..arithmetic.triton import INTERPRETED, check_device, jit, log2, row_and_block, tl
-from .moments import GROUP
+from .moments import GROUP, TILE_COLUMNS, TILE_ROWS, Moments, tiles_of
 from .side import Stored
-from .summary import TILE_COLUMNS, TILE_ROWS, Summary, tiles_of
 from .triton import load_numbers, side_arguments
 
 _GROUP = tl.constexpr(GROUP)
@@ -155,22 +154,25 @@ def _follow_kernel(
 
 
 def follow(
-    summary: Summary,
+    moments: Moments,
+    state: torch.Tensor,
     clock: torch.Tensor,
     k: torch.Tensor | Stored,
     v: torch.Tensor | Stored,
     pads: torch.Tensor | None = None,
 ) -> None:
-    """Add what became complete, as the clock says, to the moments that ``summary`` has.
+    """Add what became complete, as the clock says, to ``moments``, and note it in ``state``.
 
     Args:
+        moments: contiguous float32 ``[B, Hkv, Dv + D, D]`` and ``[B, Hkv, Dv + D]``.
+        state: int32 ``[B, Hkv, tiles, 2]``, contiguous, of every tile (:func:`qaxis.storage.moments.tiles_of`) the
+            first group that it counts and the one that comes next.
         clock: int32 ``[1]``.
         k, v: ``[B, Hkv, N, D]`` and ``[B, Hkv, N, Dv]`` with all room, as kernels read them
             (:func:`qaxis.storage.triton.readable`).
         pads: int32 ``[B]``, or None.
     """
-    assert summary.moments is not None and summary.state is not None
-    check_device("cache", summary.state, calls_library=True)
+    check_device("cache", state, calls_library=True)
     batch, heads, _, dim = k.shape
     dim_v = v.shape[3]
     of_values, of_keys, columns = tiles_of(dim, dim_v)
@@ -182,9 +184,9 @@ def follow(
         # Complete groups are all in codes, and an end that the host knows is not told to a kernel that reads the clock.
         numbers += [*pointers[:3], *sizes[1:-3]]
         constants |= {f"{name}_{key}": value for key, value in own.items()}
-    with torch.cuda.device_of(summary.state):
+    with torch.cuda.device_of(state):
         _follow_kernel[(batch * heads * tiles,)](
-            clock, clock if pads is None else pads, summary.state, *summary.moments, heads, dim, dim_v, tiles,
+            clock, clock if pads is None else pads, state, *moments, heads, dim, dim_v, tiles,
             of_values, columns, *numbers, **constants, PADDED=pads is not None, AT_ONCE=AT_ONCE,
             LOG_AT_ONCE=log2(AT_ONCE), ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
