@@ -239,6 +239,7 @@ MUTANTS = (
     Mutant(PREFILL + "test_what_does_not_fit_is_refused_by_name", "form of a prefill not checked", "src/qaxis/prefill/attention.py", "    check_qkv_form(q, k, v, causal=causal)\n", ""),
     Mutant("kernel-grid", "last strides ignored", "src/qaxis/storage/triton.py", "position * rows_n + d * rows_d, mask=mask", "position * rows_n + d, mask=mask"),
     Mutant("test_interpreter.py::test_triton_first_is_another_order_of_the_same", "Triton that came first stays compiled", "src/qaxis/arithmetic/interpreter.py", "        _interpret_what_is_loaded()", "        pass"),
+    Mutant("test_interpreter.py::test_an_interpreter_that_is_chosen_after_triton_came_is_named", "Triton's own functions stay compiled, and nobody is told", "src/qaxis/arithmetic/triton.py", "    if calls_library and LOADED_TOO_EARLY:\n", "    if False:\n"),
     Mutant("test_interpreter.py::test_qaxis_first_and_nothing_in_the_environment", "interpreter not chosen", "src/qaxis/arithmetic/interpreter.py", 'os.environ["TRITON_INTERPRET"] = "1"', "pass"),
     # Surroundings: settings of torch, threads, tensors without memory
     Mutant(SURROUNDINGS + "test_scores_by_product_keep_their_bound", "scores by a float32 product", "src/qaxis/arithmetic/fast_scores.py", "torch.matmul(queries[some], keys)", "torch.matmul(queries[some].float(), keys.float())"),

@@ -97,3 +97,12 @@ def test_a_variable_that_changes_midway_is_named():
     first = "import os, qaxis, qaxis.arithmetic.triton\nos.environ['TRITON_INTERPRET'] = '0'"
     code, said = run("attention", first)
     assert code == 1 and said.startswith("RuntimeError: TRITON_INTERPRET was changed after")
+
+
+@pytest.mark.parametrize("use", ["prefill", "decode"])
+def test_an_interpreter_that_is_chosen_after_triton_came_is_named(use):
+    """As with a GPU, where nobody decides anew what Triton was imported for."""
+    first = "import os, triton, qaxis\nos.environ['TRITON_INTERPRET'] = '1'"
+    code, said = run(use, first, TRITON_INTERPRET="0")
+    assert code == 1 and said.startswith("RuntimeError: triton was imported to compile kernels, and TRITON_INTERPRET")
+    assert "before Python starts" in said and "GPU" not in said

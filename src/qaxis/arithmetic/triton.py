@@ -25,7 +25,7 @@ __all__ = [
 
 #: whether kernels run in Triton's interpreter, on a CPU; Triton reads TRITON_INTERPRET when a kernel is defined
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-#: Triton's own functions (tl.sum and others) were defined otherwise: before its interpreter was chosen, or given up
+#: Triton's own functions (tl.sum and others) were defined otherwise: before TRITON_INTERPRET was set, or taken back
 LOADED_TOO_EARLY = INTERPRETED == isinstance(tl.sum, triton.JITFunction)
 #: Triton's interpreter changes its language's module while a kernel runs: one at a time
 _INTERPRETER = RLock()
@@ -150,7 +150,7 @@ def check_device(name: str, x: torch.Tensor, *, calls_library: bool = False) -> 
 
     Raises:
         ValueError: for a tensor on a GPU while kernels are interpreted, or the reverse.
-        RuntimeError: if Triton's own functions were defined before its interpreter was chosen, or given up.
+        RuntimeError: if Triton's own functions were defined before TRITON_INTERPRET was set, or taken back.
     """
     if x.is_cuda == INTERPRETED:
         allowed = (
@@ -160,13 +160,9 @@ def check_device(name: str, x: torch.Tensor, *, calls_library: bool = False) -> 
             "kernels on a CPU, or use backend='reference' where there is one"
         )
         raise ValueError(f"{name}.device={str(x.device)!r}: allowed is {allowed}")
-    if calls_library and LOADED_TOO_EARLY and INTERPRETED:
-        raise RuntimeError(
-            "triton was imported before its interpreter was chosen, which this machine without a GPU needs: "
-            "import qaxis before triton and transformers, or set TRITON_INTERPRET=1 in the environment"
-        )
     if calls_library and LOADED_TOO_EARLY:
+        before = "to compile kernels" if INTERPRETED else "for its interpreter"
         raise RuntimeError(
-            "triton was imported for its interpreter, and TRITON_INTERPRET changed after that: set it, or not, in the "
+            f"triton was imported {before}, and TRITON_INTERPRET changed after that: set it, or not, in the "
             "environment before Python starts, and leave it"
         )
