@@ -85,6 +85,7 @@ CACHE_FILE, HOLDING = "src/qaxis/models/cache_file.py", "src/qaxis/models/holdin
 LAYERS_QUANTISED, SHARED = "src/qaxis/models/quantised.py", "src/qaxis/storage/shared.py"
 IN_PLACE, QUANTISED = "src/qaxis/storage/in_place.py", "src/qaxis/storage/in_place_quantised.py"
 MOMENTS, SUMMARY = "test_moments.py::", "src/qaxis/storage/summary.py"
+PUT_BY_ROWS = "src/qaxis/attention/completed.py"
 TRITON_MOMENTS = "src/qaxis/storage/triton_moments.py"
 APPEND, APPEND_QUANTISED = "src/qaxis/storage/append.py", "src/qaxis/storage/append_quantised.py"
 BOUNDS, PLACES, LAYERS_IN_PLACE = (
@@ -154,6 +155,10 @@ MUTANTS = (
     Mutant(OF_MODELS + "test_how_many_tokens_a_window_dropped_is_told_or_refused", "a full window is taken for the whole text", MASKS, "window is None or n < window or m == n", "True"),
     Mutant(OF_MODELS + "test_refusals_are_told", "a token that cannot be completed is a prompt", ROUTING, "    if no_step.canonical:\n", "    if False:\n"),
     Mutant(OF_MODELS + "test_refusals_are_told", "a window over keys in full is completed as a step", STEPS, "    if holder.window or shown.window is not None:\n", "    if holder.window:\n"),
+    Mutant(OF_MODELS + "test_canonical_tokens_take_the_moments_that_a_cache_keeps", "canonical tokens sum all groups anew", ROUTING, '"kept": _kept(q, k, v, seen)', '"kept": None'),
+    Mutant(OF_MODELS + "test_canonical_tokens_take_the_moments_that_a_cache_keeps", "what is kept for canonical tokens counts padding", ROUTING, "holder.moments(pads)", "holder.moments()"),
+    Mutant(OF_MODELS + "test_who_sees_other_groups_than_are_kept_sums_them", "a window is asked for moments", ROUTING, "or holder.window or", "or"),
+    Mutant(OF_MODELS + "test_who_sees_other_groups_than_are_kept_sums_them", "what is kept serves whoever sees other groups", PUT_BY_ROWS, "self.kept[0] == (first, last)", "True"),
     Mutant(OF_MODELS + "test_moments_are_those_of_what_a_token_sees", "moments count padding", STEPS, "moments(_pads(held, shown))", "moments(None)"),
     Mutant(OF_MODELS + "test_while_a_step_is_captured_the_pads_are_the_graphs", "a graph has the pads of the token that was captured", STEPS, "return held.shared.pads if shown.pads is None and captured else shown.pads", "return shown.pads"),
     Mutant(OF_MODELS + "test_bitwise_takes_no_step_over_codes", "rounded scores pass for canonical ones", STEPS, 'settings.exactness == "bitwise" and held.index.codes is not None', "False"),

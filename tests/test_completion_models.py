@@ -332,6 +332,123 @@ def test_refusals_are_told(llama):
             assert way(windowed(), ids=prompt(n), cache=cache)[0] == {f"canonical: {decoding.WINDOW}"}
 
 
+def rolled(model, calls, cache, parts, mask=None, crop=()):
+    """Outputs of canonical attention, part by part; ``crop``: (part, tokens that are taken back before it)."""
+    ids, n = prompt(sum(parts), 1 if mask is None else len(mask)), 0
+    calls.clear()
+    with torch.inference_mode(), qaxis.sparse(model, FEW, backend="reference", completion="linear"):
+        for i, part in enumerate(parts):
+            for back in (x for at, x in crop if at == i):
+                cache.crop(-back)
+                n -= back
+            n += part
+            model(ids[:, n - part : n], past_key_values=cache, attention_mask=None if mask is None else mask[:, :n])
+    assert {x[3].engine for x in calls} == {"canonical"}
+    return [x[3].output.clone() for x in calls]
+
+
+def same_bits(x, y):
+    return torch.equal(x.view(torch.int32), y.view(torch.int32))
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Which groups each call finds kept, None where none are; while ``nothing`` is in the list none are."""
+    found, real = [], routing._kept
+
+    def spy(*args):
+        moments = None if found[:1] == ["nothing"] else real(*args)
+        found.append(moments and moments.groups)
+        return moments
+
+    monkeypatch.setattr(routing, "_kept", spy)
+    return found
+
+
+#: of two rows the second one begins with padding
+PADDED = torch.ones(2, 400, dtype=torch.long)
+PADDED[1, :60] = 0
+CACHES = {
+    "in full": lambda config: qaxis.Cache(config, index="bounds"), "int8": qaxis.Int8Cache,
+    "int4": lambda config: qaxis.Int8Cache(config, format="int4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["one", "padded"])
+@pytest.mark.parametrize("made", CACHES)
+def test_canonical_tokens_take_the_moments_that_a_cache_keeps(llama, calls, kept, monkeypatch, made, mask):
+    """As if each summed all groups anew: across one that becomes complete, is cropped and comes again."""
+    summed, add_groups = [], completed.add_groups
+    monkeypatch.setattr(completed, "add_groups", lambda *args: summed.append(1) or add_groups(*args))
+    parts, found = (253, *[1] * 11, 100, 1, 1), []
+    for before in ((), ("nothing",)):
+        kept[:] = before
+        summed.clear()
+        cache = CACHES[made](llama.config)
+        found.append(rolled(llama, calls, cache, parts, mask, ((7, 6), (13, 20))))
+        # Of a prompt and a chunk what their queries see, in two layers and KV heads; of the second row less.
+        of_prompts = 2 * 2 * (1 + 2 + (0 if mask is None else 1))
+        assert (len(summed) > of_prompts) if before else (len(summed) == of_prompts)
+    assert len(found[0]) == 2 * len(parts) and all(map(same_bits, *found))
+
+
+@pytest.mark.parametrize("made", CACHES)
+def test_rows_that_change_places_take_their_moments_along(llama, calls, kept, made):
+    found, ids = [], prompt(300, 2)
+    for before in ((), ("nothing",)):
+        kept[:] = before
+        calls.clear()
+        cache, mask = CACHES[made](llama.config), PADDED
+        with torch.inference_mode(), qaxis.sparse(llama, FEW, backend="reference", completion="linear"):
+            llama(ids, past_key_values=cache, attention_mask=mask[:, :300])
+            for n in (301, 302, 303):
+                llama(ids[:, :1], past_key_values=cache, attention_mask=mask[:, :n])
+                cache.reorder_cache(torch.tensor([1, 0]))
+                mask = mask.flip(0)
+        found.append([x[3].output for x in calls])
+        assert before or kept == [None] * 2 + [[(0, 2), (1, 2)]] * 2 + [[(1, 2), (0, 2)]] * 2 + [[(0, 2), (1, 2)]] * 2
+    assert all(map(same_bits, *found))
+
+
+@pytest.mark.parametrize("rows", ["drafted", "hidden at the end", "a window", "a window over all keys"])
+def test_who_sees_other_groups_than_are_kept_sums_them(llama, calls, kept, rows):
+    """Tokens that are drafted across the end of a group, rows that end before it, and windows."""
+    model, parts, mask = llama, (250, 12, 1), None
+    expected = [None] + [[(0, 2)]] * 2
+    if rows == "hidden at the end":
+        mask = torch.ones(2, 400, dtype=torch.long)
+        mask[1, 250:] = 0
+        expected = [None] + [[(0, 2), (0, 2)]] * 2
+    unwindowed = copy.deepcopy(windowed().config)
+    unwindowed.sliding_window, unwindowed.layer_types = None, ["full_attention"]
+    if "window" in rows:
+        model, parts = windowed(), (325, 2, 1, 1, 50, 5, 1)
+        expected = [None] * 7
+    if rows == "a window over all keys":
+        expected = [None, [(1, 2)], [(1, 2)], [(2, 2)], None, [(2, 3)], [(2, 3)]]
+    found = []
+    for before in ((), ("nothing",)):
+        kept[:] = before
+        cache = qaxis.Cache(unwindowed if rows == "a window over all keys" else model.config)
+        found.append(rolled(model, calls, cache, parts, mask))
+        assert before or kept[:: len(kept) // len(parts)] == expected
+    assert all(map(same_bits, *found))
+
+
+def test_keys_of_an_earlier_token_have_other_moments(llama):
+    """What is kept is of more groups by then."""
+    cache = qaxis.Cache(llama.config)
+    with torch.inference_mode():
+        llama(prompt(250), past_key_values=cache)
+        k, v = held(cache)
+        q, settings = torch.randn(1, 6, 1, 16), Settings(FEW, backend="reference", completion="linear")
+        everything = torch.ones(1, 1, 1, 250, dtype=torch.bool)
+        found = [routing.attend(q, k, v, Shown(), lambda: everything, Logits(0.25), settings).output]
+        llama(prompt(10), past_key_values=cache)
+        found += [routing.attend(q, k, v, Shown(), lambda: everything, Logits(0.25), settings).output]
+    assert same_bits(*found) and cache.layers[0].kv.length == 260
+
+
 def test_where_no_step_runs_attention_is_canonical(llama, monkeypatch):
     class Nothing:
         def engine(self, *args, completion, **kwargs):

@@ -75,7 +75,7 @@ def select(
 
 def attend(
     q: torch.Tensor, keys: torch.Tensor | Stored, values: torch.Tensor | Stored, indices: torch.Tensor, logits: Logits,
-    *, backend: str = "auto", completion: str = "none", seen: Seen | None = None,
+    *, backend: str = "auto", completion: str = "none", seen: Seen | None = None, kept: completed.Kept | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Canonical attention over given ``indices``, ``[B, H, M, Dv]`` in q's dtype.
 
@@ -83,10 +83,11 @@ def attend(
         completion: a kind of :data:`~qaxis.attention.completion.KINDS`; sums that are completed are PyTorch's on every
             backend.
         seen: the keys that each query sees; needed for a completion alone.
+        kept: for a completion, moments that a cache keeps.
     """
     if completion != "none":
         assert seen is not None
-        return completed.attend(q, _as_tensor(keys), _as_tensor(values), indices, logits, completion, seen)
+        return completed.attend(q, _as_tensor(keys), _as_tensor(values), indices, logits, completion, seen, kept)
     if runs_on_triton(backend, q.device):
         # Triton, for Linux only, is loaded when it is needed.
         from ..storage.triton import readable

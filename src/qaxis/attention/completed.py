@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -15,9 +16,23 @@ from .logits import Logits
 from .reference import Sums, logits_of, weighted_sums
 
 
+class Kept(NamedTuple):
+    """Moments that a cache keeps, of one range of groups a batch row."""
+
+    #: float32 ``[B, Hkv, Dv + D, D]`` and ``[B, Hkv, Dv + D]``
+    moments: Moments
+    #: the groups [first, last) of every batch row, counted from the first token
+    groups: list[tuple[int, int]]
+
+    def of(self, b: int, g: int) -> tuple[tuple[int, int], Moments]:
+        """The range of a KV head, and its moments."""
+        return self.groups[b], Moments(*(x[b, g] for x in self.moments))
+
+
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, logits: Logits, kind: str, seen: Seen
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, logits: Logits, kind: str, seen: Seen,
+    kept: Kept | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention of ``q [B,H,M,D]`` over the keys that ``indices [B,H,M,K]`` (padded with -1) name, completed.
 
     A query that keeps no key, or leaves out none of a complete group, gets what attention without completion gives.
@@ -26,6 +41,7 @@ def attend(
         k: ``[B, Hkv, N, D]``. v: ``[B, Hkv, N, Dv]``.
         kind: ``"mean"`` or ``"linear"``.
         seen: the keys that each query sees.
+        kept: moments that need not be summed, for the queries that see the groups that they are of.
 
     Returns:
         ``[B, H, M, Dv]`` in q's dtype.
@@ -40,7 +56,8 @@ def attend(
     firsts, lasts = (x.expand(batch, heads, m) for x in seen.groups())
     for b in range(batch):
         for g in range(k.shape[1]):
-            keys, values, sums = k[b, g].float(), v[b, g].float(), _Sums(k[b, g], v[b, g], seen.offset)
+            keys, values = k[b, g].float(), v[b, g].float()
+            sums = _Sums(k[b, g], v[b, g], seen.offset, kept and kept.of(b, g))
             own = slice(g * group, (g + 1) * group)
             ranges = torch.stack([firsts[b, own], lasts[b, own]], -1)
             for first, last in torch.unique(ranges.reshape(-1, 2), dim=0).tolist():
@@ -61,13 +78,17 @@ def attend(
 class _Sums:
     """Moments of ranges of groups of one KV head; ranges that grow go on where the last one ended."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, offset: int) -> None:
-        self.k, self.v, self.offset = k, v, offset
+    def __init__(
+        self, k: torch.Tensor, v: torch.Tensor, offset: int, kept: tuple[tuple[int, int], Moments] | None
+    ) -> None:
+        self.k, self.v, self.offset, self.kept = k, v, offset, kept
         self.first = self.last = -1
         self.moments = empty(k, v)
 
     def of(self, first: int, last: int) -> Moments:
         """Of the groups [first, last), counted from the first token."""
+        if self.kept is not None and self.kept[0] == (first, last):
+            return self.kept[1]
         if first != self.first or last < self.last:
             self.first, self.last, self.moments = first, first, empty(self.k, self.v)
         for group in range(self.last, last):

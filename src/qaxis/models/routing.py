@@ -5,17 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from ..attention import backend
-from ..attention.completion import seen_of
+from ..attention.completed import Kept
+from ..attention.completion import Seen, seen_of
 from ..attention.logits import Logits
 from ..attention.selection import indices_to_mask
 from ..storage.lazy import dequantized, stored_or_tensor
+from ..storage.moments import GROUP
 from ..storage.side import Stored
+from ..storage.summary import first_groups
 from . import decoding, masked, prompts
 from .attended import Attended, Refusal
+from .holding import HOLDER
 from .masks import Shown
 from .settings import Settings
 
@@ -112,6 +117,22 @@ def _canonical(
     name = "auto" if settings.backend == "cuda" else settings.backend
     k_eff = backend.keys_of(settings.budget, q, keys, allowed, logits)
     indices = backend.select(q, keys, allowed, k_eff, backend=name, always=settings.always)
-    seen = None if settings.completion == "none" else seen_of(allowed, dropped())
-    out = backend.attend(q, keys, values, indices, logits, backend=name, completion=settings.completion, seen=seen)
+    completing: dict[str, Any] = {}
+    if settings.completion != "none":
+        seen = seen_of(allowed, dropped())
+        completing = {"completion": settings.completion, "seen": seen, "kept": _kept(q, k, v, seen)}
+    out = backend.attend(q, keys, values, indices, logits, backend=name, **completing)
     return Attended(out, lambda: indices_to_mask(indices, n), "canonical")
+
+
+def _kept(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> Kept | None:
+    """Moments that the cache of a few tokens keeps, of the complete groups from where the newest begins to see.
+
+    None where none are kept, and for a prompt, which sums each group once for all of its queries.
+    """
+    holder: Any = getattr(k, HOLDER, None)
+    in_place = holder is not None and getattr(v, HOLDER, None) is holder
+    if not in_place or holder.window or q.shape[2] > decoding.MOST_QUERIES:
+        return None
+    pads = seen.begin.expand(q.shape[:3])[:, 0, -1].int().contiguous()
+    return Kept(holder.moments(pads), [(first, holder.length // GROUP) for first in first_groups(pads).tolist()])
