@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +18,8 @@ from qaxis.attention.logits import Logits
 from qaxis.attention.selection import causal_mask, indices_to_mask
 from qaxis.cuda import emulator
 from qaxis.decode import Decoder, KeyIndex, places
-from qaxis.prefill import Prefill, PrefillTuning, prefill_attention
+from qaxis.decode.cuda import CudaStep
+from qaxis.prefill import Prefill, PrefillTuning, prefill_attention, selected_positions
 from qaxis.storage.moments import GROUP, Moments, add_groups, empty
 from qaxis.storage.side import Stored
 
@@ -38,6 +40,24 @@ BUDGETS = (
 )  # fmt: skip
 #: kinds whose keys a prompt tells apart as well: where all scores are equal but for rounding there is a slope or none
 APART = ("normal", "wide range", "one dominates", "sink", "outlier channel", "outlier key", "coarse scales")
+
+
+class Stepped(NamedTuple):
+    """Decode steps on a GPU of one shape (B, H, Hkv, M, N, D), and a type of which a few kinds are tried beside."""
+
+    shape: tuple[int, ...]
+    k_eff: int
+    beside: torch.dtype | None = None
+
+
+#: clusters of two programs a row; of one, of the most query heads a key head that there may be; of eight; and of four,
+#: with more runs of keys than threads, as of long texts
+STEPPED = (
+    Stepped((8, 8, 2, 1, 2000, 64), 200, torch.float32), Stepped((9, 8, 1, 1, 9001, 128), 900, torch.float16),
+    Stepped((1, 9, 3, 1, 4097, 64), 64), Stepped((1, 20, 5, 1, 33001, 128), 1000),
+)  # fmt: skip
+#: kinds that are other numbers in another type
+OF_THE_TYPE = ("near ties in the type", "subnormal", "edge of overflow")
 
 
 class Beside(NamedTuple):
@@ -157,18 +177,19 @@ def agreement(context: Context) -> Result:
 
 def _witnessed(context: Context, tally: Tally) -> None:
     """``topk_attention`` against NumPy, every kind of data, dtype and shape; and what it is without a completion."""
-    backends = ("reference", "triton") if context.device != "cpu" else ("reference",)
+    small = context.device == "cpu"
     # Where scores are equal but for rounding there is no slope.
     kinds = (*tuple(KINDS)[::4], "near ties in the type", "one direction") if context.quick else tuple(KINDS)
-    # One shape, dtype and budget a kind and completion, each in turn.
-    plan = list(itertools.product(range(len(kinds)), range(3), range(2)))
+    # One shape, dtype and budget a kind and completion, each in turn: three times where nothing else is computed.
+    plan = list(itertools.product(range(len(kinds)), range(3 if small else 1), range(2)))
     for i, j, c in context.progress(plan, "completed rows"):
         shape, dtype = SHAPES[(i + j) % len(SHAPES)], DTYPES[(i + 2 * j) % 3]
         budget, completion, kind = BUDGETS[(i + j + c) % len(BUDGETS)], COMPLETIONS[c], kinds[i]
         made = make(kind, shape, dtype, context.seed % 1000 + 10 * i + j)
         right = witness.completed(*made, budget.coverage, budget.minimum, completion)
         q, k, v = (x.to(context.device) for x in made)
-        for backend in backends:
+        # Triton selects and no more, by a program for every dtype and shape: once each.
+        for backend in ("reference",) if small or i >= len(SHAPES) else ("reference", "triton"):
             got = qaxis.topk_attention(q, k, v, budget, backend=backend, completion=completion)
             name, by = _named(kind, shape, dtype, completion), "witness"
             tally.bits(name, by if backend == "reference" else backend, got, (right["output"], right["indices"]))
@@ -240,9 +261,12 @@ def _steps(context: Context) -> Iterator[tuple[str, tuple[int, ...], torch.dtype
             yield "one dominates", (1, 2, 2, 1, 1300, 64), torch.float16, 16
         return
     kinds = ("normal", "outlier key") if context.quick else tuple(KINDS)
-    shapes = (((8, 8, 2, 1, 2000, 64), 200), ((4, 32, 8, 1, 9001, 128), 900), ((1, 9, 3, 1, 4097, 64), 64))
-    for (i, kind), (j, (shape, k_eff)) in itertools.product(enumerate(kinds), enumerate(shapes)):
-        yield kind, shape, DTYPES[(i + j) % 3], k_eff
+    for i, kind in enumerate(kinds):
+        shape, k_eff, _ = STEPPED[i % len(STEPPED)]
+        yield kind, shape, torch.bfloat16, k_eff
+    for shape, k_eff, dtype in STEPPED:
+        if dtype is not None and not context.quick:
+            yield from ((kind, shape, dtype, k_eff) for kind in OF_THE_TYPE)
 
 
 def _bits(out: Prefill) -> torch.Tensor:
@@ -258,41 +282,47 @@ def _stepped(context: Context, tally: Tally) -> None:
         return
     generator = torch.Generator(context.device).manual_seed(context.seed)
     made: dict[tuple[int, ...], Decoder] = {}
-    for kind, shape, dtype, k_eff in context.progress(list(_steps(context)), "completed steps"):
+    plan = list(_steps(context))
+    for kind, shape, dtype, k_eff in context.progress(plan, "completed steps"):
         q, k, v = make(kind, shape, dtype, generator)
         if not torch.isfinite(canonical.scores(q, k)).all():
             continue
         b, h, _, _, n, d = shape
         step = made.setdefault((b, h, n, d, k_eff), Decoder(b, h, n, d, k_eff, context.device))
         for way, keys, values, index in ways(k, v):
+            # Triton's step puts nothing back.
+            if step.cuda_step(q, keys, values, index, completion=COMPLETIONS[0]) is None:
+                continue
             dense = (keys.dequantized(), values.dequantized()) if isinstance(keys, Stored) else (k, v)
-            plain = step(q, keys, values, index)
-            kept = (plain.output.clone(), plain.indices.clone())
-            off = step(q, keys, values, index, completion="none")
-            tally.stays(f"step, {way}, {_named(kind, shape, dtype, 'none')}", (off.output, off.indices), kept)
-            for completion in COMPLETIONS:
-                _step(tally, step, (q, keys, values, index), dense, _named(kind, shape, dtype, completion), way)
+            # What has no completion is another program to compile: of one shape.
+            if shape == plan[0][1]:
+                plain = step(q, keys, values, index)
+                kept = (plain.output.clone(), plain.indices.clone())
+                off = step(q, keys, values, index, completion="none")
+                tally.stays(f"step, {way}, {_named(kind, shape, dtype, 'none')}", (off.output, off.indices), kept)
+            _step(tally, step, (q, keys, values, index), dense, partial(_named, kind, shape, dtype), way)
 
 
 def _step(
-    tally: Tally, step: Decoder, arguments: tuple[Any, Any, Any, KeyIndex], dense: tuple[torch.Tensor, torch.Tensor],
-    name: str, way: str,
+    tally: Tally, step: Decoder, arguments: tuple[torch.Tensor, Any, Any, KeyIndex],
+    dense: tuple[torch.Tensor, torch.Tensor], named: Callable[[str], str], way: str,
 ) -> None:  # fmt: skip
-    """One completed step over ``arguments``, whose keys and values are ``dense``; its completion ends the name."""
-    completion, k_eff = name.rpartition(", ")[2], step.made_for.k_eff
-    ran = step.cuda_step(*arguments, completion=completion)
-    if ran is None:
-        return
-    got = step(*arguments, completion=completion, moments=summed(*dense))
-    right = qaxis.topk_attention(arguments[0], *dense, k_eff, backend="auto", completion=completion)
-    output = right.output
-    if arguments[3].codes is not None:
-        logits, in_full = Logits(arguments[0].shape[3] ** -0.5), arguments[3].codes.first.shape[2]
-        output = places.attend(
-            arguments[0], *dense, right.indices, step.all_rows, ran.buffers.fast, ran.buffers.units, logits, completion,
-            in_full,
-        )  # fmt: skip
-    tally.bits(name, f"step_{way}", (got.output, got.indices), (output, right.indices))
+    """One step of each completion over ``arguments``, whose keys and values are ``dense``."""
+    (q, *_, index), k_eff, moments = arguments, step.made_for.k_eff, summed(*dense)
+    if index.codes is not None:
+        # Which keys are kept does not depend on what becomes of the others.
+        indices = qaxis.topk_indices(q, dense[0], k_eff, backend="reference")
+    for completion in COMPLETIONS:
+        got = step(*arguments, completion=completion, moments=moments)
+        if index.codes is None:
+            output, indices = qaxis.topk_attention(q, *dense, k_eff, backend="reference", completion=completion)
+        else:
+            work = cast(CudaStep, step.cuda_step(*arguments, completion=completion)).buffers
+            output = places.attend(
+                q, *dense, indices, step.all_rows, work.fast, work.units, Logits(q.shape[3] ** -0.5), completion,
+                index.codes.first.shape[2],
+            )  # fmt: skip
+        tally.bits(named(completion), f"step_{way}", (got.output, got.indices), (output, indices))
 
 
 def _prompted(context: Context, tally: Tally) -> None:
@@ -306,13 +336,16 @@ def _prompted(context: Context, tally: Tally) -> None:
         dtype = DTYPES[i % 3]
         _, k, v = make(kind, shape, dtype, generator)
         q = torch.randn(*shape[:2], shape[3], shape[5], generator=generator, device=context.device).to(dtype)
-        right = qaxis.topk_attention(q, k, v, budget, backend="auto", completion=completion)
+        right = qaxis.topk_attention(q, k, v, budget, backend="reference", completion=completion)
         name = _named(kind, shape, dtype, completion)
         got = prefill_attention(q, k, v, budget, selection=True, tuning=tuning, completion=completion)
         tally.close(name, "prompt", got.output, right.output, v)
-        plain = prefill_attention(q, k, v, budget, selection=True, tuning=tuning)
-        off = prefill_attention(q, k, v, budget, selection=True, tuning=tuning, completion="none")
-        tally.stays(f"prompt, {name}", (_bits(got), _bits(off), off.output), (_bits(plain), _bits(plain), plain.output))
+        tally.stays(f"prompt, {name}, indices", (selected_positions(_bits(got)),), (right.indices,))
+        # What has no completion is another program to compile: of one dtype.
+        if dtype == torch.bfloat16:
+            plain = prefill_attention(q, k, v, budget, selection=True, tuning=tuning)
+            off = prefill_attention(q, k, v, budget, selection=True, tuning=tuning, completion="none")
+            tally.stays(f"prompt, {name}", (_bits(off), off.output), (_bits(plain), plain.output))
         allowed = causal_mask(shape[3], shape[4], q.device)
         logits = Logits(shape[5] ** -0.5)
         weights = _by_weights(q, k, v, right.indices, allowed, seen_of(allowed), logits, completion)
