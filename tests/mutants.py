@@ -101,6 +101,7 @@ MODELS, ALWAYS, RECORDING = (
 )
 DENSE, DECODING = "selfcheck/rivals/dense_decoding.py", "selfcheck/checks/decoding.py"
 COMPLETING = "benchmarks/completing.py"
+COMPLETION_SPEED = "selfcheck/checks/completion_speed.py"
 SPEED, TIMING, HEADS = "selfcheck/checks/speed.py", "selfcheck/harness/timing.py", "selfcheck/inputs/heads.py"
 GEMMA = "selfcheck/checks/gemma.py"
 OWN, OBSERVING = "src/qaxis/measures/own_logits.py", "src/qaxis/models/observing.py"
@@ -514,6 +515,9 @@ MUTANTS = (
     Mutant("completion-bound", "a bound that is too small", TAIL_BOUND, "    crooked = (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart", "    crooked = 0.3 * (rows.fitted * (p - ruled)).norm(dim=-1)\n    apart"),
     Mutant("completion-ppl", "completion is forgotten by enable", ENABLE, "Settings(chosen, exactness, backend, always, strict, kind)", 'Settings(chosen, exactness, backend, always, strict, "none")'),
     Mutant("test_completion_claims.py::test_the_claim_sees_a_bit_where_it_is_on_and_where_it_is_off", "bits are not looked at", "selfcheck/checks/completing.py", "            if said:\n                self.differ += rows", "            if False:\n                self.differ += rows"),
+    Mutant("test_completion_claims.py::test_steps_on_a_gpu_have_every_kind_dtype_and_way_to_cut_the_work", "half the shapes of the step on a GPU", "selfcheck/checks/completing.py", "STEPPED[i % len(STEPPED)]", "STEPPED[i % 2]"),
+    Mutant("test_completion_claims.py::test_a_step_is_timed_beside_the_same_without_a_completion_round_by_round", "a completed step is timed beside itself", COMPLETION_SPEED, 'ratio(own, times[f"{way}/none"])', "ratio(own, own)"),
+    Mutant("test_completion_claims.py::test_a_timed_step_has_the_bits_of_its_reference", "what replays of completed steps wrote is not looked at", COMPLETION_SPEED, " and torch.equal(got.output, self._right(one)))", ")"),
     # Model and cache
     Mutant("kernel-real", "strides of queries mixed up", KERNELS, "i * stride_qm + d * stride_qd", "i * stride_qd + d * stride_qm"),
     Mutant("flag-off", "disable leaves qaxis on", ENABLE, "        restore(inner, switched)", "        pass"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from selfcheck.checks import speed
+from selfcheck.checks import completion_speed, speed
 from selfcheck.harness.claim import Result
 from selfcheck.harness.timing import CLEAN, WRITTEN
 
@@ -51,6 +51,29 @@ def decode() -> Result:
     for later in every[1:]:
         later.peers = []
     return speed.result(every, 3e12, 41)
+
+
+#: how many times as long a step with completion takes, by what was in the cache before
+COMPLETED = {"codes": {"mean": (1.05, 1.1), "linear": (1.1, 1.2)}, "keys": {"mean": (1.0, 1.0), "linear": (1.05, 1.1)}}
+
+
+def completed(repeats: int = 41, wrong: str = "") -> Result:
+    """Steps that take longer by the same factor in every round, however long the round's take; ``wrong`` of one."""
+    every = []
+    for shape in completion_speed.SHAPES:
+        times: dict[str, dict[str, list[float]]] = {}
+        for i, flush in enumerate((WRITTEN, CLEAN)):
+            times[flush] = {f"dense/{x}": rounds(TOOK[f"dense/{x}"][i], repeats, i) for x in ("cuDNN", "Triton")}
+            for way, factors in COMPLETED.items():
+                base = rounds((100.0, 80.0)[i], repeats, 3)
+                slow = [t * (1 + 0.5 * (r % 2)) * (0.8 if r % 2 == 0 else 1) for r, t in enumerate(base)]
+                middle = float(np.median(slow))
+                slow = [t * (100.0, 80.0)[i] / middle for t in slow]
+                for kind, factor in {"none": (1.0, 1.0), **factors}.items():
+                    times[flush][f"{way}/{kind}"] = [t * factor[i] for t in slow]
+        here = [wrong] if wrong and shape[1] == 8192 else []
+        every.append(completion_speed.Found(shape, times, here))
+    return completion_speed.result(every, repeats)
 
 
 def prefill() -> Result:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -10,12 +12,18 @@ import pytest
 import torch
 
 import qaxis
+from qaxis.attention import completion
+from qaxis.cuda import emulator
+from qaxis.decode import cuda
 from qaxis.storage.moments import GROUP
-from selfcheck.checks import completing, completion_bound, completion_cost, golden
+from selfcheck.checks import completing, completion_bound, completion_cost, completion_speed, golden
 from selfcheck.checks.completion_bound import Blurred, Rows
+from selfcheck.harness import seal
 from selfcheck.harness.claim import Context, NotRunError
 from selfcheck.inputs import witness
 from selfcheck.inputs.adversarial import make
+
+from . import speeds
 
 
 def test_the_witness_without_a_completion_is_the_witness_of_attention():
@@ -179,3 +187,73 @@ def test_costs_are_paired_and_a_completion_that_costs_more_is_said(monkeypatch):
 def test_the_long_texts_need_a_gpu():
     with pytest.raises(NotRunError, match="needs a GPU"):
         completion_cost.perplexity_gpu(Context())
+
+
+def test_steps_on_a_gpu_have_every_kind_dtype_and_way_to_cut_the_work():
+    plan = list(completing._steps(Context(device="cuda")))
+    assert {kind for kind, *_ in plan} == set(completing.KINDS)
+    assert {dtype for _, _, dtype, _ in plan} == set(golden.DTYPES)
+    cuts = set()
+    for shape, k_eff in {(shape, k_eff) for _, shape, _, k_eff in plan}:
+        kinds = [(kind, dtype) for kind, x, dtype, _ in plan if x == shape]
+        assert len(kinds) >= 4 and shape[3] == 1 and shape[4] % GROUP
+        made = step_shape(*(shape[i] for i in (0, 1, 2, 4, 5)), k_eff)
+        cut = cuda.plan_of(made, 132)
+        assert cut is not None
+        cuts.add((cut.cluster, cut.padded // cuda.SUB > cut.cluster * cut.threads))
+    assert cuts == {(1, False), (2, False), (8, False), (4, True)}
+    assert {shape[1] // shape[2] for _, shape, _, _ in plan} == {3, 4, cuda.MOST_GROUP}
+
+
+def step_shape(batch, heads, kv_heads, n, dim, k_eff):
+    return cuda.Shape(
+        batch=batch, heads=heads, kv_heads=kv_heads, n=n, head_dim=dim, dim_v=dim, k_eff=k_eff, dtype=torch.bfloat16,
+        device=torch.device("cpu"), each=8, coded=True, stored=False, forced=False, logits=0, completed=True,
+    )  # fmt: skip
+
+
+def test_a_step_is_timed_beside_the_same_without_a_completion_round_by_round():
+    found = speeds.completed()
+    assert found.passed and found.cases == len(found.data["rows"]) == 7 * 6
+    name = "codes_linear_b1_n131072_k2048"
+    assert found.values[name]["value"] == pytest.approx(1.1) and found.values[f"{name}_clean"]["value"] == 1.2
+    assert found.values[f"{name}_us"]["value"] == pytest.approx(110.0) and found.values[f"{name}_us"]["unit"] == "us"
+    assert found.values["codes_none_b1_n131072_k2048_clean_us"]["value"] == pytest.approx(80.0)
+    assert found.values["keys_linear_b1_n131035_k2048"]["value"] == pytest.approx(1.05)
+    assert found.values["codes_mean_b1_n8192_k820"]["value"] == pytest.approx(1.05)
+    # Both steps of a round are slow together: rounds that were resampled apart would say nothing.
+    for v in (v for key, v in found.values.items() if "_linear_" in key and not key.endswith("us")):
+        assert v["value"] * 0.99 < v["low"] <= v["value"] <= v["high"] < v["value"] * 1.01 and v["n"] == 41
+    assert not any(key.startswith(("codes_none", "keys_none")) and not key.endswith("us") for key in found.values)
+    row = found.data["rows"][2]
+    assert (row["way"], row["completion"]) == ("codes", "linear")
+    assert [(x["best"], round(x["dense"])) for x in (row, row["clean"])] == [("cuDNN", 200), ("Triton", 170)]
+    json.dumps(vars(found))
+    (target,) = next(c["targets"] for c in seal.claims() if c["id"] == "completion-speed")
+    assert [key for key in found.values if fnmatchcase(key, target["values"])] == [name] and target["most"] == 1.08
+    wrong = speeds.completed(wrong="keys/mean")
+    assert not wrong.passed and wrong.verdict == "B=1 N=8192 k=820 keys/mean: another set or output"
+    with pytest.raises(NotRunError, match="needs a GPU"):
+        completion_speed.step(Context())
+
+
+@pytest.mark.skipif(not emulator.available(), reason="needs g++")
+def test_a_timed_step_has_the_bits_of_its_reference():
+    case = completion_speed.Case((1, 300, 20), torch.Generator().manual_seed(5), (2, 1, 64))
+    steps = case.steps()
+    assert [one.name for one in steps] == [f"{way}/{kind}" for way in ("codes", "keys") for kind in completion.KINDS]
+    got = {one.name: one() for one in steps}
+    assert not any(case.differs(one, got[one.name]) for one in steps)
+    outputs = {name: x.output for name, x in got.items()}
+    for way in ("codes", "keys"):
+        assert not torch.equal(outputs[f"{way}/linear"], outputs[f"{way}/none"])
+        assert not torch.equal(outputs[f"{way}/linear"], outputs[f"{way}/mean"])
+    for one in steps:
+        step = got[one.name]
+        near = step.output.clone()
+        near[0, 1, 0, 3] = torch.nextafter(near[0, 1, 0, 3], torch.tensor(torch.inf, dtype=near.dtype))
+        assert case.differs(one, step._replace(output=near))
+        other = step.indices.clone()
+        other[0, 0, 0, 0] += 1
+        assert case.differs(one, step._replace(indices=other))
+    assert case.differs(steps[1], got["codes/linear"]) and case.differs(steps[4], got["keys/none"])
