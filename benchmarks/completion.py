@@ -4,7 +4,8 @@
     python -m benchmarks.completion report benchmarks/local/*.json
 
 Every article goes through the model once a way, float32, batch 1, on one GPU or slowly on a CPU. The ways are in
-``completing.py``, what is measured and the bytes beside it in ``completion_plans.py``. Results are written after each
+``selfcheck/rivals/completing.py``, the bytes beside them in ``bytes_read.py`` there, what is measured in
+``completion_plans.py``. Results are written after each
 pass, so a run that was stopped (``--seconds``, or killed) goes on where it was when the same command is given again.
 Selection is by float32 scores of matrix products, not canonical: which of nearly equal keys are kept differs, which
 perplexity does not notice.
@@ -33,13 +34,14 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from benchmarks.completing import Way, attending_by
-from benchmarks.completion_plans import DENSE, MAIN, MODES, Plan, Shape, bounds, parts, plans_of
+from benchmarks.completion_plans import MAIN, MODES, bounds, parts, plans_of
 from benchmarks.completion_report import report_of
 from qaxis.validation import require
 from selfcheck.checks.retrieval import TASKS
 from selfcheck.harness.files import write_atomic
 from selfcheck.inputs import optional, subjects
+from selfcheck.rivals.bytes_read import DENSE, Plan, shape_of
+from selfcheck.rivals.completing import Way, attending_by
 
 #: (articles, tokens of each)
 WINDOWS = {"smollm2": (40, 8192), "gemma": (12, 16384)}
@@ -86,14 +88,6 @@ def load(model: str, path: Path | None, device: str) -> tuple[Any, Any, str]:
         ours = logits_of(loaded, loaded.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0])
     require(torch.allclose(own, ours, atol=1e-3), "model", type(loaded).__name__, "one whose head makes its logits")
     return loaded, tokenizer, digest[:16]
-
-
-def shape_of(model: Any) -> Shape:
-    """Heads and their sizes."""
-    config = model.config
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(heads, config.num_key_value_heads, dim, dim)
 
 
 def texts_of(tokenizer: Any, source: Path | None, corpus: str | None, count: int, length: int) -> list[torch.Tensor]:

@@ -10,9 +10,10 @@ import torch
 from scipy import stats
 
 import qaxis
-from benchmarks.completing import EVERY
-from benchmarks.completion_plans import DENSE, MAIN, MODES, Plan, Shape, bounds, mean_bytes, parts
+from benchmarks.completion_plans import MAIN, MODES, bounds, parts
 from qaxis.validation import require
+from selfcheck.rivals.bytes_read import DENSE, Plan, Shape, mean_bytes
+from selfcheck.rivals.standing_in import EVERY
 
 #: upper end of the 95 % interval of the perplexity change in per cent, at those lengths
 TARGETS = {

@@ -100,7 +100,7 @@ MODELS, ALWAYS, RECORDING = (
     "src/qaxis/models/recording.py",
 )
 DENSE, DECODING = "selfcheck/rivals/dense_decoding.py", "selfcheck/checks/decoding.py"
-COMPLETING = "benchmarks/completing.py"
+COMPLETING, STANDING_IN = "selfcheck/rivals/completing.py", "selfcheck/rivals/standing_in.py"
 COMPLETION_SPEED = "selfcheck/checks/completion_speed.py"
 SPEED, TIMING, HEADS = "selfcheck/checks/speed.py", "selfcheck/harness/timing.py", "selfcheck/inputs/heads.py"
 GEMMA = "selfcheck/checks/gemma.py"
@@ -293,8 +293,8 @@ MUTANTS = (
     Mutant("test_rivals.py::test_every_target_is_of_values_that_are_measured_and_the_paper_says_which_are_met", "the best of several values meets a target", "paper/numbers.py", 'worst, sign = (min(found), r"$\\ge$")', 'worst, sign = (max(found), r"$\\ge$")'),
     Mutant("test_rivals.py::test_a_token_is_its_kernels_and_gaps", "gaps are not counted", "selfcheck/checks/timeline.py", "max(0.0, start - at)", "0.0"),
     Mutant("test_rivals.py::test_enable_as_documented_is_compared_with_the_reference", "rows of a prompt are not compared", "selfcheck/checks/enable.py", "int((off > NEAR).sum())", "0"),
-    Mutant("test_completion_benchmark.py::test_every_completion_is_what_it_says", "a block of a completion has no mean before it is full", COMPLETING, "return by_heads(full, self.means[:, : full.shape[-1]]) + own * last", "return by_heads(full, self.means[:, : full.shape[-1]])"),
-    Mutant("test_completion_benchmark.py::test_every_completion_is_what_it_says", "a pooled slope knows a block that is not full", COMPLETING, "for some, whole in runs(rows.first, rest.shape[2], size):\n            if whole:\n                q = rows.q[:, :, some]", "for some, whole in runs(rows.first - 1, rest.shape[2], size):\n            if whole:\n                q = rows.q[:, :, some]"),
+    Mutant("test_completion_benchmark.py::test_every_completion_is_what_it_says", "a block of a completion has no mean before it is full", STANDING_IN, "return by_heads(full, self.means[:, : full.shape[-1]]) + own * last", "return by_heads(full, self.means[:, : full.shape[-1]])"),
+    Mutant("test_completion_benchmark.py::test_every_completion_is_what_it_says", "a pooled slope knows a block that is not full", STANDING_IN, "for some, whole in runs(rows.first, rest.shape[2], size):\n            if whole:\n                q = rows.q[:, :, some]", "for some, whole in runs(rows.first - 1, rest.shape[2], size):\n            if whole:\n                q = rows.q[:, :, some]"),
     Mutant("test_completion_benchmark.py::test_a_line_from_moments_is_the_line_from_scores", "a line by moments forgets its mean score", COMPLETING, "excess = rest.mul_(near - mean)", "excess = rest.mul_(near)"),
     Mutant("test_completion_benchmark.py::test_stored_keys_and_values_are_those_of_decoding", "values of an open group are quantised", COMPLETING, "full.v[:, tokens] - layer.v[:, tokens]", "full.v[:, tokens] - full.v[:, tokens]"),
     Mutant("test_completion_benchmark.py::test_a_run_goes_on_where_it_was", "what was measured is measured again", "benchmarks/completion.py", "missing = [plan for plan in plans if plan.name not in record[\"ways\"]]", "missing = list(plans)"),

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qaxis
-from benchmarks import completing, completion, completion_plans, completion_report
-from benchmarks.completing import Exact, Layer, Rows, Share, Way, attend, budgeted
-from benchmarks.completion_plans import DENSE, Plan
+from benchmarks import completion, completion_plans, completion_report
 from qaxis.storage.formats import FORMATS
 from selfcheck.checks import families
+from selfcheck.rivals import bytes_read, choosing_keys, completing, standing_in
+from selfcheck.rivals.bytes_read import DENSE, Plan
+from selfcheck.rivals.choosing_keys import Exact, Layer, Rows, Share, budgeted
+from selfcheck.rivals.completing import Way, attend
 from selfcheck.rivals.schemes import of_format
 from selfcheck.rivals.streaming import streaming
 
@@ -49,7 +51,7 @@ def stand_ins(kind: str, k: torch.Tensor, v: torch.Tensor, score: torch.Tensor, 
     """What stands for the value of every key a query of KV head ``h`` sees, ``[n, Dv]``, written out."""
     n, full = len(k), len(k) // 128 * 128
     if kind == "recent":
-        return mean(v[-completing.RECENT :]).expand_as(v)
+        return mean(v[-standing_in.RECENT :]).expand_as(v)
     if kind in ("mean", "linear"):
         some = (~kept[:full]).nonzero()[:, 0]
         line = mean(v[some]).expand_as(v).clone()
@@ -70,7 +72,7 @@ def stand_ins(kind: str, k: torch.Tensor, v: torch.Tensor, score: torch.Tensor, 
             out += away[:, None] * (away @ v) / away.square().sum()
         return out
     if kind == "clusters":
-        which = completing.clusters(x.k, N // 64)[h, :n]
+        which = standing_in.clusters(x.k, N // 64)[h, :n]
         out = mean(v[:full] if full else v).expand_as(v).clone()
         for c in which[:full].unique():
             out[which == c] = mean(v[:full][which[:full] == c])
@@ -116,7 +118,7 @@ def direct(x: Layer, kind: str) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("kind", completing.EVERY)
+@pytest.mark.parametrize("kind", standing_in.EVERY)
 def test_every_completion_is_what_it_says(kind):
     x = layer()
     right = direct(x, kind)
@@ -127,7 +129,7 @@ def test_every_completion_is_what_it_says(kind):
 
 def test_the_packages_own_kinds_are_the_packages():
     x = layer(m=20)
-    for kind in ("none", *completing.PACKAGE):
+    for kind in ("none", *standing_in.PACKAGE):
         q, k, v = x.q.flatten(0, 1)[None], x.k[None], x.v[None]
         right = qaxis.topk_attention(q, k, v, BUDGET, backend="reference", completion=kind).output[0]
         assert float((attend(x, Way(EXACT, kind)).flatten(0, 1) - right).abs().max()) < 2e-5
@@ -140,12 +142,12 @@ def test_a_line_from_moments_is_the_line_from_scores():
     assert float((both[0] - both[1]).abs().max()) < 2e-5
 
 
-def choice(x: Layer, select: Any) -> tuple[Rows, completing.Choice]:
+def choice(x: Layer, select: Any) -> tuple[Rows, choosing_keys.Choice]:
     """All queries as one chunk."""
-    scores = completing.by_heads(x.q, x.k.transpose(1, 2))
+    scores = choosing_keys.by_heads(x.q, x.k.transpose(1, 2))
     before = x.k.shape[1] - x.q.shape[2]
     rows = Rows(x.q, scores, before)
-    completing.hidden(scores, rows)
+    choosing_keys.hidden(scores, rows)
     return rows, select.prepare(x)(rows)
 
 
@@ -171,19 +173,19 @@ def test_a_share_of_the_mass_is_kept_by_the_fewest_keys(tolerance):
 
 @pytest.mark.parametrize("rival", ["Loki", "Double Sparsity"])
 def test_a_rival_that_reads_whole_keys_is_exact(monkeypatch, rival):
-    monkeypatch.setattr(completing.RIVALS[rival], "share", 1.0)
+    monkeypatch.setattr(choosing_keys.RIVALS[rival], "share", 1.0)
     x = layer()
-    rows, found = choice(x, completing.RIVALS[rival](EXACT.counts))
+    rows, found = choice(x, choosing_keys.RIVALS[rival](EXACT.counts))
     assert float((found.near - rows.scores)[rows.visible.expand_as(rows.scores)].abs().max()) < 1e-3
     right = choice(x, EXACT)[1].selected
     assert float((found.selected != right).float().mean()) < 1e-4
-    whole = attend(x, Way(completing.RIVALS[rival](EXACT.counts), "own mass"))
+    whole = attend(x, Way(choosing_keys.RIVALS[rival](EXACT.counts), "own mass"))
     assert float((whole - attend(x, Way(EXACT, "linear")))[:, :, 150:].abs().mean()) < 1e-3
 
 
-@pytest.mark.parametrize("rival", completing.RIVALS)
+@pytest.mark.parametrize("rival", choosing_keys.RIVALS)
 def test_a_rival_keeps_its_number_and_sees_nothing_ahead(rival):
-    rows, found = choice(layer(), completing.RIVALS[rival](EXACT.counts))
+    rows, found = choice(layer(), choosing_keys.RIVALS[rival](EXACT.counts))
     k = BUDGET.table(N)[rows.seen].expand(HEADS, GROUPED, -1)
     kept = found.selected.sum(-1)
     if rival == "Quest":
@@ -191,7 +193,8 @@ def test_a_rival_keeps_its_number_and_sees_nothing_ahead(rival):
         assert bool(found.selected.diagonal(dim1=-2, dim2=-1).all())
     else:
         assert torch.equal(kept, k)
-    assert not (found.selected & ~rows.visible).any() and bool((found.near[..., ~rows.visible] == completing.LOW).all())
+    assert not (found.selected & ~rows.visible).any()
+    assert bool((found.near[..., ~rows.visible] == choosing_keys.LOW).all())
     right = choice(layer(), EXACT)[1].selected
     if rival != "Quest":
         # Chance would be a tenth; pages live on neighbours that are alike, which these are not.
@@ -201,7 +204,7 @@ def test_a_rival_keeps_its_number_and_sees_nothing_ahead(rival):
 def test_quest_takes_the_pages_with_the_best_bounds():
     x = layer()
     i = N - 3
-    rows, found = choice(x, completing.Quest(EXACT.counts))
+    rows, found = choice(x, choosing_keys.Quest(EXACT.counts))
     q, seen = x.q[1, 1, i], rows.first + i + 1
     bound = [float(torch.maximum(q * p.amin(0), q * p.amax(0)).sum()) for p in x.k[1, : seen // 16 * 16].split(16)]
     pages = {*np.argsort(bound)[::-1][: BUDGET.k_eff(seen) // 16 - 1].tolist(), seen // 16}
@@ -210,13 +213,13 @@ def test_quest_takes_the_pages_with_the_best_bounds():
 
 def test_sparq_completes_by_its_own_share_of_the_mass():
     x = layer()
-    rows, found = choice(x, completing.SparQ(EXACT.counts))
+    rows, found = choice(x, choosing_keys.SparQ(EXACT.counts))
     i = N - 3
     kept, n = found.selected[1, 0, i], rows.first + i + 1
     alpha = (found.near[1, 0, i].double() * x.scale).softmax(-1)[kept].sum()
     p = (rows.scores[1, 0, i, kept].double() * x.scale).softmax(-1)
     right = alpha * (p @ x.v[1, kept].double()) + (1 - alpha) * x.v[1, :n].double().mean(0)
-    out = attend(x, Way(completing.SparQ(EXACT.counts), "SparQ"))[1, 0, i]
+    out = attend(x, Way(choosing_keys.SparQ(EXACT.counts), "SparQ"))[1, 0, i]
     assert float((out - right).abs().max()) < 1e-5
     # The newest quarter of what is kept is always kept.
     assert bool(kept[n - BUDGET.k_eff(n) // 4 : n].all())
@@ -267,14 +270,14 @@ def test_losses_distances_and_agreement_are_those_of_the_logits(llama):
 
 # Plans, runs, the report.
 
-SHAPE = completion_plans.Shape(9, 3, 64, 64)
+SHAPE = bytes_read.Shape(9, 3, 64, 64)
 COVERAGE = ("coverage", 0.1)
 
 
 def test_bytes_are_those_of_the_formulas():
     n, k = np.array([1000.0]), np.array([100.0])
     read = {
-        plan.name: float(completion_plans.bytes_of(plan, SHAPE, n, k)[0])
+        plan.name: float(bytes_read.bytes_of(plan, SHAPE, n, k)[0])
         for plan in (DENSE, *(p for some in completion_plans.parts().values() for p in some))
     }
     keys, values = 3 * 1000 * 128, 9 * 100 * 128
@@ -295,7 +298,7 @@ def test_at_equal_bytes_a_rival_keeps_all_that_they_pay_for(complete):
     n = np.arange(1, 8193)
     k = plan.counts(SHAPE, 8192)(torch.from_numpy(n)).numpy()
     paid, read, more = (
-        completion_plans.bytes_of(p, SHAPE, n, x)
+        bytes_read.bytes_of(p, SHAPE, n, x)
         for p, x in ((ours, qaxis.Budget(0.1, 64).table(8192)[1:].numpy()), (plan, k), (plan, k + 1))
     )
     assert bool(((read <= paid) | (k == 1)).all()) and bool(((more > paid) | (k == n)).all())
@@ -304,7 +307,7 @@ def test_at_equal_bytes_a_rival_keeps_all_that_they_pay_for(complete):
 
 @pytest.mark.parametrize("kept", [3.0, 41.7])
 def test_a_share_of_the_keys_with_a_mean_k(kept):
-    counts = completion_plans.share_of(kept, 1000)(torch.arange(1, 1001))
+    counts = bytes_read.share_of(kept, 1000)(torch.arange(1, 1001))
     assert float(counts.double().mean()) == pytest.approx(kept, rel=0.01)
 
 
