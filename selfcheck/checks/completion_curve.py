@@ -1,0 +1,125 @@
+"""What top-k attention costs a model in perplexity against the bytes that it reads, beside what others select.
+
+Every way is one of ``rivals/bytes_read.py``, which has the formulas: keys, values, scales, what a selection scans and
+what a completion keeps, of one decode step, mean over all positions. All of it is matrix products in float32. A rival's
+line has the masses of its own approximate scores, as the exact ones would cost it the bytes of all keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from typing import Any
+
+import torch
+
+import qaxis
+
+from ..harness.claim import Context, NotRunError, Result, value
+from ..rivals.bytes_read import DENSE, Plan, Shape, mean_bytes, shape_of
+from ..rivals.choosing_keys import RIVALS
+from ..rivals.completing import attending_by
+from .changes import as_row, as_value, in_words
+
+COVERAGES = (0.01, 0.02, 0.05, 0.1, 0.2)
+#: as many keys as the bytes of exact keys of that coverage with a line pay for
+EQUAL = 0.1
+TOLERANCES = (0.1, 0.02)
+
+
+def plans() -> list[Plan]:
+    """All that is measured beside dense attention: of each only budgets at which it is a point of its own."""
+    exact = [("coverage", x) for x in COVERAGES]
+    usual = [("coverage", x) for x in (0.05, 0.1)]
+    others = [("coverage", 0.05), ("bytes", EQUAL)]
+    return [
+        *(Plan(budget) for budget in exact),
+        *(Plan(budget, kind) for kind in ("mean", "block 64") for budget in usual),
+        # A fifth of the keys leaves the line nothing to mend.
+        *(Plan(budget, "linear") for budget in exact[:-1]),
+        *(Plan(("coverage", x), "linear", stored=True) for x in (0.02, 0.1)),
+        *(Plan(("tolerance", x), "linear") for x in TOLERANCES),
+        *(Plan(budget, kind, rival) for rival in RIVALS for kind in ("none", "own mass") for budget in others),
+        *(Plan(budget, "SparQ", "SparQ") for budget in others),
+    ]
+
+
+def name_of(plan: Plan) -> str:
+    """A way's name among the values: selection, budget, completion."""
+    what, x = plan.budget
+    budget = {"coverage": "c", "tolerance": "t", "bytes": "equal"}[what]
+    number = "" if what == "bytes" else f"{100 * x:02.0f}"
+    kind = {"own mass": "linear", "block 64": "block", "SparQ": "own"}.get(plan.complete, plan.complete)
+    selection = plan.rival.lower().replace(" ", "_") or "int8" * plan.stored
+    return "_".join(filter(None, (selection, budget + number, kind)))
+
+
+def _kept(plan: Plan, shape: Shape, length: int, found: list[float]) -> float:
+    """The mean k of a way: of the selection where only that knows it, else of the budget."""
+    if found:
+        return statistics.fmean(found)
+    counts = plan.counts(shape, length)
+    if counts is None:
+        raise ValueError(f"budget={plan.budget}: allowed is one of a number of keys, or a selection that counted them")
+    return float(counts(torch.arange(1, length + 1)).double().mean())
+
+
+def measured(model: Any, texts: list[torch.Tensor], context: Context) -> Result:
+    """Every way on every text ``[1, N]``, against dense attention, paired by token."""
+    shape, length, every = shape_of(model), texts[0].shape[1], plans()
+    lost: dict[Plan, list[torch.Tensor]] = {plan: [] for plan in (DENSE, *every)}
+    kept: dict[Plan, list[float]] = {plan: [] for plan in every}
+    for ids, plan in context.progress(list(itertools.product(texts, lost)), "forward passes"):
+        with attending_by(model, plan.way(shape, length)) as tally:
+            lost[plan].append(qaxis.token_losses(model, ids))
+        if tally.mean is not None:
+            kept[plan].append(tally.mean)
+    dense = mean_bytes(DENSE, shape, length, None)
+    values = {"texts": value(len(texts), "texts"), "tokens": value(length, "tokens")}
+    values["dense_bytes"] = value(round(dense / shape.kv_heads), "bytes a token, layer and KV head")
+    rows: list[dict[str, Any]] = []
+    changes: dict[str, qaxis.PerplexityChange] = {}
+    for plan in every:
+        name, k = name_of(plan), _kept(plan, shape, length, kept[plan])
+        read = mean_bytes(plan, shape, length, k)
+        changes[name] = change = qaxis.paired_change(lost[DENSE], lost[plan], seed=context.seed)
+        values[name] = as_value(change)
+        values[f"{name}_share"] = value(read / dense, "of the bytes of dense attention")
+        rows.append({
+            "way": name, "selection": "INT8" if plan.stored else plan.rival or "exact", "completion": plan.complete,
+            "budget": plan.budget[0], "at": plan.budget[1], "kept": k, "bytes": read / shape.kv_heads,
+            "share": read / dense, **as_row(change),
+        })  # fmt: skip
+    worse = _worse(changes)
+    return Result(
+        passed=not worse,
+        verdict=worse[0] if worse else "exact top-k attention costs something at every budget, and less with the line",
+        headline="; ".join(
+            f"{name}: {values[f'{name}_share']['value']:.2f} of the bytes, {in_words(changes[name], 2)}"
+            for name in ("c10_none", "c10_linear", "int8_c10_linear", "sparq_equal_own")
+        ),
+        values=values,
+        cases=len(texts) * len(lost),
+        data={"rows": rows},
+        checks=[plan.name for plan in lost],
+    )
+
+
+def _worse(changes: dict[str, qaxis.PerplexityChange]) -> list[str]:
+    """In words, where exact top-k costs nothing, or its line as much as what it completes."""
+    found = []
+    for x in COVERAGES:
+        plain, line = (changes.get(name_of(Plan(("coverage", x), kind))) for kind in ("none", "linear"))
+        if plain is not None and not plain.percent > 0:
+            found.append(f"coverage {x:g}: top-k attention costs nothing, {in_words(plain)}")
+        if plain is not None and line is not None and not line.percent < plain.percent:
+            found.append(f"coverage {x:g}: {in_words(line)} with the line, {in_words(plain)} without")
+    return found
+
+
+def curve(context: Context) -> Result:
+    """Six articles at full length."""
+    if context.device == "cpu":
+        raise NotRunError("this claim needs a GPU (--device cuda)")
+    count, tokens = (2, 1024) if context.quick else (6, 8192)
+    return measured(context.subjects.model, context.texts(count, tokens), context)

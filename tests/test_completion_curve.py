@@ -1,0 +1,88 @@
+"""The claim of perplexity against bytes, and its figure: every way is run, paired and priced by its formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qaxis
+from selfcheck.checks import completion_curve
+from selfcheck.harness.claim import Context, NotRunError
+
+N = 300
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [torch.randint(3, 97, (1, N), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+
+
+@pytest.fixture
+def sharp(llama):
+    """A model whose keys matter: one with random weights attends to all alike."""
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.self_attn.q_proj.weight.mul_(30)
+            layer.self_attn.v_proj.weight.mul_(10)
+        llama.get_output_embeddings().weight.mul_(10)
+    return llama
+
+
+def test_every_way_has_a_name_and_a_run_is_short():
+    every = completion_curve.plans()
+    names = [completion_curve.name_of(plan) for plan in every]
+    assert len(set(names)) == len({plan.name for plan in every}) == len(every) == 35
+    assert {"c10_linear", "int8_c02_linear", "t02_linear", "double_sparsity_equal_linear", "sparq_c05_own"} < {*names}
+
+
+def test_every_way_is_measured_and_priced(sharp, texts):
+    result = completion_curve.measured(sharp, texts, Context())
+    rows = {row["way"]: row for row in result.data["rows"]}
+    assert len(rows) == 35 and result.cases == 72 and len(result.checks) == 36
+    assert all(row["low"] <= row["change"] <= row["high"] for row in rows.values())
+    # Dense numbers of two bytes, 2 KV heads of 16 + 16 numbers, at 150.5 keys on average.
+    assert result.values["dense_bytes"]["value"] == round(150.5 * 32 * 2)
+    for row in rows.values():
+        assert row["share"] == pytest.approx(row["bytes"] / (150.5 * 32 * 2))
+        assert result.values[row["way"] + "_share"]["value"] == row["share"]
+    line = 4 * 32 * 17
+    assert rows["c10_linear"]["bytes"] == pytest.approx(rows["c10_none"]["bytes"] + line)
+    k = qaxis.Budget(0.05, 64).table(N)[1:].double().mean().item()
+    assert rows["quest_c05_none"]["kept"] == rows["c05_none"]["kept"] == pytest.approx(k)
+    # Three heads of a group read 32 numbers of each kept key, and an eighth of all keys is scanned.
+    assert rows["quest_c05_none"]["bytes"] == pytest.approx(150.5 * 16 * 2 / 8 + 3 * k * 32 * 2)
+    assert all(row["share"] <= rows["c10_linear"]["share"] for name, row in rows.items() if "_equal_" in name)
+    assert 1 <= rows["t10_linear"]["kept"] < rows["t02_linear"]["kept"] < 150
+    # Up to 320 keys every coverage keeps the same 64.
+    apart = {(row["selection"], row["completion"], row["kept"]) for row in rows.values()}
+    assert len({row["change"] for row in rows.values()}) == len(apart) == 25
+
+
+def test_what_it_measures_of_exact_keys_is_what_the_package_costs(sharp, texts):
+    result = completion_curve.measured(sharp, texts, Context())
+    dense = [qaxis.token_losses(sharp, ids) for ids in texts]
+    for name, budget, completion in (
+        ("c10_none", qaxis.Budget(0.1, 64), "none"), ("c05_linear", qaxis.Budget(0.05, 64), "linear"),
+        ("c05_mean", qaxis.Budget(0.05, 64), "mean"), ("t10_linear", qaxis.Budget(0, 1, 0.1), "linear"),
+    ):  # fmt: skip
+        with qaxis.sparse(sharp, budget, exactness="selection", completion=completion):
+            right = qaxis.paired_change(dense, [qaxis.token_losses(sharp, ids) for ids in texts])
+        assert result.values[name]["value"] == pytest.approx(right.percent, abs=2e-3)
+        assert abs(right.percent) > 0.01
+
+
+def test_a_cost_that_the_line_does_not_lower_is_said():
+    def change(percent):
+        return qaxis.PerplexityChange(percent, percent - 1, percent + 1, 10, 10, 2, 20)
+
+    changes = {"c05_none": change(3.0), "c05_linear": change(1.0), "c20_none": change(0.5)}
+    assert completion_curve._worse(changes) == []
+    assert completion_curve._worse({**changes, "c05_linear": change(3.0)})[0].startswith("coverage 0.05: +3.000 %")
+    assert completion_curve._worse({"c20_none": change(-0.1)})[0].startswith(
+        "coverage 0.2: top-k attention costs nothing"
+    )
+
+
+def test_the_curve_needs_a_gpu():
+    with pytest.raises(NotRunError, match="needs a GPU"):
+        completion_curve.curve(Context())
