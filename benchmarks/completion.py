@@ -4,11 +4,10 @@
     python -m benchmarks.completion report benchmarks/local/*.json
 
 Every article goes through the model once a way, float32, batch 1, on one GPU or slowly on a CPU. The ways are in
-``selfcheck/rivals/completing.py``, the bytes beside them in ``bytes_read.py`` there, what is measured in
-``completion_plans.py``. Results are written after each
-pass, so a run that was stopped (``--seconds``, or killed) goes on where it was when the same command is given again.
-Selection is by float32 scores of matrix products, not canonical: which of nearly equal keys are kept differs, which
-perplexity does not notice.
+``selfcheck/rivals/completing.py``, the bytes that they read in ``bytes_read.py`` there, what is measured in
+``completion_plans.py``. Results are written after each pass, so a run that was stopped (``--seconds``, or killed) goes
+on where it was when the same command is given again. Selection is by float32 scores of matrix products, not canonical:
+which of nearly equal keys are kept differs, which perplexity does not notice.
 
 A machine without the packages gets weights by ``--subject`` or QAXIS_SUBJECT (a file, a folder of transformers, or of
 a GGUF file or its parts) and articles by ``--texts`` or QAXIS_TEXTS, which the command ``texts`` writes elsewhere.

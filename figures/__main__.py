@@ -19,7 +19,10 @@ from selfcheck.harness.files import SelfcheckError, target
 
 from . import drawn
 
-FIGURES = ("selector", "entropy", "inversions", "retrieval", "formats", "memory", "stages", "survivors", "timeline")
+FIGURES = (
+    "selector", "entropy", "inversions", "retrieval", "formats", "memory", "stages", "survivors", "timeline",
+    "completion",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

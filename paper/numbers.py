@@ -325,6 +325,27 @@ def _prefill(records: Records) -> list[str]:
     return rows
 
 
+#: how a completion is called, by its name in rows of completion-curve; a rival's line has its own approximate masses
+COMPLETED = {
+    "none": "--", "mean": "mean", "block 64": "blocks of 64", "linear": "line", "own mass": "line", "SparQ": "its own",
+}  # fmt: skip
+
+
+def _curve(records: Records) -> list[str]:
+    """By what selects and completes: at a twentieth of the keys, and at a tenth or the bytes of a tenth with a line."""
+    found: dict[tuple[str, str], dict[bool, str]] = {}
+    order = list(COMPLETED)
+    for r in records["completion-curve"]["data"]["rows"]:
+        few, more = (r["budget"], r["at"]) == ("coverage", 0.05), r["at"] == 0.1 and r["budget"] != "tolerance"
+        if r["selection"] != "INT8" and (few or more):
+            percent, low, high = (show(f"completion-curve.{r['way']}", r[x]) for x in ("change", "low", "high"))
+            cells = f"{thousands(round(r['kept']))} & {r['share']:.2f} & {percent} [{low}, {high}]"
+            found.setdefault((r["selection"], r["completion"]), {})[more] = cells
+    selections = list(dict.fromkeys(selection for selection, _ in found))
+    ways = sorted(found, key=lambda way: (selections.index(way[0]), order.index(way[1])))
+    return [f"{escape(a)} & {escape(COMPLETED[b])} & {found[a, b][False]} & {found[a, b][True]}" for a, b in ways]
+
+
 def _approximate(records: Records) -> list[str]:
     recall = records["certified-real"]["data"]["recall"]
     rows = []
@@ -355,7 +376,7 @@ TABLES: dict[str, Callable[[Records], list[str]]] = {
     "stops": _stops, "ablation": _ablation, "bits": _bits, "changes": _changes, "flags": _flags,
     "families": _families, "architectures": _architectures, "speed": _speed, "targets": _targets, "caches": _caches,
     "formats": _formats, "formatlengths": _format_lengths, "certified": _certified, "flushes": _flushes,
-    "prefill": _prefill, "topk": _topk, "approximate": _approximate, "evidence": _evidence,
+    "prefill": _prefill, "topk": _topk, "approximate": _approximate, "curve": _curve, "evidence": _evidence,
 }  # fmt: skip
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
+import figures.completion
 import qaxis
+from paper import numbers
 from selfcheck.checks import completion_curve
 from selfcheck.harness.claim import Context, NotRunError
+from selfcheck.rivals.bytes_read import Shape
 
 N = 300
+SHAPE = Shape(9, 3, 64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +94,40 @@ def test_a_cost_that_the_line_does_not_lower_is_said():
 def test_the_curve_needs_a_gpu():
     with pytest.raises(NotRunError, match="needs a GPU"):
         completion_curve.curve(Context())
+
+
+@pytest.fixture
+def record():
+    """Every way at some cost: as a run would write it."""
+    rows = []
+    for i, plan in enumerate(completion_curve.plans()):
+        change = SimpleNamespace(percent=0.3 * i - 0.05, low=0.3 * i - 0.1, high=0.3 * i + 0.2)
+        kept = completion_curve._kept(plan, SHAPE, 8192, [100.0 + i] if plan.budget[0] == "tolerance" else [])
+        rows.append(completion_curve.row(plan, SHAPE, 8192, kept, change))
+    return {"completion-curve": {"data": {"rows": rows}}}
+
+
+def test_every_way_is_a_point_of_the_figure_with_its_interval(record):
+    figure = figures.completion.draw(record)
+    left, right = figure.axes
+    assert [len(axis.containers) for axis in figure.axes] == [5, 10]
+    found = {}
+    for axis in (left, right):
+        for line, _, (bars,) in (container.lines for container in axis.containers):
+            assert bool((np.diff(line.get_xdata()) >= 0).all())
+            for (x, y), bar in zip(line.get_xydata(), bars.get_segments(), strict=True):
+                found[x, y] = (axis, bar[0, 1], bar[1, 1])
+    for row in record["completion-curve"]["data"]["rows"]:
+        axis, low, high = found.pop((row["share"], row["change"]))
+        assert axis is (left if row["completion"] == "none" else right)
+        assert (low, high) == pytest.approx((row["low"], row["high"]))
+    assert not found
+    plt.close(figure)
+
+
+def test_the_table_has_a_line_a_way_at_both_budgets(record):
+    lines = numbers._curve(record)
+    assert len(lines) == 13 and all(line.count("&") == 7 for line in lines)
+    (mean,) = (line for line in lines if line.startswith("exact & mean & "))
+    assert mean.startswith(r"exact & mean & 210 & 0.58 & +1.45 [+1.40, +1.70] & 412 & 0.65 & +1.75")
+    assert {line.split(" & ")[6] for line in lines if not line.startswith("exact")} == {"0.68"}

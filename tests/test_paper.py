@@ -50,7 +50,7 @@ def test_a_figure_that_was_not_drawn_here_is_refused(folder, file, text, message
 
 def test_every_graphic_of_the_paper_is_a_figure_with_code():
     names = drawn.included((ROOT / "paper/paper.tex").read_text("utf-8"))
-    assert len(names) == 9 and all((ROOT / f"figures/{name}.py").is_file() for name in names)
+    assert len(names) == 10 and all((ROOT / f"figures/{name}.py").is_file() for name in names)
     with pytest.raises(SelfcheckError, match=r"elsewhere\.pdf"):
         drawn.included(r"\includegraphics{elsewhere.pdf}")
 

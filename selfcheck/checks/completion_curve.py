@@ -64,6 +64,16 @@ def _kept(plan: Plan, shape: Shape, length: int, found: list[float]) -> float:
     return float(counts(torch.arange(1, length + 1)).double().mean())
 
 
+def row(plan: Plan, shape: Shape, length: int, kept: float, change: qaxis.PerplexityChange) -> dict[str, Any]:
+    """A way in the record: mean k, bytes a token, layer and KV head, their share of dense attention's, the cost."""
+    read, dense = mean_bytes(plan, shape, length, kept), mean_bytes(DENSE, shape, length, None)
+    return {
+        "way": name_of(plan), "selection": "INT8" if plan.stored else plan.rival or "exact",
+        "completion": plan.complete, "budget": plan.budget[0], "at": plan.budget[1], "kept": kept,
+        "bytes": read / shape.kv_heads, "share": read / dense, **as_row(change),
+    }  # fmt: skip
+
+
 def measured(model: Any, texts: list[torch.Tensor], context: Context) -> Result:
     """Every way on every text ``[1, N]``, against dense attention, paired by token."""
     shape, length, every = shape_of(model), texts[0].shape[1], plans()
@@ -74,22 +84,18 @@ def measured(model: Any, texts: list[torch.Tensor], context: Context) -> Result:
             lost[plan].append(qaxis.token_losses(model, ids))
         if tally.mean is not None:
             kept[plan].append(tally.mean)
-    dense = mean_bytes(DENSE, shape, length, None)
     values = {"texts": value(len(texts), "texts"), "tokens": value(length, "tokens")}
-    values["dense_bytes"] = value(round(dense / shape.kv_heads), "bytes a token, layer and KV head")
+    values["dense_bytes"] = value(
+        round(mean_bytes(DENSE, shape, length, None) / shape.kv_heads), "bytes a token, layer and KV head"
+    )
     rows: list[dict[str, Any]] = []
     changes: dict[str, qaxis.PerplexityChange] = {}
     for plan in every:
         name, k = name_of(plan), _kept(plan, shape, length, kept[plan])
-        read = mean_bytes(plan, shape, length, k)
         changes[name] = change = qaxis.paired_change(lost[DENSE], lost[plan], seed=context.seed)
+        rows.append(row(plan, shape, length, k, change))
         values[name] = as_value(change)
-        values[f"{name}_share"] = value(read / dense, "of the bytes of dense attention")
-        rows.append({
-            "way": name, "selection": "INT8" if plan.stored else plan.rival or "exact", "completion": plan.complete,
-            "budget": plan.budget[0], "at": plan.budget[1], "kept": k, "bytes": read / shape.kv_heads,
-            "share": read / dense, **as_row(change),
-        })  # fmt: skip
+        values[f"{name}_share"] = value(rows[-1]["share"], "of the bytes of dense attention")
     worse = _worse(changes)
     return Result(
         passed=not worse,
