@@ -387,13 +387,14 @@ def test_nearly_all_keys_are_kept(n, coverage, kind):
     assert rounded(got.output, direct(q, k, v, got.indices, kind, all_seen(3, n), Logits(0.25)), v)
 
 
+@pytest.mark.parametrize("begin", [0, 256], ids=["everywhere", "behind the complete groups"])
 @pytest.mark.parametrize(("edge", "scale"), [(3e38, 1.0), (5e37, 1e-38)], ids=["distances", "their sum"])
-def test_an_excess_that_leaves_float32_leaves_no_slope(edge, scale):
+def test_an_excess_that_leaves_float32_leaves_no_slope(begin, edge, scale):
     """Scores at both edges of the range: what is infinite makes the line a mean, whose mass is as it was."""
     # Values so small that their products with scores add up to something finite.
     score, v = bell(300, seed=2), bell(300, 8, seed=3) * 2.0**-6
-    score[:] = -edge
-    score[3::16] = edge
+    score[begin:] = -edge
+    score[begin + 3 :: 16] = edge
     kept = int((score > 1e37).sum()) + 20
     line, mean = (of_scores(score, v, kept, kind, Logits(scale)) for kind in ("linear", "mean"))
     assert line[0].isfinite().all() and same_bits(line[0], mean[0])
