@@ -14,6 +14,7 @@ from qaxis.attention.completion import GROUP, Seen, completed_weights, kind_of, 
 from qaxis.attention.logits import Logits
 from qaxis.attention.reference import logits_of
 from qaxis.attention.selection import causal_mask
+from qaxis.storage.moments import add_groups, empty
 from selfcheck.checks.completion_bound import ROUNDED
 from selfcheck.inputs import witness
 
@@ -416,7 +417,7 @@ def test_the_tail_is_relative_to_the_logit_of_the_highest_selected_score():
 def test_keys_are_weighed_by_what_is_known_of_their_scores(kind):
     """Mass and excess are those of known scores; the line, and weights of selected keys, of canonical ones."""
     q, k, v = (x[0, 0] for x in tensors(300, m=1))
-    logits, moments = Logits(0.25), completed._Sums(k, v, 0).of(0, 2)
+    logits, moments = Logits(0.25), add_groups(empty(k, v), k, v, 0, 2)
     chosen = qaxis.topk_indices(q[None, None], k[None, None], 40)[0, 0]
     visible, arguments = torch.ones(1, 300, dtype=torch.bool), (moments, (0, 2), logits, 0, kind)
     # Never above the canonical one: what is above the top counts as that.

@@ -214,12 +214,15 @@ def _tail(
         share, apart = tree(p), tree(p * away)
         relative = exp2(np.minimum((logit[best] - top) * factor, HIGHEST))
         mass.append(_parts(relative * share))
-        excess.append(_parts(relative * (apart + share * (score[best] - mean)) / unit))
+        excess.append(relative * (apart + share * (score[best] - mean)) / unit)
     for key in chosen:
         relative = exp2(np.minimum((logit[key] - top) * factor, HIGHEST))
         mass.append(-_parts(relative))
-        excess.append(-_parts(relative * (score[key] - mean) / unit))
-    return np.maximum(_sum_of_parts(np.stack(mass)), F32(0)), _sum_of_parts(np.stack(excess)) * unit
+        excess.append(-(relative * (score[key] - mean)) / unit)
+    # One that is too large to be counted, or no number, leaves no excess, and so no slope.
+    counted = np.all(np.abs(np.stack(excess)) < MOST)
+    total = _sum_of_parts(_parts(np.stack(excess))) * unit if counted else F32(np.nan)
+    return np.maximum(_sum_of_parts(np.stack(mass)), F32(0)), total
 
 
 def _unit(second: np.ndarray) -> np.ndarray:

@@ -32,9 +32,7 @@ SCORE_KEYS, SCORE_CODES, CHOOSE = (HERE / f"{name}.cu" for name in ("score_keys"
 SHARED_PARTS = tuple(HERE / f"{name}.cuh" for name in ("seen", "tally"))
 STAGES = tuple(
     HERE / f"{name}.cuh"
-    for name in (
-        "numbers", "counts", "program", "logits", "candidates", "scores", "edge", "tail", "choice", "attend"
-    )
+    for name in ("numbers", "counts", "program", "logits", "candidates", "scores", "edge", "tail", "choice", "attend")
 )
 #: what completion adds: shared (two), to what scores keys, to what chooses and attends
 LINE_PART, RUN_PART, FIT_PART, COMPLETE_PART = (HERE / f"{name}.cuh" for name in ("line", "run", "fit", "complete"))
