@@ -480,7 +480,8 @@ def strictly(monkeypatch):
     monkeypatch.setattr(routing, "attend", strict)
 
 
-CACHES = {
+#: of caches that a step reads, and others
+STEP_CACHES = {
     "codes": lambda config: qaxis.Cache(config),
     "bounds": lambda config: qaxis.Cache(config, index="bounds"),
     "int6": lambda config: qaxis.Int8Cache(config, format="int6"),
@@ -493,18 +494,18 @@ def engines_of(engines):
 
 
 @pytest.mark.parametrize("tokens, backend", [(1, "cuda"), (3, "cuda"), (16, "cuda"), (1, "triton"), (3, "triton")])
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", STEP_CACHES)
 def test_where_no_group_is_complete_strict_mode_has_nothing_to_refuse(strictly, monkeypatch, name, tokens, backend):
     """Of 127 keys nothing is put back, so they go as without a completion; of one more that is for a step to do."""
     monkeypatch.setattr(decoding, "PLACES", 128)
     model, options = windowed(None), {"kind": "linear", "tokens": tokens, "ids": prompt(127 - tokens)}
-    engines, found = way(model, backend=backend, cache=CACHES[name](model.config), **options)
+    engines, found = way(model, backend=backend, cache=STEP_CACHES[name](model.config), **options)
     assert engines_of(engines) == {backend}
     for kind in ("none", "linear"):
         options["kind"] = kind
-        canonical = way(model, backend="reference", cache=CACHES[name](model.config), **options)[1]
+        canonical = way(model, backend="reference", cache=STEP_CACHES[name](model.config), **options)[1]
         assert torch.equal(found, canonical)
-    options |= {"ids": prompt(128 - tokens), "cache": CACHES[name](model.config), "backend": backend}
+    options |= {"ids": prompt(128 - tokens), "cache": STEP_CACHES[name](model.config), "backend": backend}
     if name == "dynamic" or tokens > 1:
         why = decoding.FOREIGN if name == "dynamic" else decoding.DRAFTED
         with pytest.raises(RuntimeError, match=f"canonical attention, as {why} .strict=True."):
