@@ -1,4 +1,4 @@
-"""Results of the claims about speed, of times that are made up."""
+"""Results of the claims about speed, and of the curve, of times and costs that are made up."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from selfcheck.checks import completion_speed, speed
-from selfcheck.harness.claim import Result
+import qaxis
+from selfcheck.checks import completion_curve, completion_speed, speed
+from selfcheck.harness.claim import Result, value
 from selfcheck.harness.timing import CLEAN, WRITTEN
 
 #: medians by what is in the cache before; steps are faster where nothing has to be written back
@@ -87,9 +88,23 @@ def prefill() -> Result:
     )
 
 
+def curve() -> dict[str, Any]:
+    """Every way at some cost: values and rows as a run would write them."""
+    shape, rows = completion_curve.Shape(9, 3, 64, 64), []
+    values = {x: value(y, "") for x, y in (("texts", 6), ("tokens", 8192), ("dense_bytes", 1048704))}
+    for i, plan in enumerate(completion_curve.plans()):
+        change = qaxis.PerplexityChange(0.3 * i - 0.05, 0.3 * i - 0.1, 0.3 * i + 0.2, 10, 10, 6, 6 * 8191)
+        kept = completion_curve._kept(plan, shape, 8192, [100.0 + i] if plan.budget[0] == "tolerance" else [])
+        rows.append(completion_curve.row(plan, shape, 8192, kept, change))
+        name = completion_curve.name_of(plan)
+        values |= {name: completion_curve.as_value(change), f"{name}_share": value(rows[-1]["share"], "")}
+    return {"values": values, "data": {"rows": rows}}
+
+
 def records() -> dict[str, dict[str, Any]]:
-    """Of both claims what a record has of a result."""
-    return {
+    """Of the claims what a record has of a result."""
+    found = {
         name: {"values": x.values, "data": x.data}
-        for name, x in (("certified-speed", decode()), ("prefill-speed", prefill()))
+        for name, x in (("certified-speed", decode()), ("prefill-speed", prefill()), ("completion-speed", completed()))
     }
+    return {**found, "completion-curve": curve()}

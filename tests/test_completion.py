@@ -283,11 +283,22 @@ def test_weights_of_a_dense_product_give_the_same(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_terms_that_leave_float32_are_left_out(kind):
+@pytest.mark.parametrize(
+    ("key", "query", "number"),
+    [(1.0, 1.0, 2e36), (1e18, 1e-18, 1e20), (3e37, 1e-38, 1.0), (1e18, 1e-18, 3e36), (1.0, 1.0, 3e38)],
+    ids=["values", "products", "keys", "both", "what is chosen"],
+)
+def test_where_moments_leave_float32_what_cannot_be_put_back_is_not(kind, key, query, number):
+    """Of values that are all equal every mean, and so every output, is that value."""
     q, k, v = tensors(256, m=1)
-    v = v.sign() * 3e38
-    out = qaxis.topk_attention(q, k, v, 9, completion=kind).output
-    assert not out.isnan().any()
+    q, k, v = q * query, k * key, torch.full_like(v, number)
+    got, plain = (qaxis.topk_attention(q, k, v, 9, completion=x) for x in (kind, "none"))
+    right = witness.completed(q, k, v, 0, 9, kind)
+    assert same_bits(got.output, right["output"])
+    if number < 3e38:
+        torch.testing.assert_close(got.output, plain.output, rtol=1e-5, atol=0)
+    else:
+        assert same_bits(got.output, plain.output)
 
 
 # ---- selected keys are taken out of sums over all keys ---------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -15,6 +13,8 @@ from paper import numbers
 from selfcheck.checks import completion_curve
 from selfcheck.harness.claim import Context, NotRunError
 from selfcheck.rivals.bytes_read import Shape
+
+from . import speeds
 
 N = 300
 SHAPE = Shape(9, 3, 64, 64)
@@ -99,12 +99,7 @@ def test_the_curve_needs_a_gpu():
 @pytest.fixture
 def record():
     """Every way at some cost: as a run would write it."""
-    rows = []
-    for i, plan in enumerate(completion_curve.plans()):
-        change = SimpleNamespace(percent=0.3 * i - 0.05, low=0.3 * i - 0.1, high=0.3 * i + 0.2)
-        kept = completion_curve._kept(plan, SHAPE, 8192, [100.0 + i] if plan.budget[0] == "tolerance" else [])
-        rows.append(completion_curve.row(plan, SHAPE, 8192, kept, change))
-    return {"completion-curve": {"data": {"rows": rows}}}
+    return {"completion-curve": speeds.curve()}
 
 
 def test_every_way_is_a_point_of_the_figure_with_its_interval(record):

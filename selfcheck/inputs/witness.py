@@ -188,10 +188,14 @@ def _completed_row(
     alpha, beta = mass / F32(many), F32(0)
     if kind == "linear" and spread > second * LEAST:
         tilted = alpha - excess / spread * mean
-        alpha, beta = (tilted, excess / spread) if np.isfinite(tilted) else (alpha, beta)
-    added = alpha * sums[:wide] + beta * cross[:wide]
+        largest = np.abs(tilted) * np.abs(sums[:wide]).max() + np.abs(excess / spread) * np.abs(cross[:wide]).max()
+        alpha, beta = (tilted, excess / spread) if np.isfinite(largest) else (alpha, beta)
+    if beta == 0 and not np.isfinite(alpha * np.abs(sums[:wide]).max()):
+        # What would be put back is beyond the range of float32.
+        return chosen, above / below
+    added = (alpha * sums[:wide] if alpha else F32(0)) + (beta * cross[:wide] if beta else F32(0))
     weight = weight - np.where(inside, alpha + beta * score[chosen], F32(0))
-    above = tree(weight * values[chosen].T) + np.where(np.isfinite(added), added, F32(0))
+    above = tree(weight * values[chosen].T) + added
     return chosen, above / (below + mass)
 
 

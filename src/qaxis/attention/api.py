@@ -128,7 +128,8 @@ def topk_attention(
         completion: ``"none"`` is the published method. ``"mean"`` and ``"linear"`` put back what is left out: the exact
             softmax mass of the unselected keys times the mean value, or a line fitted to the values along the query
             (paper, "What top-k leaves out"), of the complete groups of 128 keys that a query sees; where there is none
-            nothing is put back. The indices are the same.
+            nothing is put back, nor where that would leave float32's range, in which a slope is left out first.
+            ``"block"`` is ``"linear"``. The indices are the same.
 
     Raises:
         ValueError: naming the argument, on anything outside the above.

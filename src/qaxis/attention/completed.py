@@ -126,12 +126,12 @@ def rows_of(
     weighed, visible = (torch.nn.functional.pad(x, (offset, 0)) for x in (weighed, visible))
     rest = completion.tail(weighed, visible, kept, _top(picked, live, logits, head), fitted, logits)
     line = completion.without(fitted, rest)
-    weights = completion.affine(rest, fitted.mean, line, kind)
+    weights = completion.affine(rest, fitted, line, kind)
     instead = torch.where(counted, weights.alpha[:, None] + weights.beta[:, None] * picked, 0.0)
     done = weighted_sums(picked, own, live, logits, head, instead)
     numerator = done.numerator + completion.added(fitted, weights)
     output = Sums(numerator, plain.denominator + rest.mass, plain.top).output()
-    return torch.where((line.many > 0)[:, None] & live.any(-1, keepdim=True), output, plain.output())
+    return torch.where((weights.fits & (line.many > 0))[:, None] & live.any(-1, keepdim=True), output, plain.output())
 
 
 def _top(picked: torch.Tensor, live: torch.Tensor, logits: Logits, head: int) -> torch.Tensor:

@@ -217,27 +217,36 @@ class Affine(NamedTuple):
 
     alpha: torch.Tensor
     beta: torch.Tensor
+    #: bool; False where values weighted so leave float32's range, so that nothing is put back
+    fits: torch.Tensor
 
 
-def affine(rest: Tail, mean: torch.Tensor, line: Line, kind: str) -> Affine:
-    """Least squares of the tail's weights, with its mass; no slope where scores hardly differ, or for ``"mean"``.
+def affine(rest: Tail, fitted: Fitted, line: Line, kind: str) -> Affine:
+    """Least squares of the tail's weights, with its mass.
 
-    Args:
-        mean: what the tail's excess is relative to.
+    There is no slope where scores hardly differ, where it leaves float32's range, or for ``"mean"``.
     """
     level = rest.mass / line.many.clamp(min=1).float()
     sloped = line.spread > 0 if kind == "linear" else torch.zeros_like(line.spread, dtype=torch.bool)
-    excess = rest.excess + rest.mass * (mean - line.mean)
+    excess = rest.excess + rest.mass * (fitted.mean - line.mean)
     beta = torch.where(sloped, excess / torch.where(sloped, line.spread, 1.0), 0.0)
     alpha = level - beta * line.mean
-    fine = alpha.isfinite() & beta.isfinite()
-    return Affine(torch.where(fine, alpha, level), torch.where(fine, beta, 0.0))
+    most, most_cross = (_largest(x) for x in (fitted.values, fitted.cross))
+    fine = (alpha.abs() * most + beta.abs() * most_cross).isfinite()
+    return Affine(torch.where(fine, alpha, level), torch.where(fine, beta, 0.0), fine | (level * most).isfinite())
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """The largest size along the last dimension, infinite where one is no number."""
+    return x.abs().nan_to_num(nan=math.inf, posinf=math.inf).amax(-1)
 
 
 def added(fitted: Fitted, weights: Affine) -> torch.Tensor:
-    """Values of all keys of complete groups by their affine weights, float32 ``[R, Dv]``; what is not finite is 0."""
-    x = weights.alpha[:, None] * fitted.values + weights.beta[:, None] * fitted.cross
-    return torch.where(x.isfinite(), x, 0.0)
+    """Values of all keys of complete groups by their affine weights, float32 ``[R, Dv]``."""
+    alpha, beta = weights.alpha[:, None], weights.beta[:, None]
+    # Where a weight is 0 what it would be multiplied with need not be a number.
+    by_values, by_cross = (torch.where(x == 0, 0.0, x * y) for x, y in ((alpha, fitted.values), (beta, fitted.cross)))
+    return by_values + by_cross
 
 
 def completed_weights(

@@ -25,8 +25,9 @@ __device__ __forceinline__ float highest_logit(const Program& p, const Logits& l
 struct Affine { float alpha, beta, mass; };  // weights of what is left, of complete groups; and the mass of all that is left
 
 __device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) < 0x7f800000u; }
+__device__ __forceinline__ float size_of(float x) { return __uint_as_float(__float_as_uint(x) & 0x7fffffffu); }
 
-// Nothing is put back where no key of complete groups is left.
+// Nothing is put back where no key of complete groups is left, or where that would leave float32's range.
 __device__ __forceinline__ Affine weights_of_rest(const Rest& rest, const Grouped& all, int linear) {
     const int many = all.count > 0 ? all.count - rest.many : 0;
     if (many <= 0) return {0.0f, 0.0f, 0.0f};
@@ -37,7 +38,9 @@ __device__ __forceinline__ Affine weights_of_rest(const Rest& rest, const Groupe
     if (linear && spread > __fmul_rn(all.second, 0x1p-12f) && spread > 0.0f)
         beta = __fdiv_rn(__fadd_rn(rest.excess, __fmul_rn(rest.mass, __fsub_rn(all.mean, mean))), spread);
     const float alpha = __fsub_rn(level, __fmul_rn(beta, mean));
-    return finite(alpha) && finite(beta) ? Affine{alpha, beta, rest.mass} : Affine{level, 0.0f, rest.mass};
+    const float most = __fadd_rn(__fmul_rn(size_of(alpha), all.most), __fmul_rn(size_of(beta), all.most_cross));
+    if (finite(most)) return {alpha, beta, rest.mass};
+    return finite(__fmul_rn(level, all.most)) ? Affine{level, 0.0f, rest.mass} : Affine{0.0f, 0.0f, 0.0f};
 }
 
 // A rank's weight, 0 beyond the last; the score of its key, and whether that is of a complete group.
@@ -106,8 +109,10 @@ __device__ __forceinline__ void write_completed(
     for (int r = 0; r < CLUSTER; r++) x[r] = s.numerators[r][d], w[r] = s.denominators[r];
     tree<CLUSTER>(x), tree<CLUSTER>(w);
     if (sinks) w[0] = __fadd_rn(w[0], logits.power(logits.sink, top));
-    const float added = __fadd_rn(__fmul_rn(rest.alpha, moment.value), __fmul_rn(rest.beta, moment.cross));
-    const float y = __fdiv_rn(__fadd_rn(__fadd_rn(x[0], 0.0f), finite(added) ? added : 0.0f), __fadd_rn(w[0], rest.mass));
+    // Where a weight is 0 what it would be multiplied with need not be a number.
+    const float value = rest.alpha == 0.0f ? 0.0f : __fmul_rn(rest.alpha, moment.value);
+    const float added = __fadd_rn(value, rest.beta == 0.0f ? 0.0f : __fmul_rn(rest.beta, moment.cross));
+    const float y = __fdiv_rn(__fadd_rn(__fadd_rn(x[0], 0.0f), added), __fadd_rn(w[0], rest.mass));
     store(out, (i64)p.row * DIM_V + d, sinks && !(logits.sink < __int_as_float(0x7f800000)) ? 0.0f : y);
 }
 

@@ -103,7 +103,17 @@ __device__ __forceinline__ void fit(
             y[e] = linear ? __fmul_rn(s.query[h][d], s.cross[h][DIM_V + d]) : 0.0f;
         }
         const float total = sum_of_row(x), second = sum_of_row(y);
-        if (lane == 0) line[h * LINE] = total, line[h * LINE + 1] = second;
+        u32 most = 0, most_cross = 0;
+        for (int d = lane; d < DIM_V; d += 32) {
+            most = max(most, __float_as_uint(sums[d]) & 0x7fffffffu);
+            if (linear) most_cross = max(most_cross, __float_as_uint(s.cross[h][d]) & 0x7fffffffu);
+        }
+        // As integers, of which no number is the largest.
+        most = __reduce_max_sync(ALL, most), most_cross = __reduce_max_sync(ALL, most_cross);
+        if (lane == 0) {
+            line[h * LINE] = total, line[h * LINE + 1] = second;
+            line[h * LINE + 2] = __uint_as_float(most), line[h * LINE + 3] = __uint_as_float(most_cross);
+        }
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < GROUP * DIM_V; i += blockDim.x) {

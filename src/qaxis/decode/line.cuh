@@ -1,6 +1,7 @@
 // What the score kernels leave of moments for choose.cu. cuda.py puts it before both where outputs are completed.
 //
-// A row's line is float32 [LINE]: of all keys of complete groups the sum of scores, and of their squares; then from VALUES on the
+// A row's line is float32 [LINE]: of all keys of complete groups the sum of scores, and of their squares, the largest sum of
+// values and of values times scores; then from VALUES on the
 // sum of values, then from CROSS on that of values times scores.
 
 constexpr int VALUES = 4, CROSS = VALUES + DIM_V, LINE = CROSS + DIM_V;

@@ -29,12 +29,12 @@ struct Parts {
 struct Grouped {
     const float* line;
     int count, from, to;
-    float total, second;
-    float mean, unit, per_unit;  // of scores; what sums of them are parts of, and its reciprocal
+    float total, second, most, most_cross;  // the latter two of values and of values times scores, the largest sums
+    float mean, unit, per_unit;             // of scores; what sums of them are parts of, and its reciprocal
 
     __device__ __forceinline__ Grouped(const Whole& whole, int base, const float* line)
         : line(line), count(whole.keys()), from(whole.from - base), to(whole.to - base) {}
-    __device__ __forceinline__ void ask() { total = line[0], second = line[1]; }
+    __device__ __forceinline__ void ask() { total = line[0], second = line[1], most = line[2], most_cross = line[3]; }
     __device__ __forceinline__ void settle() {
         mean = 0.0f;
         if (count > 0) mean = __fdiv_rn(total, (float)count);
@@ -225,13 +225,11 @@ struct Tail {
         if (all.count > 0) take(parts, j, word, place_of(j));
     }
 
-    // Numbers lie as two words each: of warps where values are summed later, of programs where those of the cluster are.
-    __device__ __forceinline__ int* of_warp(int warp, int i) const {
-        return (int*)p.s.warp_numerators + (warp * Parts::NUMBERS + i) * 2;
-    }
+    // Numbers lie as two words each where counts were: of programs, then of own warps.
     __device__ __forceinline__ int* of_program(int rank, int i) const {
-        return (int*)p.s.numerators + (rank * Parts::NUMBERS + i) * 2;
+        return p.s.counts + (rank * Parts::NUMBERS + i) * 2;
     }
+    __device__ __forceinline__ int* of_warp(int warp, int i) const { return of_program(CLUSTER + warp, i); }
     __device__ __forceinline__ static void put(int* to, i64 x) { to[0] = (int)x, to[1] = (int)(x >> 32); }
     __device__ __forceinline__ static i64 get(const int* from) { return (i64)(u32)from[0] | (i64)from[1] << 32; }
     __device__ __forceinline__ static i64 over_lanes(i64 x, int m) {
@@ -305,7 +303,7 @@ __device__ __forceinline__ void sum_bits(const Tail& tail, Parts& parts) {
         parts = parts_of_bits(tail.p, tail.logits, tail.all, tail.words, tail.runs, tail.units_of, tail.top);
 }
 
-static_assert(Parts::NUMBERS <= WARPS && 2 * Parts::NUMBERS <= DIM_V && CLUSTER <= 32);
+static_assert(Parts::NUMBERS <= WARPS && 2 * Parts::NUMBERS * (CLUSTER + WARPS) <= TALLY && CLUSTER <= 32);
 
 #else
 
