@@ -225,7 +225,7 @@ def _tail(
         excess.append(-(relative * (score[key] - mean)) / unit)
     # One that is too large to be counted, or no number, leaves no excess, and so no slope.
     counted = np.all(np.abs(np.stack(excess)) < MOST)
-    total = _sum_of_parts(_parts(np.stack(excess))) * unit if counted else F32(np.nan)
+    total = _sum_of_parts(_parts(np.stack(excess))) * unit if counted else np.asarray(np.nan, F32)
     return np.maximum(_sum_of_parts(np.stack(mass)), F32(0)), total
 
 
