@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -12,13 +12,12 @@ import torch
 
 import qaxis
 from qaxis.attention import completed
-from qaxis.attention.always import NONE
-from qaxis.attention.completion import KINDS
+from qaxis.attention.completion import KINDS, Seen
 from qaxis.attention.logits import Logits
 from qaxis.cuda.compiler import runs_on
 from qaxis.decode import Decoder, KeyIndex, index_keys, places
 from qaxis.decode.cuda import CAPABILITY, CudaStep
-from qaxis.storage.moments import GROUP, Moments, add_groups, empty
+from qaxis.storage.moments import GROUP, add_groups, empty
 
 from ..harness.claim import Context, NotRunError, Result, value
 from ..harness.timing import CLEAN, WRITTEN, capture, fastest, microseconds, ratio
@@ -158,17 +157,17 @@ class Case:
         """The output by the reference, over codes from the places that the step left in its buffers."""
         if one.kind == "none":
             return self.exact.output
-        q, k, v = self.q, self.k, self.v
-        group, n, out = q.shape[1] // k.shape[1], k.shape[2], torch.empty_like(q)
-        visible = torch.ones(1, n, dtype=torch.bool, device=q.device)
-        for b, g in ((b, g) for b in range(q.shape[0]) for g in range(k.shape[1])):
-            keys, values, moments = k[b, g].float(), v[b, g].float(), Moments(*(x[b, g] for x in self.moments))
-            for h in range(g * group, (g + 1) * group):
-                out[b, h] = completed.rows_of(
-                    q[b, h].float(), keys, values, self.exact.indices[b, h], visible, moments, (0, n // GROUP),
-                    Logits(q.shape[3] ** -0.5), h, one.kind, known=one.known(b * q.shape[1] + h),
-                ).to(q.dtype)  # fmt: skip
-        return out
+        q, k, v, indices = self.q, self.k, self.v, self.exact.indices
+        batch, n = k.shape[0], k.shape[2]
+        logits, kept = Logits(q.shape[3] ** -0.5), completed.Kept(self.moments, [(0, n // GROUP)] * batch)
+        if one.index.codes is None:
+            seen = Seen(*torch.tensor([0, n], device=q.device))
+            return completed.attend(q, k, v, indices, logits, one.kind, seen, kept)
+        work = cast(CudaStep, one.decoder.cuda_step(q, k, v, one.index, completion=one.kind)).buffers
+        return places.attend(
+            q, k, v, indices, one.decoder.all_rows, work.fast, work.units, logits, one.kind,
+            one.index.codes.first.shape[2], kept=kept,
+        )  # fmt: skip
 
 
 @dataclass
@@ -184,18 +183,3 @@ class Step:
     def __call__(self) -> Any:
         case, moments = self.case, None if self.kind == "none" else self.case.moments
         return self.decoder(case.q, case.k, case.v, self.index, completion=self.kind, moments=moments)
-
-    def known(self, row: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """From canonical scores ``[1, N]`` of a row to what the step knows of them; None over keys."""
-        codes, case = self.index.codes, self.case
-        if codes is None:
-            return None
-        ran = self.decoder.cuda_step(case.q, case.k, case.v, self.index, completion=self.kind)
-        work, n = cast(CudaStep, ran).buffers, case.k.shape[2]
-        has = places.placed(torch.arange(n, device=case.k.device), 0, n, codes.first.shape[2], NONE)
-        return partial(_by_place, work.fast[row, :n], work.units[row], has)
-
-
-def _by_place(place: torch.Tensor, units: torch.Tensor, has: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-    """Scores of the 16-bit ``place [N]`` of the keys that have one, as ``places.py`` states them."""
-    return torch.where(has, (place.to(torch.int32).float() - places.MIDDLE) * (torch.ones_like(units) / units), score)

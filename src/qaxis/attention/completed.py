@@ -121,10 +121,10 @@ def rows_of(
     fitted = completion.along(q, moments, count)
     counted = live & (chosen + offset >= groups[0] * GROUP) & (chosen + offset < groups[1] * GROUP)
     weighed = score if known is None else known(score)
-    kept = completion.Chosen(picked, weighed.gather(1, safe), live, counted)
+    selected = completion.Chosen(picked, weighed.gather(1, safe), live, counted)
     # Runs begin with the first token, also where a window dropped it.
     weighed, visible = (torch.nn.functional.pad(x, (offset, 0)) for x in (weighed, visible))
-    rest = completion.tail(weighed, visible, kept, _top(picked, live, logits, head), fitted, logits)
+    rest = completion.tail(weighed, visible, selected, _top(picked, live, logits, head), fitted, logits)
     line = completion.without(fitted, rest)
     weights = completion.affine(rest, fitted, line, kind)
     instead = torch.where(counted, weights.alpha[:, None] + weights.beta[:, None] * picked, 0.0)

@@ -78,7 +78,7 @@ class Decoder:
 
         Raises:
             ValueError: naming the argument, its value and what is allowed.
-            RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
+            RuntimeError: if TRITON_INTERPRET changed after Triton was imported.
         """
         k, v = readable_of(k, v, index)
         self._check(q, k, v, index, rows)

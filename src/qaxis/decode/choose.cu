@@ -43,15 +43,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1024 / THREADS) 
     const float* const runs = run_sums + ((i64)p.row * padded + p.base) / SUB * 2;
     Tail tail(p, logits, Grouped(Whole(seen), p.base, line), words, runs, units_of + p.row);
     Parts parts;
-    const int highest = choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail, parts);
+    choose(p, scorer, off_of, units_of + p.row, tally, words, count, tail, parts);
     tail.tell(parts);
     mark(p, 9);
     cluster_sync();
     mark(p, 10);
     const Affine rest = weights_of_rest(tail.rest(), tail.all, linear);
     forget(p, tally);
-    attend_completed(
-        p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, tail.all, rest, line, highest, k_eff, indices, out);
+    attend_completed(p, Rows(AS_SIDE(v), p.b, p.g, p.base, whole, in_full), logits, tail, rest, k_eff, indices, out);
 #else
     Tail tail;
     Parts parts;

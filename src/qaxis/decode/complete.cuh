@@ -4,22 +4,22 @@
 // By now tail.cuh has summed what scores tell. The weights of chosen keys are known, less what the moments have of them, and values
 // are summed as ever.
 
-// The highest logit of the chosen keys, whose words stay; as to_logits in attend.cuh.
-__device__ __forceinline__ float highest_logit(const Program& p, const Logits& logits, int live, int highest) {
-    float top = LOGITS == 2 ? 0.0f : logits.of(score_of(highest));
+// The highest logit of the chosen keys, whose words stay, or the sink's; as to_logits in attend.cuh. `top` is that of the highest
+// score, which only a cap can make another one.
+__device__ __forceinline__ float highest_logit(const Program& p, const Logits& logits, int live, float top) {
     if constexpr (LOGITS == 2) {
         if (p.tid == 0) p.s.highest = NONE;
         __syncthreads();
-        highest = NONE;
+        int highest = NONE;
 #pragma unroll 1
         for (int i = p.tid; i < live; i += THREADS) highest = max(highest, word_of(logits.of(score_of(p.chosen[i]))));
         tell_highest(p, highest);
         cluster_sync();
 #pragma unroll
         for (int r = 0; r < CLUSTER; r++) highest = max(highest, pull(&p.s.highest, r));
-        top = score_of(highest);
+        top = logits.has_sink ? fmaxf(score_of(highest), logits.sink) : score_of(highest);
     }
-    return LOGITS > 0 && logits.has_sink ? fmaxf(top, logits.sink) : top;
+    return top;
 }
 
 struct Affine { float alpha, beta, mass; };  // weights of what is left, of complete groups; and the mass of all that is left
@@ -120,16 +120,16 @@ static_assert(DIM_V <= THREADS && CLUSTER <= 32 && WARPS <= 32);
 
 // As attend in attend.cuh, once all ranks were exchanged.
 __device__ __forceinline__ void attend_completed(
-    const Program& p, const Rows& values, const Logits& logits, const Grouped& all, const Affine& rest, const float* line,
-    int highest, int most, i64* indices, void* out) {
+    const Program& p, const Rows& values, const Logits& logits, const Tail& tail, const Affine& rest, int most, i64* indices,
+    void* out) {
     const int live = p.live();
-    const float top = highest_logit(p, logits, live, highest);
-    const Weights weights{p, logits, all, live, max(1, p.span() / (32 * WARPS)), top};
+    const float top = highest_logit(p, logits, live, tail.top);
+    const Weights weights{p, logits, tail.all, live, max(1, p.span() / (32 * WARPS)), top};
     const float sum = weights.weigh(rest);
     write_indices(p, live, most, indices);
     __syncthreads();
     sum_warp(p, values, live);
-    const Moment moment(p, line);
+    const Moment moment(p, tail.all.line);
     if (p.lane == 0) p.s.warp_denominators[p.warp] = sum;
     __syncthreads();
     mark(p, 11);

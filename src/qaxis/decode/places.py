@@ -1,9 +1,9 @@
 """What a completed step over 8-bit codes gives, from the places that it left behind: its meaning, in PyTorch.
 
-Which keys are kept, and their weights, are canonical. Of those that are left only a 16-bit place is known, so the tail
-is that of ``attention/completion.py`` with the score ``(place - 32767.5) (1 / units)`` in place of the canonical one,
-in single operations of float32. Keys without a place, as they have no code, and all keys of a row without units (its
-query is too short, or the range too large) have their canonical score.
+Which keys are kept, and their weights, are canonical. Of those that are left only a 16-bit place is known, so the tail,
+all keys less those that are kept, is that of ``attention/completion.py`` with the score ``(place - 32767.5) (1 /
+units)`` in place of the canonical one, in single operations of float32. Keys without a place, as they have no code, and
+all keys of a row without units (its query is too short, or the range too large) have their canonical score.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from ..attention.always import NONE, Always
-from ..attention.completed import rows_of
+from ..attention.completed import Kept, rows_of
 from ..attention.logits import Logits
 from ..storage.moments import GROUP, add_groups, empty
 from .rows import BEGIN, END
@@ -33,6 +33,7 @@ def placed(place: torch.Tensor, begin: int, end: int, in_full: int, always: Alwa
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor,
     places: torch.Tensor, units: torch.Tensor, logits: Logits, kind: str, in_full: int = 0, always: Always = NONE,
+    kept: Kept | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The output ``[B, H, 1, Dv]`` of a completed step.
 
@@ -43,6 +44,7 @@ def attend(
         places, units: uint16 ``[B * H, N or more]`` and float32 ``[B * H]``, the step's buffers ``fast`` and ``units``.
         kind: ``"mean"`` or ``"linear"``.
         in_full: first tokens of the cache that have no code.
+        kept: moments of the complete groups that every row sees, which are summed here else.
     """
     batch, heads = q.shape[:2]
     group, n = heads // k.shape[1], k.shape[2]
@@ -54,7 +56,9 @@ def attend(
         first, last = -(-begin // GROUP), end // GROUP
         has = placed(place, begin, end, in_full, always)
         for g in range(k.shape[1]):
-            moments = add_groups(empty(k[b, g], v[b, g]), k[b, g], v[b, g], first, last)
+            whole, moments = (None, empty(k[b, g], v[b, g])) if kept is None else kept.of(b, g)
+            if whole != (first, last):
+                moments = add_groups(empty(k[b, g], v[b, g]), k[b, g], v[b, g], first, last)
             keys, values = (torch.where(visible[0, :, None], x[b, g].float(), 0.0) for x in (k, v))
             for h in range(g * group, (g + 1) * group):
                 out[b, h] = rows_of(

@@ -104,7 +104,7 @@ class TritonStep:
 
     Raises:
         ValueError: naming the argument, on a size or device that is not allowed.
-        RuntimeError: without a GPU, if Triton was loaded before its interpreter was chosen.
+        RuntimeError: if TRITON_INTERPRET changed after Triton was imported.
     """
 
     def __init__(
