@@ -221,6 +221,25 @@ def test_the_cross_cache_is_filled_once():
         assert cache.get_seq_length() == 0 and cache.is_updated == {0: False, 1: False}
 
 
+@pytest.mark.parametrize("completion", ["none", "linear"])
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("kind", [qaxis.Cache, qaxis.Int8Cache])
+def test_copies_made_in_inference_mode_go_on_outside(kind, window, completion):
+    config = tf.MistralConfig(**SMALL, sliding_window=window)
+    model, ids = tf.MistralForCausalLM(config).eval(), prompt()
+    cache = kind(config)
+    with qaxis.sparse(model, 5, completion=completion):
+        with torch.inference_mode():
+            model(ids[:, :30], past_key_values=cache)
+            copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache]
+            both_ways = EncoderDecoderCache(cache, kind(config))
+            copies.append(copy.deepcopy(both_ways).self_attention_cache)
+        with torch.no_grad():
+            for tokens in (ids[:, 30:31], ids[:, 31:]):
+                parts = [model(tokens, past_key_values=c).logits for c in copies]
+                assert all(torch.equal(parts[0], part) for part in parts)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "DeepSeek V3", "Falcon-H1", "DeepSeek V3.2"])
 @torch.no_grad()
 def test_two_turns_from_copies(name):

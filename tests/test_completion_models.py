@@ -180,6 +180,18 @@ def test_what_a_window_dropped_counts_in_every_cache(kind):
         assert (model(ids, use_cache=False).logits - whole)[:, -16:].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("tokens", [30, 199, 200, 260])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_a_window_dropped_counts_in_a_static_batch(tokens, beams):
+    """transformers makes the masks of several rows contiguous there; tokens come from before and behind the window."""
+    model, ids = windowed(layers=2), prompt(tokens, 2)
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    with torch.inference_mode(), qaxis.sparse(model, 9, completion="linear"):
+        whole = model.generate(ids, **options, use_cache=False)
+        static = model.generate(ids, **options, cache_implementation="static", disable_compile=True)
+    assert torch.equal(whole, static)
+
+
 @pytest.mark.parametrize("ours", [False, True])
 def test_padding_behind_a_window_is_a_range(ours):
     """What is no range of all queries, only of each, still tells what the window dropped."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 import qaxis
 from qaxis.models.attention import qaxis_attention_forward
 from qaxis.models.layers import attention_modules
+from qaxis.prefill import prefill_attention
 
 SMALL = {
     "vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -366,6 +369,13 @@ def test_training_and_mixed_dtypes_are_refused():
     q = torch.zeros(1, 1, 2, 8, requires_grad=True)
     with pytest.raises(ValueError, match="requires_grad"):
         qaxis_attention_forward(nn.Module(), q, q, q, None)
+    for attend in (qaxis.topk_attention, prefill_attention):
+        for asking in itertools.product([False, True], repeat=3):
+            given = [q.detach().requires_grad_(x) for x in asking]
+            with pytest.raises(ValueError, match="requires_grad") if any(asking) else nullcontext():
+                attend(*given, 1)
+            with torch.no_grad():
+                attend(*given, 1)
     k = torch.zeros(1, 1, 2, 8)
     with pytest.raises(ValueError, match=r"key.dtype=torch.bfloat16: allowed is the query's torch.float32"):
         qaxis_attention_forward(nn.Module(), k, k.bfloat16(), k, None)

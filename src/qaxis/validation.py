@@ -93,6 +93,15 @@ def check_finite(**tensors: Any) -> None:
             raise ValueError(f"{name}[{where}]={x[where].item()!r}: allowed is finite values (no NaN, no Inf)")
 
 
+def check_no_gradient(*tensors: Any) -> None:
+    """Refuse tensors that ask for gradients: those of queries and keys through a selection would be missing.
+
+    What is no tensor but stands for one, as a side of a cache does, takes no part in gradients.
+    """
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+        raise ValueError("requires_grad=True: allowed is inference under torch.no_grad(); selection has no gradient")
+
+
 def check_like(name: str, x: Any, q: torch.Tensor) -> None:
     """Check that ``x`` has q's dtype and device."""
     require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"q's dtype {q.dtype}")

@@ -7,7 +7,8 @@ fixed. Nothing else may compute a canonical bit.
   barring over- and underflow.
 * **Rule 2, sums.** A sum is a balanced tree over adjacent pairs: pad with +0.0 to a power of two, then add even and odd
   neighbours until one is left. Sums over keys are trees over blocks of a power of two, so that no split of the work
-  that respects the blocks can change a bit.
+  that respects the blocks can change a bit. Those of what is left out count in 64-bit integers, which have no order
+  (``attention/completion.py``).
 * **Rule 3, operations.** Additions, products and quotients are single IEEE float32 operations, rounded to nearest and
   never contracted. The exponential is our own 2^t, of separate additions and products, as libraries' differ.
   ``torch.set_flush_denormal(True)`` makes the processor another one, without numbers below 2^-126: it is not undone

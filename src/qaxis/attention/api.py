@@ -13,7 +13,7 @@ import torch
 from ..arithmetic import reference as canonical
 from ..budget import Budget, as_budget
 from ..storage.lazy import checked_tensor, stored_or_tensor, tensor_of
-from ..validation import check_finite, check_qkv, check_scale, require
+from ..validation import check_finite, check_no_gradient, check_qkv, check_scale, require
 from . import backend as door
 from .completion import kind_of, seen_of
 from .logits import Logits
@@ -132,9 +132,10 @@ def topk_attention(
             ``"block"`` is ``"linear"``. The indices are the same.
 
     Raises:
-        ValueError: naming the argument, on anything outside the above.
+        ValueError: naming the argument, on anything outside the above; for tensors that ask for gradients.
     """
     q, k, v = tensor_of("q", q), stored_or_tensor(k), stored_or_tensor(v)
+    check_no_gradient(q, k, v)
     check_qkv(q, k, v, causal=causal)
     door.check_backend(backend)
     logits = Logits(check_scale(scale, q.shape[-1]))

@@ -66,9 +66,9 @@ class Decoder:
                 keys and k_eff of them if ``None``. Over an 8-bit cache every row ends where the cache does.
             always: the first and newest of the keys a row sees that it keeps in any case; they count towards k_eff.
             logits: what becomes of a score before the softmax, in place of ``scale``.
-            completion: ``"mean"`` or ``"linear"`` puts back what is left out, as ``topk_attention`` has it, with its
-                bits over an index without codes, as scores are canonical there. By codes those of what is left out are
-                16-bit places (``places.py``). CUDA C++ alone does it.
+            completion: ``"mean"`` or ``"linear"`` (``"block"``) puts back what is left out, as ``topk_attention`` has
+                it, with its bits over an index without codes, as scores are canonical there. By codes those of what is
+                left out are 16-bit places (``places.py``). CUDA C++ alone does it.
             moments: of the keys and values of each row's complete groups, float32 ``[B, Hkv, Dv + D, D]`` and
                 ``[B, Hkv, Dv + D]`` (:mod:`qaxis.storage.moments`); None without completion.
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ..attention.logits import Logits
-from ..validation import DTYPES, check_scale, require
+from ..validation import DTYPES, check_no_gradient, check_scale, require
 from . import compiled, recorders, routing
 from .attended import Attended
 from .layers import HARMLESS
@@ -33,8 +33,7 @@ def _check_supported(kwargs: Mapping[str, Any], dropout: float, *tensors: torch.
             "between keys breaks Theorem 1)",
         )  # fmt: skip
     require(dropout == 0.0, "dropout", dropout, "0: qaxis is for inference")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise ValueError("requires_grad=True: allowed is inference under torch.no_grad(); selection has no gradient")
+    check_no_gradient(*tensors)
 
 
 def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,6 +6,7 @@ of a window, is replaced by a layer of the same kind. Chunks, recurrent states a
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -97,6 +98,22 @@ class InPlaceCache(DynamicCache):
                 f"config={about}: allowed is {wanted} for which transformers knows a cache ({error!r})"
             ) from error
         self.shared = Shared()
+
+    # What inference mode makes could not be written to outside of it, a copy of a cache as little as a cache.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InPlaceCache:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        with torch.inference_mode(False):
+            vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if torch.is_inference_mode_enabled():
+            # Its tensors are made already.
+            with torch.inference_mode(False):
+                state = copy.deepcopy(state)
+        vars(self).update(state)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -152,6 +152,8 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
         if not torch.compiler.is_compiling():
             dropped = kwargs.get("kv_offset", 0)
             if known is not None:
+                # For a static cache transformers makes it contiguous: of a copy nobody knew what was dropped.
+                known = known.contiguous()
                 setattr(known, _DROPPED, dropped)
         if known is not None or not told:
             return known

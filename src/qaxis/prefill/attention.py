@@ -21,7 +21,7 @@ from ..attention.logits import Logits, checked_logits
 from ..budget import Budget, as_budget
 from ..storage.lazy import tensor_of
 from ..storage.moments import GROUP
-from ..validation import check_flag, check_qkv_form, require
+from ..validation import check_flag, check_no_gradient, check_qkv_form, require
 from . import cuda
 from .form import as_pads, completion_of, window_of
 from .plan import (
@@ -107,9 +107,10 @@ def prefill_attention(
             ``"auto"`` is ``"cuda"`` on a GPU. Same selection.
         tuning: how the work is cut. Beside its result the call takes ``tuning.memory`` bytes (4 GiB) and an eighth
             at most, or what one query of a KV head's group needs; and a copy of k or v whose last stride is not 1.
-        completion: ``"mean"`` or ``"linear"``: what is left out is put back, as :func:`qaxis.topk_attention` says; the
-            selection is the same. Every tile of keys is then scored twice, and its values read, whatever is selected;
-            it takes no more memory. ``always`` leaves room for one key of the budget that is kept by its score.
+        completion: ``"mean"`` or ``"linear"``, which ``"block"`` is too: what is left out is put back, as
+            :func:`qaxis.topk_attention` says; the selection is the same. Every tile of keys is then scored twice, and
+            its values read, whatever is selected; it takes no more memory. ``always`` leaves room for one key of the
+            budget that is kept by its score.
         offset: tokens before the first key, which a window dropped: complete groups count from the first token.
 
     A completed output is not canonical either. Its mass, mean and spread are float32 sums of scores as matrix products
@@ -123,9 +124,11 @@ def prefill_attention(
     what the ``update`` of a quantised cache returns; they are dequantised.
 
     Raises:
-        ValueError: naming the argument, on a type, layout, dtype, device, shape or value that is not allowed.
+        ValueError: naming the argument, on a type, layout, dtype, device, shape or value that is not allowed; for
+            tensors that ask for gradients.
     """
     q, k, v = (tensor_of(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    check_no_gradient(q, k, v)
     check_qkv_form(q, k, v, causal=causal)
     check_flag("selection", selection)
     check_device("q", q, calls_library=True)
