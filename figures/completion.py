@@ -18,12 +18,12 @@ SELECTIONS = {
 }  # fmt: skip
 #: (what selects, completion, whether by a tolerance)
 Key = tuple[str, str, bool]
-#: what is not completed by the line, or not at budgets of its own: words of the legend, and how it is drawn
-NAMED: dict[Key, tuple[str, Any]] = {
-    ("exact", "mean", False): ("exact, mean", (0, (1, 1.5))),
-    ("exact", "block 64", False): ("exact, blocks of 64", (0, (4, 2))),
-    ("SparQ", "SparQ", False): ("SparQ, its own", (0, (4, 2))),
-    ("exact", "linear", True): ("exact, by tolerance", (0, (4, 1, 1, 1))),
+#: what is not completed by the line, or not at budgets of its own: words of the legend, line and mark
+NAMED: dict[Key, tuple[str, Any, str]] = {
+    ("exact", "mean", False): ("exact, mean", (0, (1, 1.5)), "o"),
+    ("exact", "block 64", False): ("exact, blocks of 64", (0, (4, 2)), "s"),
+    ("SparQ", "SparQ", False): ("SparQ, its own", (0, (4, 2)), "^"),
+    ("exact", "linear", True): ("exact, by tolerance", (0, (4, 1, 1, 1)), "P"),
 }
 TITLES = ("without a completion", "completed, by the line unless named")
 
@@ -59,11 +59,11 @@ def _curve(axis: Axes, key: Key, rows: list[dict[str, Any]]) -> None:
     selection = key[0]
     colour, mark = SELECTIONS[selection]
     name = "exact, INT8 cache" if selection == "INT8" else selection
-    label, line = NAMED.get(key, (name, "-"))
+    label, line, mark = NAMED.get(key, (name, "-", mark))
     rows = sorted(rows, key=lambda row: row["share"])
     ends = [[r["change"] - r["low"] for r in rows], [r["high"] - r["change"] for r in rows]]
     axis.errorbar(
         [r["share"] for r in rows], [r["change"] for r in rows], yerr=ends, color=colour, label=label, linestyle=line,
-        marker="P" if key[2] else mark, markerfacecolor="white" if key in NAMED else colour, markersize=4.5,
+        marker=mark, markerfacecolor="white" if key in NAMED else colour, markersize=4.5,
         linewidth=1.0, elinewidth=0.8,
     )  # fmt: skip
