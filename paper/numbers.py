@@ -38,6 +38,8 @@ def show(key: str, x: float) -> str:
             return printed(x, form)
     if x == int(x):
         return thousands(int(x))
+    if 0.01 <= abs(x) < 10:
+        return printed(x, "#.2g")
     mantissa, exponent = f"{x:.1e}".split("e")
     return rf"\ensuremath{{{mantissa}\cdot 10^{{{int(exponent)}}}}}"
 

@@ -25,6 +25,8 @@ DATES = (
     datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc),
     datetime.datetime(2100, 1, 1, tzinfo=datetime.timezone.utc),
 )
+#: how pdflatex says that a reference cannot be followed, and that a table or figure does not fit on a page
+LOOSE, TOO_LARGE = ("undefined", "multiply"), "Float too large for page"
 #: what pdflatex gets of this process's variables: where programs and, on Windows, the system are
 KEPT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
@@ -85,7 +87,8 @@ def compile_tex(folder: Path, epoch: int) -> bytes:
     """paper.pdf of the paper.tex in a folder, dated ``epoch``.
 
     Raises:
-        SelfcheckError: if pdflatex stops, with its first error; if it read what it should not; if the date cannot be.
+        SelfcheckError: if pdflatex stops, with its first error; if a reference cannot be followed; if it read what it
+            should not; if the date cannot be.
     """
     compiler, _ = pdflatex()
     command = [
@@ -103,9 +106,20 @@ def compile_tex(folder: Path, epoch: int) -> bytes:
                 wrong = [i for i, line in enumerate(lines) if line.startswith("!")]
                 shown = "\n".join(lines[wrong[0] : wrong[0] + 8] if wrong else lines[-15:])
                 raise SelfcheckError(f"pdflatex stopped:\n{shown}")
+        _check_warnings(done.stdout)
         if strangers := _read_elsewhere(folder, Path(home)):
             raise SelfcheckError(f"pdflatex read what is neither the paper's nor its own: {', '.join(strangers)}")
     return (folder / "paper.pdf").read_bytes()
+
+
+def _check_warnings(said: str) -> None:
+    """Refuse a paper that points nowhere or at two places; only tell of a table or figure that its page cannot hold."""
+    warnings = [line.strip() for line in said.splitlines() if line.startswith("LaTeX Warning: ")]
+    if loose := [line for line in warnings if any(word in line for word in LOOSE)]:
+        raise SelfcheckError("the paper has references that cannot be followed:\n" + "\n".join(loose))
+    for line in warnings:
+        if TOO_LARGE in line:
+            print(f"{line} It covers the page's number, and what follows it waits for the end.", flush=True)
 
 
 def _read_elsewhere(folder: Path, home: Path) -> list[str]:

@@ -729,6 +729,8 @@ MUTANTS = (
     Mutant(ISOLATION + "test_pdflatex_sees_no_style_but_its_own", "TeX with the user's variables", TEX, "        env = {**environment(Path(home)),", "        env = {**os.environ,"),
     Mutant(ISOLATION + "test_pdflatex_reads_and_writes_in_its_folder_only", "TeX reads anything", TEX, "        if strangers := _read_elsewhere(folder, Path(home)):", "        if False:"),
     Mutant(ISOLATION + "test_pdflatex_reads_and_writes_in_its_folder_only", "TeX runs programs", TEX, '"-no-shell-escape"', '"-shell-escape"'),
+    Mutant(ISOLATION + "test_what_pdflatex_warns_of", "a paper with a reference to nothing", TEX, "any(word in line for word in LOOSE)", "False"),
+    Mutant(ISOLATION + "test_what_pdflatex_warns_of", "a table that covers its page's number", TEX, "        if TOO_LARGE in line:", "        if False:"),
     Mutant(ISOLATION + "test_the_paper_is_dated_by_no_wrong_clock", "any date", TEX, "    if not DATES[0].timestamp() <= epoch < DATES[1].timestamp():", "    if False:"),
     Mutant(REPLAYS + "test_what_changes_a_model_under_generate_is_seen", "nobody looks whether the model changed", REPLAYING, "if self.state.unchanged():", "if True:"),
     Mutant(REPLAYS + "test_what_changes_a_model_under_generate_is_seen", "hooks that come are not seen", STATE, "and not any(self.empty)", ""),

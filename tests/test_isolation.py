@@ -439,6 +439,24 @@ def test_pdflatex_reads_and_writes_in_its_folder_only(source, tmp_path, body, me
     assert not (source / "made").exists() and not Path(f"{outside}.new").exists()
 
 
+@pytest.mark.parametrize(
+    ("body", "refused", "told"),
+    [("See~\\ref{tab:lost}.", "lost", ""), ("See~\\cite{lost}.", "lost", ""),
+     ("\\label{one}\\section{x}\\label{one}x", "multiply", ""),
+     ("\\begin{table}\\rule{1mm}{2\\textheight}\\end{table}x", "", "Float too large"),
+     ("\\section{x}\\label{one}See~\\ref{one}.", "", "")],
+)  # fmt: skip
+def test_what_pdflatex_warns_of(source, capsys, body, refused, told):
+    head = "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{lmodern}\\begin{document}"
+    (source / "paper.tex").write_text(head + body + "\\end{document}")
+    if refused:
+        with pytest.raises(SelfcheckError, match=f"(?s)cannot be followed.*{refused}"):
+            tex.compile_tex(source, 1_790_000_000)
+    else:
+        tex.compile_tex(source, 1_790_000_000)
+        assert ("LaTeX Warning: " in capsys.readouterr().out) == bool(told)
+
+
 def test_the_paper_is_dated_by_no_wrong_clock():
     assert tex.date(1_790_000_000) == 1_790_000_000
     for epoch, said in ((4_165_000_000, "2101"), (0, "1970"), (10**11, "5138")):

@@ -60,6 +60,7 @@ def test_numbers_are_printed_as_their_claims_say():
     assert numbers.show("int8-ppl.change", 0.5) == "+0.500"
     assert numbers.show("dppl.change2048", 1.239) == "+1.24"
     assert numbers.show("dppl.whole_budget_difference", 0.00123) == r"\ensuremath{1.2\cdot 10^{-3}}"
+    assert numbers.show("kv-memory.int4_share", 0.3004) == "0.30"
     assert numbers.show("kv-formats.int8_ratio", 0.50391) == "0.5039"
     assert numbers.show("certified-speed.bandwidth", 4) == "4"
     assert numbers.show("no-such-claim.value", 12345.0) == r"12\,345"
