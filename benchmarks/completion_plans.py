@@ -6,7 +6,7 @@ import re
 
 from qaxis.validation import require
 from selfcheck.rivals.bytes_read import DENSE, Plan
-from selfcheck.rivals.choosing_keys import RIVALS
+from selfcheck.rivals.choosing_keys import AUTHORED
 from selfcheck.rivals.standing_in import EVERY
 
 MAIN = (("coverage", 0.1), ("coverage", 0.05), ("coverage", 0.02), ("k", 256))
@@ -18,7 +18,7 @@ MODES = ("decode", "both")
 def parts() -> dict[str, list[Plan]]:
     """What each part measures beside dense attention; a plan may be in several."""
     rivals = [Plan(b, c) for b in MAIN[:3] for c in ("none", "linear")]
-    for name in RIVALS:
+    for name in AUTHORED:
         for budget in MAIN[:3]:
             same = ("bytes", budget[1])
             rivals += [Plan(budget, "none", name), Plan(budget, "linear", name)]

@@ -333,19 +333,29 @@ COMPLETED = {
 }  # fmt: skip
 
 
+def _column(row: dict[str, Any]) -> int | None:
+    """Of the table of the curve: a twentieth, a tenth or the bytes of its line, the same in 8 bits."""
+    if row["budget"] == "coverage" and row["at"] == 0.05:
+        return 0
+    if row["budget"] in ("coverage", "bytes") and row["at"] == 0.1:
+        return 2 if row["stored"] else 1
+    return None
+
+
 def _curve(records: Records) -> list[str]:
-    """By what selects and completes: at a twentieth of the keys, and at a tenth or the bytes of a tenth with a line."""
-    found: dict[tuple[str, str], dict[bool, str]] = {}
+    """By what selects and completes: keys kept and cost, and of a twentieth the bytes; columns by :func:`_column`."""
     order = list(COMPLETED)
+    found: dict[tuple[str, str], list[str]] = {}
     for r in records["completion-curve"]["data"]["rows"]:
-        few, more = (r["budget"], r["at"]) == ("coverage", 0.05), r["at"] == 0.1 and r["budget"] != "tolerance"
-        if r["selection"] != "INT8" and (few or more):
+        column = _column(r)
+        if column is not None:
             percent, low, high = (show(f"completion-curve.{r['way']}", r[x]) for x in ("change", "low", "high"))
-            cells = f"{thousands(round(r['kept']))} & {r['share']:.2f} & {percent} [{low}, {high}]"
-            found.setdefault((r["selection"], r["completion"]), {})[more] = cells
+            share = "" if column == 2 else f"{r['share']:.2f} & "
+            cells = found.setdefault((r["selection"], r["completion"]), ["& & ", "& & ", "& "])
+            cells[column] = f"{thousands(round(r['kept']))} & {share}{percent} [{low}, {high}]"
     selections = list(dict.fromkeys(selection for selection, _ in found))
     ways = sorted(found, key=lambda way: (selections.index(way[0]), order.index(way[1])))
-    return [f"{escape(a)} & {escape(COMPLETED[b])} & {found[a, b][False]} & {found[a, b][True]}" for a, b in ways]
+    return [" & ".join((escape(a), escape(COMPLETED[b]), *found[a, b])) for a, b in ways]
 
 
 def _approximate(records: Records) -> list[str]:

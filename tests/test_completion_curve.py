@@ -39,14 +39,15 @@ def sharp(llama):
 def test_every_way_has_a_name_and_a_run_is_short():
     every = completion_curve.plans()
     names = [completion_curve.name_of(plan) for plan in every]
-    assert len(set(names)) == len({plan.name for plan in every}) == len(every) == 35
+    assert len(set(names)) == len({plan.name for plan in every}) == len(every) == 56
     assert {"c10_linear", "int8_c02_linear", "t02_linear", "double_sparsity_equal_linear", "sparq_c05_own"} < {*names}
+    assert {"int8_dense", "int8_sparq_equal_own", "loki_by_groups_equal_none"} < {*names}
 
 
 def test_every_way_is_measured_and_priced(sharp, texts):
     result = completion_curve.measured(sharp, texts, Context())
     rows = {row["way"]: row for row in result.data["rows"]}
-    assert len(rows) == 35 and result.cases == 72 and len(result.checks) == 36
+    assert len(rows) == 56 and result.cases == 114 and len(result.checks) == 57
     assert all(row["low"] <= row["change"] <= row["high"] for row in rows.values())
     # Dense numbers of two bytes, 2 KV heads of 16 + 16 numbers, at 150.5 keys on average.
     assert result.values["dense_bytes"]["value"] == round(150.5 * 32 * 2)
@@ -59,11 +60,17 @@ def test_every_way_is_measured_and_priced(sharp, texts):
     assert rows["quest_c05_none"]["kept"] == rows["c05_none"]["kept"] == pytest.approx(k)
     # Three heads of a group read 32 numbers of each kept key, and an eighth of all keys is scanned.
     assert rows["quest_c05_none"]["bytes"] == pytest.approx(150.5 * 16 * 2 / 8 + 3 * k * 32 * 2)
-    assert all(row["share"] <= rows["c10_linear"]["share"] for name, row in rows.items() if "_equal_" in name)
+    # Heads of a group that share their keys read them once, and a quarter of all keys is scanned.
+    assert rows["sparq_c05_none"]["bytes"] == pytest.approx(150.5 * 16 * 2 / 4 + k * 32 * 2)
+    for name, row in rows.items():
+        if "_equal_" in name:
+            assert row["share"] <= rows["int8_c10_linear" if row["stored"] else "c10_linear"]["share"]
+        assert row["stored"] == name.startswith("int8")
+    assert rows["int8_dense"]["bytes"] == pytest.approx(150.5 * 32 * (1 + 1 / 128)) and rows["int8_dense"]["change"]
     assert 1 <= rows["t10_linear"]["kept"] < rows["t02_linear"]["kept"] < 150
     # Up to 320 keys every coverage keeps the same 64.
-    apart = {(row["selection"], row["completion"], row["kept"]) for row in rows.values()}
-    assert len({row["change"] for row in rows.values()}) == len(apart) == 25
+    apart = {(row["selection"], row["completion"], row["stored"], row["kept"]) for row in rows.values()}
+    assert len({row["change"] for row in rows.values()}) == len(apart) == 40
 
 
 def test_what_it_measures_of_exact_keys_is_what_the_package_costs(sharp, texts):
@@ -105,7 +112,7 @@ def record():
 def test_every_way_is_a_point_of_the_figure_with_its_interval(record):
     figure = figures.completion.draw(record)
     left, right = figure.axes
-    assert [len(axis.containers) for axis in figure.axes] == [5, 10]
+    assert [len(axis.containers) for axis in figure.axes] == [13, 17]
     found = {}
     for axis in (left, right):
         for line, _, (bars,) in (container.lines for container in axis.containers):
@@ -117,12 +124,26 @@ def test_every_way_is_a_point_of_the_figure_with_its_interval(record):
         assert axis is (left if row["completion"] == "none" else right)
         assert (low, high) == pytest.approx((row["low"], row["high"]))
     assert not found
+    # A line of the legend for every way, whatever is drawn of it; colour, line and mark tell ways apart, white 8 bits.
+    (legend,) = figure.legends
+    marks = [(x.get_color(), x.get_linestyle(), x.get_marker()) for x in legend.get_lines()]
+    assert len(set(marks)) == len(marks) == 12 and legend.get_texts()[-1].get_text() == "dense; white: 8 bits"
+    white = [
+        c.lines[0] for axis in (left, right) for c in axis.containers if c.lines[0].get_markerfacecolor() == "white"
+    ]
+    assert sum(len(x.get_xdata()) for x in white) == sum(
+        r["stored"] for r in record["completion-curve"]["data"]["rows"]
+    )
     plt.close(figure)
 
 
-def test_the_table_has_a_line_a_way_at_both_budgets(record):
+def test_the_table_has_a_line_a_way_at_every_budget(record):
     lines = numbers._curve(record)
-    assert len(lines) == 13 and all(line.count("&") == 7 for line in lines)
+    assert len(lines) == 17 and all(line.count("&") == 9 for line in lines)
     (mean,) = (line for line in lines if line.startswith("exact & mean & "))
     assert mean.startswith(r"exact & mean & 210 & 0.58 & +1.45 [+1.40, +1.70] & 412 & 0.65 & +1.75")
-    assert {line.split(" & ")[6] for line in lines if not line.startswith("exact")} == {"0.68"}
+    assert {line.split("&")[6].strip() for line in lines if not line.startswith("exact")} == {"0.68"}
+    (shared,) = (line for line in lines if line.startswith("Loki by groups & --"))
+    assert [bool(cell.strip()) for cell in shared.split("&")] == [True] * 2 + [False] * 3 + [True] * 3 + [False] * 2
+    (own,) = (line for line in lines if line.startswith("SparQ & its own"))
+    assert own.split("&")[-2].strip() == r"2\,400"

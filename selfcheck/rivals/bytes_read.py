@@ -1,7 +1,8 @@
 """Ways to attend by name, how many keys each keeps, and how many bytes a decode step of it reads.
 
 Bytes that a decode step reads, a token and layer, mean over all positions n of the window (H query and Hkv KV heads,
-head_dim D, values Dv, numbers of 2 bytes, sums of 4, a query head reading its own kept ones)::
+head_dim D, values Dv, numbers of 2 bytes, sums of 4, a query head reading its own kept ones; those that the heads of a
+group share are read once, Hkv in place of H)::
 
     dense          Hkv n (D + Dv) 2
     exact          Hkv n D 2 + H k Dv 2 + summary
@@ -50,7 +51,7 @@ class Plan:
 
     ``budget``: ``("coverage", c)`` with at least 64 keys, ``("k", k)``, ``("tolerance", t)`` of the mass,
     ``("like", t)`` (the coverage with the mean k that tolerance t came to, on this article), ``("bytes", c)`` (as many
-    keys as the bytes of exact, linear coverage c pay for) or ``("all", 0)``.
+    keys as the bytes of exact, linear coverage c pay for, over the same storage) or ``("all", 0)``.
     """
 
     budget: tuple[str, float]
@@ -136,16 +137,18 @@ def bytes_of(plan: Plan, shape: Shape, n: np.ndarray, k: np.ndarray) -> np.ndarr
     rest = scales + summary(plan.complete, shape, n)
     if not plan.rival:
         return kv * n * dim * size + heads * k * value * size + rest
-    scan = kv * n * RIVALS[plan.rival].share * dim * size
+    rival = RIVALS[plan.rival]
+    scan = kv * n * rival.share * dim * size
+    readers = kv if rival.by_groups else heads
     if plan.complete in ("none", "own mass", "SparQ"):
-        return scan + heads * k * (dim + value) * size + rest
-    return scan + kv * n * dim * size + heads * k * value * size + rest
+        return scan + readers * k * (dim + value) * size + rest
+    return scan + kv * n * dim * size + readers * k * value * size + rest
 
 
 def same_bytes(plan: Plan, shape: Shape, length: int) -> Counts:
-    """As many keys of a rival, at least one, as read what exact, linear top k of that coverage reads."""
+    """As many keys of a rival, at least one, as read what exact, linear top k of that coverage and storage reads."""
     n = np.arange(1, length + 1)
-    ours = Plan(("coverage", plan.budget[1]), "linear")
+    ours = Plan(("coverage", plan.budget[1]), "linear", stored=plan.stored)
     k = budgeted(qaxis.Budget(plan.budget[1], 64))(torch.from_numpy(n)).numpy()
     fixed, one = (bytes_of(plan, shape, n, x + 0 * n) for x in (0, 1))
     afford = np.floor((bytes_of(ours, shape, n, k) - fixed) / (one - fixed)).clip(1, n)

@@ -1,8 +1,8 @@
 """Which keys a query keeps: exactly the best, a share of the mass, or what other selectors choose.
 
-Quest, SparQ, Loki and Double Sparsity choose by the scores that each has. All of it is matrix products in float32 on
-chunks of queries, on any device, and nothing is canonical: of keys whose scores are equal to the last kept one all are
-kept, which perplexity does not notice.
+Quest, SparQ, Loki and Double Sparsity choose by the scores that each has, SparQ once for the heads of a group, the
+others for every query head. All of it is matrix products in float32 on chunks of queries, on any device, and nothing is
+canonical: of keys whose scores are equal to the last kept one all are kept, which perplexity does not notice.
 
 One sequence at a time. KV heads come first: q ``[Hkv, G, M, D]``, k ``[Hkv, N, D]``, v ``[Hkv, N, Dv]``, the M queries
 being the last of N positions.
@@ -96,6 +96,14 @@ def budgeted(budget: qaxis.Budget) -> Counts:
     return lambda seen: budget.table(int(seen.max()))[seen]
 
 
+def together(near: torch.Tensor, scale: float) -> torch.Tensor:
+    """Logarithms of the sums of a group's softmax weights, ``[Hkv, 1, m, n]``: in this order its heads keep keys.
+
+    Weights themselves underflow, and keys of weight 0 would all be kept as equals, those that are not seen too.
+    """
+    return (near * scale).log_softmax(-1).logsumexp(1, keepdim=True)
+
+
 def best(scores: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Where ``scores [..., m, n]`` are among the ``k [m]`` (on the CPU) highest of their row, bool."""
     ranked = scores.topk(int(k.max()), dim=-1).values
@@ -154,6 +162,7 @@ class Quest:
 
     counts: Counts
     share = 2 / PAGE
+    by_groups = False
 
     def prepare(self, layer: Layer) -> Select:
         short = -layer.k.shape[1] % PAGE
@@ -180,11 +189,13 @@ class Quest:
 class SparQ:
     """Ribar et al., 2024: scores by the largest channels of the query, a quarter of the kept keys being the newest.
 
-    Heads of a group share their channels; scores are corrected for the share of the query that was left out.
+    Heads of a group share their channels, and by the sum of their weights the keys that are kept; scores are corrected
+    for the share of the query that was left out.
     """
 
     counts: Counts
     share = 0.25
+    by_groups = True
 
     def prepare(self, layer: Layer) -> Select:
         channels, keys = int(layer.q.shape[-1] * self.share), layer.k.transpose(1, 2)
@@ -200,8 +211,8 @@ class SparQ:
             k = self.counts(rows.seen)
             newest = (rows.seen - k // 4).to(near.device)[:, None]
             place = torch.arange(near.shape[-1], device=near.device)
-            ranked = torch.where((place >= newest) & rows.visible, torch.inf, near)
-            return Choice(best(ranked, k), near)
+            ranked = torch.where((place >= newest) & rows.visible, torch.inf, together(near, layer.scale))
+            return Choice(best(ranked, k).expand_as(near), near)
 
         return select
 
@@ -212,11 +223,13 @@ class Loki:
 
     counts: Counts
     share = 0.25
+    by_groups = False
 
     def prepare(self, layer: Layer) -> Select:
         square = layer.k.transpose(1, 2) @ layer.k
         basis = torch.linalg.eigh(square).eigenvectors[..., -int(layer.k.shape[-1] * self.share) :]
-        return partial(_narrow, self.counts, lambda q: by_heads(q, basis), (layer.k @ basis).transpose(1, 2))
+        scale = layer.scale if self.by_groups else None
+        return partial(_narrow, self.counts, scale, lambda q: by_heads(q, basis), (layer.k @ basis).transpose(1, 2))
 
 
 @dataclass(frozen=True)
@@ -225,6 +238,7 @@ class DoubleSparsity:
 
     counts: Counts
     share = 0.25
+    by_groups = False
 
     def prepare(self, layer: Layer) -> Select:
         matters = layer.q.abs().mean((1, 2)) * layer.k.abs().mean(1)
@@ -234,13 +248,33 @@ class DoubleSparsity:
         def narrowed(q: torch.Tensor) -> torch.Tensor:
             return q.gather(3, some[:, None, None].expand(-1, *q.shape[1:3], -1))
 
-        return partial(_narrow, self.counts, narrowed, keys)
+        return partial(_narrow, self.counts, layer.scale if self.by_groups else None, narrowed, keys)
 
 
-def _narrow(counts: Counts, of: Callable[[torch.Tensor], torch.Tensor], keys: torch.Tensor, rows: Rows) -> Choice:
+def _narrow(
+    counts: Counts, scale: float | None, of: Callable[[torch.Tensor], torch.Tensor], keys: torch.Tensor, rows: Rows
+) -> Choice:
+    """By scores of less than all channels; with ``scale``, one choice for the heads of a group."""
     near = hidden(by_heads(of(rows.q), keys[..., : rows.scores.shape[-1]]), rows)
-    return Choice(best(near, counts(rows.seen)), near)
+    ranked = near if scale is None else together(near, scale)
+    return Choice(best(ranked, counts(rows.seen)).expand_as(near), near)
+
+
+class LokiByGroups(Loki):
+    """As Loki, but that heads of a group keep the same keys, as SparQ's do."""
+
+    by_groups = True
+
+
+class DoubleSparsityByGroups(DoubleSparsity):
+    """As Double Sparsity, but that heads of a group keep the same keys, as SparQ's do."""
+
+    by_groups = True
 
 
 Selection = Exact | Share | Quest | SparQ | Loki | DoubleSparsity
-RIVALS: dict[str, Any] = {"Quest": Quest, "SparQ": SparQ, "Loki": Loki, "Double Sparsity": DoubleSparsity}
+#: as their authors choose
+AUTHORED: dict[str, Any] = {"Quest": Quest, "SparQ": SparQ, "Loki": Loki, "Double Sparsity": DoubleSparsity}
+#: what reading a kept key once for all heads of a group would make of those that read it for each
+BY_GROUPS: dict[str, Any] = {"Loki by groups": LokiByGroups, "Double Sparsity by groups": DoubleSparsityByGroups}
+RIVALS = AUTHORED | BY_GROUPS
