@@ -73,10 +73,17 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """A line a way, whatever its panel and storage; and what white marks are."""
     found: dict[str, Line2D] = {}
     for axis in axes:
-        for bars, label in zip(*axis.get_legend_handles_labels(), strict=True):
+        handles: tuple[list[Any], list[str]] = axis.get_legend_handles_labels()
+        for bars, label in zip(*handles, strict=True):
             line = bars.lines[0]
             found[label] = Line2D(
-                [], [], color=line.get_color(), linestyle=line.get_linestyle(), marker=line.get_marker(), markersize=4.5
+                [],
+                [],
+                color=line.get_color(),
+                linestyle=line.get_linestyle(),
+                marker=line.get_marker(),
+                markersize=4.5,
+                linewidth=1.0,
             )
     found.pop("dense", None)
     found["dense; white: 8 bits"] = Line2D(

@@ -343,16 +343,17 @@ def _column(row: dict[str, Any]) -> int | None:
 
 
 def _curve(records: Records) -> list[str]:
-    """By what selects and completes: keys kept and cost, and of a twentieth the bytes; columns by :func:`_column`."""
+    """By what selects and completes: cost, of 16 bits the bytes, and keys where they differ; :func:`_column`."""
     order = list(COMPLETED)
     found: dict[tuple[str, str], list[str]] = {}
     for r in records["completion-curve"]["data"]["rows"]:
         column = _column(r)
         if column is not None:
             percent, low, high = (show(f"completion-curve.{r['way']}", r[x]) for x in ("change", "low", "high"))
-            share = "" if column == 2 else f"{r['share']:.2f} & "
-            cells = found.setdefault((r["selection"], r["completion"]), ["& & ", "& & ", "& "])
-            cells[column] = f"{thousands(round(r['kept']))} & {share}{percent} [{low}, {high}]"
+            kept, share = thousands(round(r["kept"])), f"{r['share']:.2f}"
+            before = ([share], [kept, share], [])[column]
+            cells = found.setdefault((r["selection"], r["completion"]), ["& ", "& & ", ""])
+            cells[column] = " & ".join([*before, f"{percent} [{low}, {high}]"])
     selections = list(dict.fromkeys(selection for selection, _ in found))
     ways = sorted(found, key=lambda way: (selections.index(way[0]), order.index(way[1])))
     return [" & ".join((escape(a), escape(COMPLETED[b]), *found[a, b])) for a, b in ways]

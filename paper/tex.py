@@ -25,8 +25,9 @@ DATES = (
     datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc),
     datetime.datetime(2100, 1, 1, tzinfo=datetime.timezone.utc),
 )
-#: how pdflatex says that a reference cannot be followed, and that a table or figure does not fit on a page
-LOOSE, TOO_LARGE = ("undefined", "multiply"), "Float too large for page"
+#: how pdflatex says that a reference cannot be followed, and that a table or figure does not fit on a page, or a line
+#: into the text's width
+LOOSE, TOO_LARGE, TOO_WIDE = ("undefined", "multiply"), "Float too large for page", "Overfull \\hbox"
 #: what pdflatex gets of this process's variables: where programs and, on Windows, the system are
 KEPT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
@@ -113,13 +114,16 @@ def compile_tex(folder: Path, epoch: int) -> bytes:
 
 
 def _check_warnings(said: str) -> None:
-    """Refuse a paper that points nowhere or at two places; only tell of a table or figure that its page cannot hold."""
+    """Refuse a paper that points nowhere or at two places; only tell of what its page cannot hold."""
     warnings = [line.strip() for line in said.splitlines() if line.startswith("LaTeX Warning: ")]
     if loose := [line for line in warnings if any(word in line for word in LOOSE)]:
         raise SelfcheckError("the paper has references that cannot be followed:\n" + "\n".join(loose))
     for line in warnings:
         if TOO_LARGE in line:
             print(f"{line} It covers the page's number, and what follows it waits for the end.", flush=True)
+    for line in said.splitlines():
+        if line.startswith(TOO_WIDE):
+            print(f"{line}: it reaches into the margin", flush=True)
 
 
 def _read_elsewhere(folder: Path, home: Path) -> list[str]:
