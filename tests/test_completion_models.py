@@ -11,10 +11,13 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -190,6 +193,34 @@ def test_what_a_window_dropped_counts_in_a_static_batch(tokens, beams):
         whole = model.generate(ids, **options, use_cache=False)
         static = model.generate(ids, **options, cache_implementation="static", disable_compile=True)
     assert torch.equal(whole, static)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("tokens", [150, 199, 330])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_a_window_dropped_counts_where_a_model_cuts_its_masks(batch, tokens, static):
+    """Layers that share the keys of others get the last queries alone, and of their masks the last rows."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=97, vocab_size_per_layer_input=97, hidden_size=64, hidden_size_per_layer_input=8, head_dim=16,
+        global_head_dim=16, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    model, ids = Gemma4ForCausalLM(config).eval(), prompt(tokens, batch)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[1:, : tokens // 3] = 0
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cache = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    found = []
+    for completion in ("linear", "none"):
+        with torch.inference_mode(), qaxis.sparse(model, 9, completion=completion):
+            one = model.generate(ids, **options, **cache)
+            whole = model(one.sequences, attention_mask=F.pad(mask, (0, 12), value=1), use_cache=False)
+        found.append(torch.stack(one.logits, 1))
+        torch.testing.assert_close(found[-1], whole.logits[:, tokens - 1 : -1], rtol=1e-3, atol=1e-3)
+    assert (found[0] - found[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("ours", [False, True])

@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from qaxis.models.masks import Shown, ShownMask, left_pads, make_mask
+from qaxis.models.masks import Shown, ShownMask, ToldMask, dropped_before, left_pads, make_mask
 
 
 def made(m, n, **kwargs):
@@ -55,7 +55,7 @@ def test_a_window_that_hides_nothing_yet_is_told():
     chunk = torch.zeros(2, dtype=torch.int32)
     mask = made(1, 12, local_size=20, mask_function=chunked_causal_mask_function(20, chunk))
     assert not mask.shown.lasts and mask.whole().all()
-    assert type(made(1, 32, local_size=20, mask_function=chunked_causal_mask_function(20, chunk))) is torch.Tensor
+    assert type(made(1, 32, local_size=20, mask_function=chunked_causal_mask_function(20, chunk))) is ToldMask
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_window_that_hides_nothing_yet_is_told():
 )
 def test_what_the_numbers_cannot_describe_is_a_mask(arguments):
     mask = made(3, 12, **arguments)
-    assert type(mask) is torch.Tensor
+    assert type(mask) is ToldMask
     arguments = {"q_offset": 9, **arguments}
     assert torch.equal(mask, sdpa_mask(2, 3, 12, allow_is_causal_skip=False, device="cpu", **arguments))
 
@@ -99,6 +99,65 @@ def test_reading_leaves_the_description():
     mask = made(3, 12, attention_mask=PADDED)
     assert torch.equal(mask & True, mask.whole()) and mask.shape == (2, 1, 3, 12)
     assert isinstance(mask.shown, Shown)
+
+
+WINDOWED = {"q_offset": 29, "kv_offset": 20, "local_size": 12, "mask_function": sliding_window_causal_mask_function(12)}
+SCATTERED = torch.ones(2, 32, dtype=torch.bool)
+SCATTERED[1, 25] = False
+
+
+@pytest.mark.parametrize("padding", [None, SCATTERED])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: mask.contiguous(),
+        lambda mask: mask.clone().to("cpu", copy=True),
+        lambda mask: mask.to("meta"),
+        lambda mask: mask[:, :, -1:, :],
+        lambda mask: mask[:, :, [0, 2]][1:],
+        lambda mask: mask.contiguous()[:, :, 1:].expand(-1, 4, -1, -1).flatten(0, 1)[:, None],
+        lambda mask: (mask & mask.new_ones(12).bool()) | mask,
+        lambda mask: torch.stack([mask[0], mask[1]]),
+        lambda mask: torch.empty(2, 1, 3, 12, dtype=torch.bool).copy_(mask) & mask,
+    ],
+)
+def test_what_a_window_dropped_is_told_whatever_is_made_of_a_mask(change, padding):
+    mask = made(3, 12, attention_mask=padding, **WINDOWED)
+    assert isinstance(mask, ShownMask if padding is None else ToldMask)
+    whole = (mask.whole() if padding is None else mask).as_subclass(torch.Tensor).clone()
+    found = change(mask)
+    assert dropped_before(found, 12, found.shape[2], 12) == dropped_before(mask, 12, 3, 12) == 20
+    right = change(whole)
+    assert type(right) is torch.Tensor and found.shape == right.shape and found.dtype == torch.bool
+    assert found.is_meta or torch.equal(found, right)
+
+
+@pytest.mark.parametrize("padding", [None, SCATTERED])
+def test_what_is_no_mask_of_these_keys_tells_nothing(padding):
+    mask, earlier = (made(3, 12, attention_mask=padding, **{**WINDOWED, "kv_offset": x}) for x in (20, 19))
+    weights = torch.randn(2, 1, 3, 12)
+    for found in (
+        mask[..., 1:], mask.any(), mask.sum(-1), mask.float(), weights.masked_fill(mask, 0.0),
+        torch.where(mask, weights, 0.0), mask & earlier.contiguous(), earlier & mask,
+    ):  # fmt: skip
+        assert type(found) is torch.Tensor
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_the_last_queries_of_a_mask_are_described(m, monkeypatch):
+    mask = made(3, 12, attention_mask=PADDED)
+    with monkeypatch.context() as unmade:
+        unmade.setattr(ShownMask, "whole", lambda mask: pytest.fail("a mask was made"))
+        last = mask[:, :, slice(-m, None), :]
+    assert isinstance(last, ShownMask) and last.shown == mask.shown and last.shape == (2, 1, m, 12)
+    assert torch.equal(last & True, mask.whole()[:, :, 3 - m :])
+    for other in (lambda: mask[:, :, :m][:, :, :1], lambda: mask[:, :, -3::2], lambda: mask[:1]):
+        assert type(other()) is ToldMask
+    for at in (0, 1):
+        mask = made(3, 12, attention_mask=PADDED)
+        last = mask[:, :, -m:]
+        (mask, last)[at].fill_(True)
+        assert mask.shown is None and last.shown is None and last.whole().all() and mask.whole()[:, :, 3 - m :].all()
 
 
 def test_left_pads():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
@@ -18,9 +18,6 @@ from ..validation import require
 from . import compiled
 from .settings import NAME
 from .switching import original_of
-
-#: of a mask that is made here: how many tokens a window dropped before its first key
-_DROPPED = "qaxis_dropped"
 
 
 @dataclass(frozen=True)
@@ -40,30 +37,72 @@ class Shown:
     lasts: bool = True
 
 
+class ToldMask(torch.Tensor):
+    """A mask ``[..., N]`` that tells how many tokens a window dropped before the first of its N keys.
+
+    So does what operations make of it, as long as it is a bool tensor of as many keys: models copy their masks, move
+    them to other devices and cut queries off.
+    """
+
+    dropped: int
+
+    @staticmethod
+    def of(mask: torch.Tensor, dropped: int) -> ToldMask:
+        """The same memory."""
+        told = mask.as_subclass(ToldMask)
+        told.dropped = dropped
+        return told
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _telling(func(*args, **(kwargs or {})), (args, kwargs))
+
+
+def _telling(out: Any, given: Any) -> Any:
+    """What an operation made of its arguments, telling what was dropped where all masks among those tell the same."""
+    told = [x for x in tree_leaves(given) if isinstance(x, ToldMask | ShownMask)]
+    mask = isinstance(out, torch.Tensor) and out.dtype == torch.bool and not isinstance(out, ToldMask | ShownMask)
+    same = mask and out.shape[-1:] == told[0].shape[-1:] and all(x.dropped == told[0].dropped for x in told)
+    return ToldMask.of(out, told[0].dropped) if same else out
+
+
 class ShownMask(torch.Tensor):
     """A causal mask, bool ``[B, 1, M, N]``, that is made only if an operation other than qaxis's attention reads it.
 
     ``shown`` describes it in a few numbers, as M * N booleans would outgrow memory with long prompts. What may have
-    been written to is described no more.
+    been written to is described no more; the last of its queries alone are.
     """
-
-    shown: Shown | None
 
     @staticmethod
     def __new__(
-        cls, shape: tuple[int, ...], device: torch.device, shown: Shown, make: Callable[[], torch.Tensor]
-    ) -> ShownMask:
+        cls, shape: tuple[int, ...], device: torch.device, shown: Shown, make: Callable[[], torch.Tensor],
+        whole: ShownMask | None = None,
+    ) -> ShownMask:  # fmt: skip
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
 
     def __init__(
-        self, shape: tuple[int, ...], device: torch.device, shown: Shown, make: Callable[[], torch.Tensor]
-    ) -> None:
+        self, shape: tuple[int, ...], device: torch.device, shown: Shown, make: Callable[[], torch.Tensor],
+        whole: ShownMask | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.shown, self.make = shown, make
+        self.described, self.make = shown, make
         self.made: torch.Tensor | None = None
+        #: not empty once this memory may have been written to; of a mask and its last queries the same list
+        self.written: list[bool] = [] if whole is None else whole.written
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ShownMask({tuple(self.shape)}, {self.shown})"
+
+    @property
+    def shown(self) -> Shown | None:
+        """What it is, in a few numbers; None once it may have been written to."""
+        return None if self.written else self.described
+
+    @property
+    def dropped(self) -> int:
+        """How many tokens a window dropped before the first key."""
+        return self.described.offset
 
     def whole(self) -> torch.Tensor:
         """The mask as an ordinary tensor, the same at every call."""
@@ -71,18 +110,39 @@ class ShownMask(torch.Tensor):
             self.made = self.make()
         return self.made
 
+    def last(self, m: int) -> ShownMask:
+        """A view of the last ``m`` queries."""
+        shape = (*self.shape[:2], m, self.shape[3])
+        return ShownMask(shape, self.device, self.described, lambda: self.whole()[:, :, -m:], self)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
+        if (m := _last_queries(func, args, kwargs)) is not None:
+            return args[0].last(m)
         shares = func._schema.is_mutable or any(x.alias_info is not None for x in func._schema.returns)
 
-        def plain(x: ShownMask) -> torch.Tensor:
+        def plain(x: ShownMask | ToldMask) -> torch.Tensor:
+            if isinstance(x, ToldMask):
+                return x.as_subclass(torch.Tensor)
             # Through a view, too, the mask may be written to.
-            x.shown = None if shares else x.shown
+            if shares:
+                x.written.append(True)
             return x.whole()
 
-        args, kwargs = tree_map_only(ShownMask, plain, (args, kwargs))
-        return func(*args, **kwargs)
+        plains, named = tree_map_only((ShownMask, ToldMask), plain, (args, kwargs))
+        return _telling(func(*plains, **named), (args, kwargs))
+
+
+def _last_queries(func: Any, args: Any, kwargs: Any) -> int | None:
+    """How many last queries of a mask a slice takes; None if this is anything else."""
+    if func is not torch.ops.aten.slice.Tensor or kwargs or len(args) != 4 or args[1] not in (2, -2):
+        return None
+    queries, (start, end) = args[0].shape[2], args[2:]
+    if not isinstance(start, int) or not isinstance(end, int) or end < queries:
+        return None
+    m = -start if start < 0 else queries - start
+    return m if 0 < m <= queries else None
 
 
 def _is_function(f: Any, g: Any) -> bool:
@@ -151,10 +211,7 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
         known, dropped = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs), 0
         if not torch.compiler.is_compiling():
             dropped = kwargs.get("kv_offset", 0)
-            if known is not None:
-                # For a static cache transformers makes it contiguous: of a copy nobody knew what was dropped.
-                known = known.contiguous()
-                setattr(known, _DROPPED, dropped)
+            known = None if known is None else ToldMask.of(known, dropped)
         if known is not None or not told:
             return known
         # A chunk, say, that began with the first of these keys: later tokens see none of them.
@@ -193,14 +250,13 @@ def dropped_before(mask: Any, window: int | None, m: int, n: int) -> int:
     Raises:
         ValueError: if nothing tells: the window is full, and the mask is not one that is made here.
     """
-    if isinstance(mask, ShownMask) and mask.shown is not None:
-        return mask.shown.offset
-    known = getattr(mask, _DROPPED, None)
+    if isinstance(mask, ShownMask | ToldMask):
+        return mask.dropped
     # Queries that are all of the keys are all of the text; of a window that is not full nothing was dropped.
-    whole = isinstance(known, int) or window is None or n < window or m == n
+    whole = window is None or n < window or m == n
     told = "the model's own mask, which tells how many tokens a full window dropped: completion counts from the first"
     require(whole, "attention_mask", type(mask).__name__, told)
-    return known if isinstance(known, int) else 0
+    return 0
 
 
 def visible_keys(
@@ -218,6 +274,7 @@ def visible_keys(
     """
     m, n = query.shape[2], key.shape[2]
     mask = mask.whole() if isinstance(mask, ShownMask) else mask
+    mask = mask.as_subclass(torch.Tensor) if isinstance(mask, ToldMask) else mask
     causal = m > 1 and (is_causal if is_causal is not None else bool(getattr(module, "is_causal", True)))
     if mask is None:
         require(not causal or m == n, "attention_mask", None, f"a mask for {m} queries that meet {n} keys")
