@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qaxis
-from benchmarks import completion, completion_plans, completion_report
+from benchmarks import completion, completion_plans, completion_report, completion_steps
 from qaxis.storage.formats import FORMATS
 from selfcheck.checks import families
 from selfcheck.rivals import bytes_read, choosing_keys, completing, standing_in
@@ -511,3 +511,26 @@ def test_parts_of_a_file_are_joined(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="--subject"), completion._file_of("gemma", tmp_path / "empty"):
         pass
+
+
+# Steps.
+
+
+@torch.inference_mode()
+def test_steps_give_the_losses_of_the_whole_text_and_a_stopped_run_goes_on(llama, tmp_path, monkeypatch):
+    texts, about = [ids(N, seed) for seed in (1, 2)], {"model": "m", "length": N, "digest": "d", "steps": 20}
+    made = completion_steps.Store(tmp_path / "steps.json", about)
+    assert not completion_steps.measure(llama, texts, 20, made, completion.Clock(-1))
+    assert completion_steps.measure(llama, texts, 20, made, completion.Clock(None))
+    again = completion_steps.Store(tmp_path / "steps.json", about)
+    monkeypatch.setattr(completion_steps, "losses_of_steps", lambda *_: pytest.fail("measured again"))
+    assert completion_steps.measure(llama, texts, 20, again, completion.Clock(None))
+    for text, article in zip(texts, again.document["articles"].values(), strict=True):
+        assert [*article["ways"]] == ["dense", *(f"{a}, {b}, {c:g}" for a, b, c in completion_steps.ways())]
+        for index, kind, c in completion_steps.ways():
+            with qaxis.sparse(llama, qaxis.Budget(c, 64), completion=kind):
+                right = float(qaxis.token_losses(llama, text)[-20:].sum())
+            assert article["ways"][f"{index}, {kind}, {c:g}"]["loss"] == pytest.approx(right, rel=1e-4)
+        assert article["ways"]["dense"]["loss"] == pytest.approx(float(qaxis.token_losses(llama, text)[-20:].sum()))
+    assert completion_steps.report_of(again, 20).count("[") == 14
+    assert abs(completion_steps.change(again, 20, "bounds, linear, 0.1", "codes, linear, 0.1").percent) < 1e-3

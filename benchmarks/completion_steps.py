@@ -1,0 +1,150 @@
+"""What the scores of 16 bits, by which a step over codes weighs what it leaves out, cost in perplexity.
+
+    python -m benchmarks.completion_steps --out benchmarks/completion-steps.json
+
+The newest tokens of every article are decoded one by one by ``generate``, after the others as a prompt, float32: by the
+step over 8-bit codes and by the step over the keys themselves, which find the same keys and differ in those scores
+alone; and densely. Losses are paired per token. A run that was stopped goes on where it was with the same command.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+import qaxis
+from benchmarks.completion import Clock, Store, load, say, texts_of
+from qaxis.validation import require
+from selfcheck.rivals.bytes_read import shape_of
+
+COVERAGES = (0.1, 0.02)
+INDEXES = ("codes", "bounds")
+KINDS = ("none", "mean", "linear")
+
+
+def ways() -> list[tuple[str, str, float]]:
+    """(index, completion, coverage): without a completion one index is enough, as outputs have the same bits."""
+    every = itertools.product(INDEXES, KINDS, COVERAGES)
+    return [(index, kind, c) for index, kind, c in every if kind != "none" or index == INDEXES[0]]
+
+
+class Told(LogitsProcessor):
+    """Leaves ``generate`` no choice but the next token of a text, int64 ``[N]``."""
+
+    def __init__(self, text: torch.Tensor) -> None:
+        self.text = text
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        one = torch.full_like(scores, -torch.inf)
+        one[:, self.text[input_ids.shape[1]]] = 0.0
+        return one
+
+
+@torch.inference_mode()
+def losses_of_steps(model: Any, ids: torch.Tensor, steps: int, cache: Any) -> torch.Tensor:
+    """Losses in nats of the last ``steps`` tokens of ``ids [1, N]``, decoded one by one, float64 ``[steps]``."""
+    first = ids.shape[1] - steps
+    require(1 <= steps < ids.shape[1], "steps", steps, f"from 1 to {ids.shape[1] - 1}")
+    done = model.generate(
+        ids[:, :first], attention_mask=torch.ones_like(ids[:, :first]), past_key_values=cache, max_new_tokens=steps,
+        min_new_tokens=steps, do_sample=False, logits_processor=LogitsProcessorList([Told(ids[0])]),
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    require(torch.equal(done.sequences, ids), "generate", "other tokens", "those of the text")
+    logits = torch.cat(done.logits).float()
+    return torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="none").double().cpu()
+
+
+def measure(model: Any, texts: list[torch.Tensor], steps: int, store: Store, clock: Clock) -> bool:
+    """Every way of every article that is missing; False if time ran out."""
+    for i, text in enumerate(texts):
+        record, ids = store.article(i, text)["ways"], text.to(model.device)
+
+        def attempt(name: str, run: Callable[[], torch.Tensor], record: dict[str, Any] = record, i: int = i) -> bool:
+            if name in record:
+                return True
+            if not clock.allows():
+                return False
+            with clock.timed():
+                record[name] = {"loss": float(run().sum())}
+            store.write()
+            say(f"article {i}: {name}")
+            return True
+
+        if not attempt("dense", lambda ids=ids: losses_of_steps(model, ids, steps, DynamicCache(config=model.config))):
+            return False
+        for index, kind, coverage in ways():
+            budget = qaxis.Budget(coverage, 64)
+            with qaxis.sparse(model, budget, completion=kind, strict=True):
+                cache = qaxis.Cache(model.config, index=index)
+                run = lambda ids=ids, cache=cache: losses_of_steps(model, ids, steps, cache)  # noqa: E731
+                if not attempt(f"{index}, {kind}, {coverage:g}", run):
+                    return False
+    return True
+
+
+def change(store: Store, steps: int, base: str, way: str) -> qaxis.PerplexityChange:
+    """Over all articles that have both, with an interval over articles."""
+    both = [x["ways"] for x in store.document["articles"].values() if {base, way} <= {*x["ways"]}]
+    # Means of equally many tokens stand for them.
+    base_losses, losses = ([torch.tensor([x[name]["loss"] / steps]) for x in both] for name in (base, way))
+    return qaxis.paired_change(base_losses, losses, seed=1)
+
+
+def report_of(store: Store, steps: int) -> str:
+    """Table in Markdown: cost of every way against dense attention, and of codes against keys."""
+
+    def said(x: qaxis.PerplexityChange) -> str:
+        return f"{x.percent:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+
+    lines = ["| completion, coverage | keys, % of dense | codes, % of dense | codes, % of keys |", "|---|---|---|---|"]
+    for kind, coverage in itertools.product(KINDS, COVERAGES):
+        codes, keys = (f"{index}, {kind}, {coverage:g}" for index in INDEXES)
+        cells = [said(change(store, steps, "dense", codes))]
+        if kind != "none":
+            against = said(change(store, steps, keys, codes))
+            cells = [said(change(store, steps, "dense", keys)), *cells, against]
+        else:
+            cells = [*cells, "the same", ""]
+        lines.append(f"| {kind}, {coverage:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--subject", envvar="QAXIS_SUBJECT", type=click.Path(path_type=Path, exists=True),
+              help="File or folder of SmolLM2's weights, if not the package's.")  # fmt: skip
+@click.option("--articles", default=6, show_default=True)
+@click.option("--length", default=8192, show_default=True, help="Tokens of an article.")
+@click.option("--steps", default=512, show_default=True, help="So many of them, the newest, are decoded one by one.")
+@click.option("--seconds", type=float, help="Begin nothing that would end later.")
+@click.option("--device", default=None, help="cuda where there is one.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+def main(
+    subject: Path | None, articles: int, length: int, steps: int, seconds: float | None, device: str | None, out: Path
+) -> None:
+    """Measure what is missing in --out, and print the table."""
+    clock = Clock(seconds)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, digest = load("smollm2", subject, device)
+    texts = texts_of(tokenizer, None, None, articles, length)
+    about = {
+        "model": "smollm2", "length": length, "steps": steps, "digest": digest, "shape": list(shape_of(model)),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "CPU", "torch": torch.__version__,
+    }  # fmt: skip
+    store = Store(out, about)
+    was = store.document["about"]["steps"]
+    require(was == steps, "--steps", steps, f"{was}, as in {out}: another number goes to another file")
+    done = measure(model, texts, steps, store, clock)
+    say("everything is measured" if done else "time ran out: the same command goes on")
+    if done:
+        click.echo(report_of(store, steps))
+
+
+if __name__ == "__main__":
+    main()
