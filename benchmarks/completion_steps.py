@@ -10,7 +10,6 @@ alone; and densely. Losses are paired per token. A run that was stopped goes on 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,14 @@ INDEXES = ("codes", "bounds")
 KINDS = ("none", "mean", "linear")
 
 
-def ways() -> list[tuple[str, str, float]]:
-    """(index, completion, coverage): without a completion one index is enough, as outputs have the same bits."""
-    every = itertools.product(INDEXES, KINDS, COVERAGES)
-    return [(index, kind, c) for index, kind, c in every if kind != "none" or index == INDEXES[0]]
+#: index of the cache, completion, coverage
+Way = tuple[str, str, float]
+
+
+def ways() -> dict[str, Way | None]:
+    """By name, dense attention first; without a completion one index is enough, as outputs have the same bits."""
+    every = [x for x in itertools.product(INDEXES, KINDS, COVERAGES) if x[1] != "none" or x[0] == INDEXES[0]]
+    return {"dense": None, **{f"{index}, {kind}, {c:g}": (index, kind, c) for index, kind, c in every}}
 
 
 class Told(LogitsProcessor):
@@ -61,31 +64,28 @@ def losses_of_steps(model: Any, ids: torch.Tensor, steps: int, cache: Any) -> to
     return torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="none").double().cpu()
 
 
+def losses_of(model: Any, ids: torch.Tensor, steps: int, way: Way | None) -> torch.Tensor:
+    """The same of one way; None is dense attention."""
+    if way is None:
+        return losses_of_steps(model, ids, steps, DynamicCache(config=model.config))
+    index, kind, coverage = way
+    with qaxis.sparse(model, qaxis.Budget(coverage, 64), completion=kind, strict=True):
+        return losses_of_steps(model, ids, steps, qaxis.Cache(model.config, index=index))
+
+
 def measure(model: Any, texts: list[torch.Tensor], steps: int, store: Store, clock: Clock) -> bool:
     """Every way of every article that is missing; False if time ran out."""
     for i, text in enumerate(texts):
-        record, ids = store.article(i, text)["ways"], text.to(model.device)
-
-        def attempt(name: str, run: Callable[[], torch.Tensor], record: dict[str, Any] = record, i: int = i) -> bool:
+        record = store.article(i, text)["ways"]
+        for name, way in ways().items():
             if name in record:
-                return True
+                continue
             if not clock.allows():
                 return False
             with clock.timed():
-                record[name] = {"loss": float(run().sum())}
+                record[name] = {"loss": float(losses_of(model, text.to(model.device), steps, way).sum())}
             store.write()
             say(f"article {i}: {name}")
-            return True
-
-        if not attempt("dense", lambda ids=ids: losses_of_steps(model, ids, steps, DynamicCache(config=model.config))):
-            return False
-        for index, kind, coverage in ways():
-            budget = qaxis.Budget(coverage, 64)
-            with qaxis.sparse(model, budget, completion=kind, strict=True):
-                cache = qaxis.Cache(model.config, index=index)
-                run = lambda ids=ids, cache=cache: losses_of_steps(model, ids, steps, cache)  # noqa: E731
-                if not attempt(f"{index}, {kind}, {coverage:g}", run):
-                    return False
     return True
 
 

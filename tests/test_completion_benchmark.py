@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from typing import Any
@@ -526,11 +527,11 @@ def test_steps_give_the_losses_of_the_whole_text_and_a_stopped_run_goes_on(llama
     monkeypatch.setattr(completion_steps, "losses_of_steps", lambda *_: pytest.fail("measured again"))
     assert completion_steps.measure(llama, texts, 20, again, completion.Clock(None))
     for text, article in zip(texts, again.document["articles"].values(), strict=True):
-        assert [*article["ways"]] == ["dense", *(f"{a}, {b}, {c:g}" for a, b, c in completion_steps.ways())]
-        for index, kind, c in completion_steps.ways():
-            with qaxis.sparse(llama, qaxis.Budget(c, 64), completion=kind):
+        assert [*article["ways"]] == [*completion_steps.ways()] and len(article["ways"]) == 11
+        for name, way in completion_steps.ways().items():
+            settings = {} if way is None else {"budget": qaxis.Budget(way[2], 64), "completion": way[1]}
+            with qaxis.sparse(llama, **settings) if settings else contextlib.nullcontext():
                 right = float(qaxis.token_losses(llama, text)[-20:].sum())
-            assert article["ways"][f"{index}, {kind}, {c:g}"]["loss"] == pytest.approx(right, rel=1e-4)
-        assert article["ways"]["dense"]["loss"] == pytest.approx(float(qaxis.token_losses(llama, text)[-20:].sum()))
+            assert article["ways"][name]["loss"] == pytest.approx(right, rel=1e-4)
     assert completion_steps.report_of(again, 20).count("[") == 14
     assert abs(completion_steps.change(again, 20, "bounds, linear, 0.1", "codes, linear, 0.1").percent) < 1e-3
