@@ -89,6 +89,15 @@ def load(model: str, path: Path | None, device: str) -> tuple[Any, Any, str]:
     return loaded, tokenizer, digest[:16]
 
 
+def about_of(name: str, model: Any, digest: str, length: int) -> dict[str, Any]:
+    """What a :class:`Store` says of its results."""
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+    return {
+        "model": name, "length": length, "digest": digest, "shape": list(shape_of(model)), "device": device,
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
 def texts_of(tokenizer: Any, source: Path | None, corpus: str | None, count: int, length: int) -> list[torch.Tensor]:
     """Articles int64 ``[1, length]``, from the corpus, or from a file that ``texts`` wrote."""
     if source is None:
@@ -143,7 +152,7 @@ class Store:
         self.document: dict[str, Any] = {"about": about, "articles": {}, "tasks": {}}
         if path.is_file():
             self.document = json.loads(path.read_text("utf-8"))
-            for name in ("model", "length", "digest"):
+            for name in {"model", "length", "digest", "steps"} & {*about}:
                 was, now = self.document["about"][name], about[name]
                 require(was == now, name, now, f"{was}, as in {path}: another model or length goes to another file")
 
@@ -408,10 +417,7 @@ def measure(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded, tokenizer, digest = load(model, subject, device)
     found = texts_of(tokenizer, source, corpus, count, tokens)
-    about = {
-        "model": model, "length": tokens, "digest": digest, "shape": list(shape_of(loaded)), "bounds": bounds(tokens),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "CPU", "torch": torch.__version__,
-    }  # fmt: skip
+    about = {**about_of(model, loaded, digest, tokens), "bounds": bounds(tokens)}
     store = Store(out, about)
     if estimate:
         click.echo(estimated(loaded, found, plans, store))

@@ -51,6 +51,23 @@ def merged(documents: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, A
     return found
 
 
+class Paired(NamedTuple):
+    """Relative change of perplexity in per cent, with a bootstrap interval over articles: NaN if there is one."""
+
+    percent: float
+    low: float
+    high: float
+
+
+def paired(base: torch.Tensor, other: torch.Tensor) -> Paired:
+    """Of mean losses, float64 ``[articles]``, each of equally many tokens."""
+    percent = 100 * float(torch.expm1((other - base).mean()))
+    if len(base) == 1:
+        return Paired(percent, float("nan"), float("nan"))
+    boot = qaxis.paired_change(list(base.split(1)), list(other.split(1)))
+    return Paired(percent, boot.low, boot.high)
+
+
 def changed(document: dict[str, Any], name: str, tokens: int) -> Changed | None:
     """Of a way over the first ``tokens`` tokens, on the articles that have it; None if none has."""
     at = bounds(document["about"]["length"]).index(tokens)
@@ -63,15 +80,11 @@ def changed(document: dict[str, Any], name: str, tokens: int) -> Changed | None:
         return None
     base, other = (torch.tensor([p[i]["loss"][at] for p in pairs], dtype=torch.float64) / (tokens - 1) for i in (0, 1))
     kl, agree = (statistics.fmean(p[1][x][at] for p in pairs) / (tokens - 1) for x in ("kl", "agree"))
-    delta = (other - base).numpy()
-    percent = 100 * float(np.expm1(delta.mean()))
-    if len(pairs) == 1:
-        no = float("nan")
-        return Changed(1, percent, no, no, no, no, kl, agree)
-    boot = qaxis.paired_change(list(base.split(1)), list(other.split(1)))
-    half = float(stats.t.ppf(0.975, len(pairs) - 1)) * float(delta.std(ddof=1)) / len(pairs) ** 0.5
+    boot, delta, half = paired(base, other), (other - base).numpy(), float("nan")
+    if len(pairs) > 1:
+        half = float(stats.t.ppf(0.975, len(pairs) - 1)) * float(delta.std(ddof=1)) / len(pairs) ** 0.5
     low, high = (100 * float(np.expm1(delta.mean() + x)) for x in (-half, half))
-    return Changed(len(pairs), percent, boot.low, boot.high, low, high, kl, agree)
+    return Changed(len(pairs), *boot, low, high, kl, agree)
 
 
 def interval(low: float, high: float) -> str:

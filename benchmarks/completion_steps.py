@@ -18,15 +18,13 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import qaxis
-from benchmarks.completion import Clock, Store, load, say, texts_of
+from benchmarks.completion import WINDOWS, Clock, Store, about_of, load, say, subject_options, texts_of
+from benchmarks.completion_report import Paired, interval, paired
 from qaxis.validation import require
-from selfcheck.rivals.bytes_read import shape_of
 
 COVERAGES = (0.1, 0.02)
 INDEXES = ("codes", "bounds")
 KINDS = ("none", "mean", "linear")
-
-
 #: index of the cache, completion, coverage
 Way = tuple[str, str, float]
 
@@ -89,61 +87,46 @@ def measure(model: Any, texts: list[torch.Tensor], steps: int, store: Store, clo
     return True
 
 
-def change(store: Store, steps: int, base: str, way: str) -> qaxis.PerplexityChange:
-    """Over all articles that have both, with an interval over articles."""
+def change(store: Store, steps: int, base: str, way: str) -> Paired | None:
+    """Over all articles that have both; None if none has."""
     both = [x["ways"] for x in store.document["articles"].values() if {base, way} <= {*x["ways"]}]
-    # Means of equally many tokens stand for them.
-    base_losses, losses = ([torch.tensor([x[name]["loss"] / steps]) for x in both] for name in (base, way))
-    return qaxis.paired_change(base_losses, losses, seed=1)
+    sums = torch.tensor([[x[name]["loss"] for x in both] for name in (base, way)], dtype=torch.float64)
+    return paired(*(sums / steps)) if both else None
 
 
 def report_of(store: Store, steps: int) -> str:
     """Table in Markdown: cost of every way against dense attention, and of codes against keys."""
 
-    def said(x: qaxis.PerplexityChange) -> str:
-        return f"{x.percent:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+    def said(base: str, way: str) -> str:
+        found = change(store, steps, base, way)
+        return "" if found is None else f"{found.percent:+.4f} {interval(found.low, found.high)}"
 
     lines = ["| completion, coverage | keys, % of dense | codes, % of dense | codes, % of keys |", "|---|---|---|---|"]
     for kind, coverage in itertools.product(KINDS, COVERAGES):
         codes, keys = (f"{index}, {kind}, {coverage:g}" for index in INDEXES)
-        cells = [said(change(store, steps, "dense", codes))]
-        if kind != "none":
-            against = said(change(store, steps, keys, codes))
-            cells = [said(change(store, steps, "dense", keys)), *cells, against]
-        else:
-            cells = [*cells, "the same", ""]
+        cells = (said("dense", keys), said("dense", codes), said(keys, codes))
         lines.append(f"| {kind}, {coverage:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 @click.command()
-@click.option("--subject", envvar="QAXIS_SUBJECT", type=click.Path(path_type=Path, exists=True),
-              help="File or folder of SmolLM2's weights, if not the package's.")  # fmt: skip
-@click.option("--articles", default=6, show_default=True)
-@click.option("--length", default=8192, show_default=True, help="Tokens of an article.")
-@click.option("--steps", default=512, show_default=True, help="So many of them, the newest, are decoded one by one.")
+@subject_options
+@click.option("--steps", default=512, show_default=True, help="So many tokens, the newest, are decoded one by one.")
 @click.option("--seconds", type=float, help="Begin nothing that would end later.")
 @click.option("--device", default=None, help="cuda where there is one.")
-@click.option("--out", required=True, type=click.Path(path_type=Path))
 def main(
-    subject: Path | None, articles: int, length: int, steps: int, seconds: float | None, device: str | None, out: Path
-) -> None:
-    """Measure what is missing in --out, and print the table."""
+    model: str, subject: Path | None, corpus: str | None, articles: int | None, length: int | None, out: Path,
+    steps: int, seconds: float | None, device: str | None,
+) -> None:  # fmt: skip
+    """Measure what is missing in --out, and print the table of what is there."""
     clock = Clock(seconds)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, digest = load("smollm2", subject, device)
-    texts = texts_of(tokenizer, None, None, articles, length)
-    about = {
-        "model": "smollm2", "length": length, "steps": steps, "digest": digest, "shape": list(shape_of(model)),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "CPU", "torch": torch.__version__,
-    }  # fmt: skip
-    store = Store(out, about)
-    was = store.document["about"]["steps"]
-    require(was == steps, "--steps", steps, f"{was}, as in {out}: another number goes to another file")
-    done = measure(model, texts, steps, store, clock)
+    count, tokens = (given or usual for given, usual in zip((articles, length), WINDOWS[model], strict=True))
+    loaded, tokenizer, digest = load(model, subject, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    texts = texts_of(tokenizer, None, corpus, count, tokens)
+    store = Store(out, {**about_of(model, loaded, digest, tokens), "steps": steps})
+    done = measure(loaded, texts, steps, store, clock)
     say("everything is measured" if done else "time ran out: the same command goes on")
-    if done:
-        click.echo(report_of(store, steps))
+    click.echo(report_of(store, steps))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from .style import BLUE, GREEN, GREY, ORANGE, WIDTH
 
@@ -27,6 +26,8 @@ NAMED: dict[Key, tuple[str, Any, str]] = {
     ("SparQ", "SparQ", False): ("its own", (0, (4, 2)), ">"),
     ("exact", "linear", True): ("by tolerance", (0, (4, 1, 1, 1)), "P"),
 }
+#: how dense attention is called, which is drawn of 8 bits
+WHITE = "dense; white: 8 bits"
 TITLES = ("without a completion", "completed, by the line unless named")
 
 
@@ -52,7 +53,11 @@ def draw(evidence: Mapping[str, dict[str, Any]]) -> Figure:
         axis.minorticks_off()
         axis.set_xlabel("bytes read, share of dense attention")
     axes[0].set_ylabel("perplexity change (%)")
-    _legend(figure, axes)
+    # A line a way, whatever its panel and storage; dense attention, of 8 bits alone, says what white marks are.
+    every: list[Any] = [bars for axis in axes for bars in axis.containers]
+    found = {bars.get_label(): bars.lines[0] for bars in every if not bars.get_label().startswith("_")}
+    found[WHITE] = found.pop(WHITE)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=7, handlelength=2.6)
     return figure
 
 
@@ -60,33 +65,10 @@ def _curve(axis: Axes, key: Key, stored: bool, rows: list[dict[str, Any]]) -> No
     """One way at all its budgets, from few bytes to many, with intervals; of 8 bits with white marks."""
     colour, mark = SELECTIONS[key[0]]
     said, line, mark = NAMED.get(key, ("", "-", mark))
+    label = WHITE if key[0] == "dense" else ", ".join(filter(None, ("_" * stored + key[0], said)))
     rows = sorted(rows, key=lambda row: row["share"])
     ends = [[r["change"] - r["low"] for r in rows], [r["high"] - r["change"] for r in rows]]
     axis.errorbar(
-        [r["share"] for r in rows], [r["change"] for r in rows], yerr=ends, color=colour,
-        label=", ".join(filter(None, (key[0], said))), linestyle=line, marker=mark,
-        markerfacecolor="white" if stored else colour, markersize=4.5, linewidth=1.0, elinewidth=0.8,
+        [r["share"] for r in rows], [r["change"] for r in rows], yerr=ends, color=colour, label=label, linestyle=line,
+        marker=mark, markerfacecolor="white" if stored else colour, markersize=4.5, linewidth=1.0, elinewidth=0.8,
     )  # fmt: skip
-
-
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """A line a way, whatever its panel and storage; and what white marks are."""
-    found: dict[str, Line2D] = {}
-    for axis in axes:
-        handles: tuple[list[Any], list[str]] = axis.get_legend_handles_labels()
-        for bars, label in zip(*handles, strict=True):
-            line = bars.lines[0]
-            found[label] = Line2D(
-                [],
-                [],
-                color=line.get_color(),
-                linestyle=line.get_linestyle(),
-                marker=line.get_marker(),
-                markersize=4.5,
-                linewidth=1.0,
-            )
-    found.pop("dense", None)
-    found["dense; white: 8 bits"] = Line2D(
-        [], [], color=GREY, linestyle="", marker="o", markerfacecolor="white", markersize=4.5
-    )
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=7, handlelength=2.6)

@@ -534,4 +534,13 @@ def test_steps_give_the_losses_of_the_whole_text_and_a_stopped_run_goes_on(llama
                 right = float(qaxis.token_losses(llama, text)[-20:].sum())
             assert article["ways"][name]["loss"] == pytest.approx(right, rel=1e-4)
     assert completion_steps.report_of(again, 20).count("[") == 14
+    with pytest.raises(ValueError, match="steps=30"):
+        completion_steps.Store(tmp_path / "steps.json", {**about, "steps": 30})
+    # Of one article there is no interval, of none no number.
+    again.document["articles"].popitem()
+    assert completion_steps.report_of(again, 20).count("[") == 0
+    assert completion_steps.change(again, 20, "dense", "no such way") is None
+    (article,) = again.document["articles"].values()
+    article["ways"]["near"] = {"loss": article["ways"]["dense"]["loss"] + 1e-6}
+    assert completion_steps.change(again, 20, "dense", "near").percent == pytest.approx(5e-6, rel=1e-3)
     assert abs(completion_steps.change(again, 20, "bounds, linear, 0.1", "codes, linear, 0.1").percent) < 1e-3
