@@ -72,6 +72,18 @@ def wide(dtype=torch.float32, layers=1):
     return LlamaForCausalLM(config).eval().to(dtype)
 
 
+def sharing():
+    """A model whose last layers share the keys of earlier ones."""
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=97, vocab_size_per_layer_input=97, hidden_size=64, hidden_size_per_layer_input=8, head_dim=16,
+        global_head_dim=16, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return Gemma4ForCausalLM(config).eval()
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Every attention call with what it gave."""
@@ -200,14 +212,7 @@ def test_what_a_window_dropped_counts_in_a_static_batch(tokens, beams):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_what_a_window_dropped_counts_where_a_model_cuts_its_masks(batch, tokens, static):
     """Layers that share the keys of others get the last queries alone, and of their masks the last rows."""
-    torch.manual_seed(0)
-    config = Gemma4TextConfig(
-        vocab_size=97, vocab_size_per_layer_input=97, hidden_size=64, hidden_size_per_layer_input=8, head_dim=16,
-        global_head_dim=16, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
-        initializer_range=0.3,
-    )  # fmt: skip
-    model, ids = Gemma4ForCausalLM(config).eval(), prompt(tokens, batch)
+    model, ids = sharing(), prompt(tokens, batch)
     mask = torch.ones(batch, tokens, dtype=torch.long)
     mask[1:, : tokens // 3] = 0
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "attention_mask": mask}
@@ -221,6 +226,50 @@ def test_what_a_window_dropped_counts_where_a_model_cuts_its_masks(batch, tokens
         found.append(torch.stack(one.logits, 1))
         torch.testing.assert_close(found[-1], whole.logits[:, tokens - 1 : -1], rtol=1e-3, atol=1e-3)
     assert (found[0] - found[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("completion", ["none", "linear"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens", [WINDOW - 1, WINDOW, WINDOW + 1, 260])
+@torch.no_grad()
+def test_a_model_that_cuts_its_masks_gives_the_logits_that_are_kept(tokens, batch, completion):
+    """Of a whole text, too, of which no mask would be made; compiled layers give the same."""
+    model, ids = sharing(), prompt(tokens, batch)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[1:, : tokens // 3] = 0
+    with qaxis.sparse(model, 9, completion=completion):
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+        for compiled in (False, True):
+            if compiled:
+                torch._dynamo.reset()
+                for layer in model.model.layers:
+                    layer.compile(backend="eager")
+            for kept in (1, 5):
+                for use_cache in (False, True):
+                    found = model(ids, attention_mask=mask, use_cache=use_cache, logits_to_keep=kept).logits
+                    torch.testing.assert_close(found, whole[:, -kept:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("build", [windowed, sharing])
+@pytest.mark.parametrize("right", [False, True])
+def test_a_model_with_windows_is_compiled(build, without_gradients, right):
+    """Its masks are made outside of what is compiled, and tell there what they tell elsewhere."""
+    torch._dynamo.reset()
+    model, ids = build(), prompt(230, 2)
+    options = {"attention_mask": torch.ones(2, 230, dtype=torch.long)} if right else {}
+    if right:
+        options["attention_mask"][1, 225:] = 0
+    compiled = torch.compile(model, backend="eager")
+    with without_gradients(), qaxis.sparse(model, 9, completion="linear"):
+        eager = model(ids, **options)
+        found = compiled(ids, **options)
+        torch.testing.assert_close(found.logits[:, :225], eager.logits[:, :225], rtol=1e-4, atol=1e-4)
+        if not right:
+            steps = [
+                x(ids[:, :1], past_key_values=y.past_key_values).logits for x, y in ((model, eager), (compiled, found))
+            ]
+            torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ours", [False, True])

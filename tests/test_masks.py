@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers.masking_utils import (
@@ -13,6 +16,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from qaxis.models import masks
 from qaxis.models.masks import Shown, ShownMask, ToldMask, dropped_before, left_pads, make_mask
 
 
@@ -118,6 +122,11 @@ SCATTERED[1, 25] = False
         lambda mask: mask.contiguous()[:, :, 1:].expand(-1, 4, -1, -1).flatten(0, 1)[:, None],
         lambda mask: (mask & mask.new_ones(12).bool()) | mask,
         lambda mask: torch.stack([mask[0], mask[1]]),
+        lambda mask: torch.stack(mask.split(1, 2), 2)[:, :, :, 0],
+        lambda mask: mask.unbind()[1],
+        lambda mask: mask.reshape(1, 2, 3, 12),
+        copy.deepcopy,
+        lambda mask: pickle.loads(pickle.dumps(mask)),
         lambda mask: torch.empty(2, 1, 3, 12, dtype=torch.bool).copy_(mask) & mask,
     ],
 )
@@ -138,9 +147,80 @@ def test_what_is_no_mask_of_these_keys_tells_nothing(padding):
     weights = torch.randn(2, 1, 3, 12)
     for found in (
         mask[..., 1:], mask.any(), mask.sum(-1), mask.float(), weights.masked_fill(mask, 0.0),
-        torch.where(mask, weights, 0.0), mask & earlier.contiguous(), earlier & mask,
+        torch.where(mask, weights, 0.0), mask & earlier.contiguous(), earlier & mask, mask.to_sparse(),
     ):  # fmt: skip
         assert type(found) is torch.Tensor
+
+
+@pytest.mark.parametrize("padding", [None, PADDED])
+@pytest.mark.parametrize("cut", [lambda mask: mask, lambda mask: mask[:, :, -2:]])
+def test_a_described_mask_lies_in_memory_as_transformers_would_have_it(padding, cut):
+    """Readers of memory and of strides find what they would find in the mask that it stands for."""
+    mask, whole = cut(made(3, 12, attention_mask=padding)), cut(made(3, 12, attention_mask=padding).whole())
+    assert isinstance(mask, ShownMask) and type(whole) is torch.Tensor
+    assert mask.stride() == whole.stride() and mask.storage_offset() == whole.storage_offset()
+    assert mask.tolist() == whole.tolist() and mask.shown is not None
+    for read in (
+        copy.deepcopy, lambda mask: pickle.loads(pickle.dumps(mask)), lambda mask: mask.flatten(2),
+        lambda mask: mask.transpose(1, 2).reshape(-1), lambda mask: torch.from_numpy(mask.numpy()), torch.from_dlpack,
+        lambda mask: mask.share_memory_(),
+    ):  # fmt: skip
+        mask = cut(made(3, 12, attention_mask=padding))
+        assert torch.equal(read(mask).as_subclass(torch.Tensor).reshape(whole.shape), whole)
+    # Shared memory may be written to without a word.
+    for share in (lambda mask: mask.numpy(), torch.from_dlpack, lambda mask: mask.share_memory_()):
+        mask = cut(made(3, 12, attention_mask=padding))
+        share(mask)
+        assert mask.shown is None
+
+
+@pytest.mark.parametrize("padding", [None, PADDED])
+@pytest.mark.parametrize(
+    "write", [lambda mask: mask.fill_(False), lambda mask: mask[0].fill_(False), lambda mask: mask[:, :, 1].fill_(True)]
+)
+def test_writing_to_a_described_mask_does_what_it_does_to_the_one_it_stands_for(write, padding):
+    """Of rows that memory holds once, torch refuses to write to several at a time."""
+    mask, whole = (made(3, 12, attention_mask=padding) for _ in range(2))
+    whole, done = whole.whole(), []
+    for x in (mask, whole):
+        try:
+            write(x)
+            done.append(True)
+        except RuntimeError as error:
+            assert "single memory location" in str(error)
+            done.append(False)
+    assert done[0] == done[1] and torch.equal(mask.whole(), whole)
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("padding", [None, SCATTERED])
+def test_compiled_code_takes_masks(padding, without_gradients):
+    with without_gradients():
+        for code in (lambda mask: mask & mask, lambda mask: mask[:, :, -1:], lambda mask: mask.float() * 2):
+            mask = made(3, 12, attention_mask=padding, **WINDOWED)
+            torch._dynamo.reset()
+            found, right = torch.compile(code, backend="eager")(mask), code(mask)
+            assert torch.equal(found, right) and found.dtype == right.dtype
+
+
+class Sharing:
+    """A configuration of layers that share the keys of others."""
+
+    num_kv_shared_layers = 2
+
+
+@pytest.mark.parametrize("window", [None, 12, 40])
+def test_layers_that_get_the_last_queries_alone_get_their_mask(window, monkeypatch):
+    """Of a whole text, too: that no mask is there would say nothing of which queries are left."""
+    monkeypatch.setattr(masks, "original_of", lambda config: ("sdpa", True))
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    arguments = {"mask_function": function, "local_size": window}
+    assert made(12, 12, config=object(), **arguments) is None
+    mask = made(12, 12, config=Sharing(), **arguments)
+    for m in (1, 5):
+        last = mask[:, :, -m:]
+        assert last.shown == Shown(window=window) and dropped_before(last, window, m, 12) == 0
+    assert made(1, 1, config=Sharing(), mask_function=function) is None
 
 
 @pytest.mark.parametrize("m", [1, 2, 3])

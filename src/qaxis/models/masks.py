@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import get_default_nowrap_functions
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
@@ -53,16 +55,24 @@ class ToldMask(torch.Tensor):
         told.dropped = dropped
         return told
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ToldMask:
+        return ToldMask.of(copy.deepcopy(self.as_subclass(torch.Tensor), memo), self.dropped)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return _telling(func(*args, **(kwargs or {})), (args, kwargs))
+            out = func(*args, **(kwargs or {}))
+            # What the memory is a view of is no mask of its own: asked for its view in turn, it would never end.
+            return out if func in get_default_nowrap_functions() else _telling(out, (args, kwargs))
 
 
 def _telling(out: Any, given: Any) -> Any:
     """What an operation made of its arguments, telling what was dropped where all masks among those tell the same."""
+    if type(out) in (tuple, list):
+        return type(out)(_telling(x, given) for x in out)
     told = [x for x in tree_leaves(given) if isinstance(x, ToldMask | ShownMask)]
-    mask = isinstance(out, torch.Tensor) and out.dtype == torch.bool and not isinstance(out, ToldMask | ShownMask)
+    mask = isinstance(out, torch.Tensor) and not isinstance(out, ToldMask | ShownMask)
+    mask = mask and out.dtype == torch.bool and out.layout == torch.strided
     same = mask and out.shape[-1:] == told[0].shape[-1:] and all(x.dropped == told[0].dropped for x in told)
     return ToldMask.of(out, told[0].dropped) if same else out
 
@@ -76,20 +86,23 @@ class ShownMask(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, shape: tuple[int, ...], device: torch.device, shown: Shown, make: Callable[[], torch.Tensor],
-        whole: ShownMask | None = None,
+        cls, layout: torch.Tensor, device: torch.device, shown: Shown, make: Callable[[], torch.Tensor],
+        of: ShownMask | None = None,
     ) -> ShownMask:  # fmt: skip
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, layout.shape, layout.stride(), layout.storage_offset(), dtype=torch.bool, device=device
+        )
 
     def __init__(
-        self, shape: tuple[int, ...], device: torch.device, shown: Shown, make: Callable[[], torch.Tensor],
-        whole: ShownMask | None = None,
+        self, layout: torch.Tensor, device: torch.device, shown: Shown, make: Callable[[], torch.Tensor],
+        of: ShownMask | None = None,
     ) -> None:  # fmt: skip
+        """A mask laid out in memory as ``layout`` on the meta device, or the last queries ``of`` another."""
         super().__init__()
-        self.described, self.make = shown, make
+        self.layout_in_memory, self.described, self.make = layout, shown, make
         self.made: torch.Tensor | None = None
         #: not empty once this memory may have been written to; of a mask and its last queries the same list
-        self.written: list[bool] = [] if whole is None else whole.written
+        self.written: list[bool] = [] if of is None else of.written
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ShownMask({tuple(self.shape)}, {self.shown})"
@@ -110,10 +123,41 @@ class ShownMask(torch.Tensor):
             self.made = self.make()
         return self.made
 
+    @torch.compiler.disable(reason="a compiler cannot make tensors of a kind of our own")
     def last(self, m: int) -> ShownMask:
         """A view of the last ``m`` queries."""
-        shape = (*self.shape[:2], m, self.shape[3])
-        return ShownMask(shape, self.device, self.described, lambda: self.whole()[:, :, -m:], self)
+        layout = self.layout_in_memory[:, :, -m:]
+        return ShownMask(layout, self.device, self.described, lambda: self.whole()[:, :, -m:], self)
+
+    def copied(self) -> ToldMask:
+        """An ordinary tensor of its own that tells the same."""
+        return ToldMask.of(self.whole().clone(), self.dropped)
+
+    def shared(self) -> torch.Tensor:
+        """The mask as an ordinary tensor, for whoever may write to its memory."""
+        self.written.append(True)
+        return self.whole()
+
+    # What reads memory and is no operation:
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ToldMask:
+        return self.copied()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.copied().__reduce_ex__(protocol)
+
+    def tolist(self) -> Any:
+        return self.whole().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.shared().numpy(force=force)
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.shared().__dlpack__(**kwargs)
+
+    def share_memory_(self) -> ShownMask:
+        self.shared().share_memory_()
+        return self
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -126,9 +170,7 @@ class ShownMask(torch.Tensor):
             if isinstance(x, ToldMask):
                 return x.as_subclass(torch.Tensor)
             # Through a view, too, the mask may be written to.
-            if shares:
-                x.written.append(True)
-            return x.whole()
+            return x.shared() if shares else x.whole()
 
         plains, named = tree_map_only((ShownMask, ToldMask), plain, (args, kwargs))
         return _telling(func(*plains, **named), (args, kwargs))
@@ -190,41 +232,52 @@ def make_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> 
 
     SDPA reads no mask as causal from the *first* key on, which is how transformers uses it with a static cache;
     here no mask means that the queries are the last positions. Both agree for one query, or as many as keys, in
-    modules that are causal. A mask of causal queries at the end, left-padded or in a sliding window or neither, is a
-    :class:`ShownMask`. It tells of a window that hides nothing yet as well: a step that is captured then is repeated
-    for tokens from which the window hides some.
+    modules that are causal and get every query. A mask of causal queries at the end, left-padded or in a sliding
+    window or neither, is a :class:`ShownMask`. It tells of a window that hides nothing yet as well: a step that is
+    captured then is repeated for tokens from which the window hides some.
 
     A bidirectional mask is for modules that stay what they are (cross attention): it is made as they expect it.
     """
-    if compiled.is_tracing():
-        return None
+    return None if compiled.is_tracing() else _made(batch_size, q_length, kv_length, kwargs)
+
+
+@torch.compiler.disable(reason="a compiler cannot make tensors of kinds of our own; attention is not compiled either")
+def _made(batch_size: int, q_length: int, kv_length: int, kwargs: dict[str, Any]) -> Any:
+    """What :func:`make_mask` gives where code runs that is not traced whole."""
     before, causal = original_of(kwargs.get("config")) or (None, False)
     if "allow_is_bidirectional_skip" in kwargs and before not in (None, NAME):
         known = AttentionMaskInterface()[before]
         return known(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
-    skip = kwargs.pop("allow_is_causal_skip", True) and (q_length == 1 or (causal and q_length == kv_length))
+    whole = causal and q_length == kv_length and not _cuts_queries(kwargs.get("config"))
+    skip = kwargs.pop("allow_is_causal_skip", True) and (q_length == 1 or whole)
     kwargs["allow_is_bidirectional_skip"] = False
     shown, local = _shown(q_length, kv_length, kwargs), kwargs.get("local_size")
-    # Only a token's step is repeated, and none while a compiler traces.
-    told = local is not None and q_length == 1 and not torch.compiler.is_compiling()
+    # Only a token's step is repeated.
+    told = local is not None and q_length == 1
     if shown is None:
-        known, dropped = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs), 0
-        if not torch.compiler.is_compiling():
-            dropped = kwargs.get("kv_offset", 0)
-            known = None if known is None else ToldMask.of(known, dropped)
+        dropped = kwargs.get("kv_offset", 0)
+        known = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=skip, **kwargs)
         if known is not None or not told:
-            return known
+            return None if known is None else ToldMask.of(known, dropped)
         # A chunk, say, that began with the first of these keys: later tokens see none of them.
         shown = Shown(offset=dropped, lasts=False)
     elif skip and shown.pads is None and (local is None or (kv_length <= local and not told)):
         return None
 
+    # All rows of a batch are the same but for their padding; memory holds them once then, as transformers has it.
+    rows, size = 1 if shown.pads is None else batch_size, (batch_size, 1, q_length, kv_length)
+
     def make() -> torch.Tensor:
         mask: Any = sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
-        return mask.expand(batch_size, 1, q_length, kv_length)
+        return mask[:rows].contiguous().expand(size)
 
-    device = torch.device(kwargs.get("device", "cpu"))
-    return ShownMask((batch_size, 1, q_length, kv_length), device, shown, make)
+    layout = torch.empty(rows, *size[1:], dtype=torch.bool, device="meta").expand(size)
+    return ShownMask(layout, torch.device(kwargs.get("device", "cpu")), shown, make)
+
+
+def _cuts_queries(config: Any) -> bool:
+    """Whether layers get the last queries alone, and of a mask their rows: those that share the keys of others."""
+    return bool(getattr(config, "num_kv_shared_layers", 0))
 
 
 def shown_by(
