@@ -159,6 +159,8 @@ MUTANTS = (
     Mutant("test_masks.py::test_what_is_no_mask_of_these_keys_tells_nothing", "a sparse tensor is taken for a mask", MASKS, " and out.layout == torch.strided", ""),
     Mutant("test_masks.py::test_a_described_mask_lies_in_memory_as_transformers_would_have_it", "a described mask says that it is contiguous", MASKS, "cls, layout.shape, layout.stride(), layout.storage_offset(), dtype", "cls, layout.shape, dtype"),
     Mutant("test_masks.py::test_a_described_mask_lies_in_memory_as_transformers_would_have_it", "what shares a mask's memory leaves its description", MASKS, "        self.written.append(True)\n", ""),
+    Mutant("test_masks.py::test_what_may_have_been_written_to_is_described_no_more", "a described mask ignores other memory", MASKS, "self.shared().data = values", "pass"),
+    Mutant("test_masks.py::test_what_a_window_dropped_is_told_whatever_is_made_of_a_mask", "a saved mask cannot be loaded", MASKS, "torch.serialization.add_safe_globals([ToldMask])", ""),
     Mutant("test_masks.py::test_layers_that_get_the_last_queries_alone_get_their_mask", "layers that get the last queries alone get no mask of a whole text", MASKS, "q_length == kv_length and not _cuts_queries(kwargs.get(\"config\"))", "q_length == kv_length"),
     Mutant(OF_MODELS + "test_a_model_with_windows_is_compiled", "masks are made inside of what is compiled", MASKS, "@torch.compiler.disable(reason=\"a compiler cannot make tensors of kinds of our own; attention is not compiled either\")\n", ""),
     Mutant("test_masks.py::test_what_a_window_dropped_is_told_whatever_is_made_of_a_mask", "what is made of a described mask tells nothing", MASKS, "return _telling(func(*plains, **named), (args, kwargs))", "return func(*plains, **named)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -90,6 +91,8 @@ def test_what_the_numbers_cannot_describe_is_a_mask(arguments):
         lambda mask: mask[:, :, 0].fill_(False),
         lambda mask: mask.__setitem__((0, 0, 0, 0), False),
         lambda mask: torch.logical_not(mask, out=mask),
+        lambda mask: setattr(mask, "data", torch.zeros(2, 1, 3, 12, dtype=torch.bool)),
+        lambda mask: mask.data.fill_(False),
     ],
 )
 def test_what_may_have_been_written_to_is_described_no_more(write):
@@ -108,6 +111,13 @@ def test_reading_leaves_the_description():
 WINDOWED = {"q_offset": 29, "kv_offset": 20, "local_size": 12, "mask_function": sliding_window_causal_mask_function(12)}
 SCATTERED = torch.ones(2, 32, dtype=torch.bool)
 SCATTERED[1, 25] = False
+
+
+def saved(mask):
+    file = io.BytesIO()
+    torch.save(mask, file)
+    file.seek(0)
+    return torch.load(file)
 
 
 @pytest.mark.parametrize("padding", [None, SCATTERED])

@@ -66,6 +66,9 @@ class ToldMask(torch.Tensor):
             return out if func in get_default_nowrap_functions() else _telling(out, (args, kwargs))
 
 
+torch.serialization.add_safe_globals([ToldMask])
+
+
 def _telling(out: Any, given: Any) -> Any:
     """What an operation made of its arguments, telling what was dropped where all masks among those tell the same."""
     if type(out) in (tuple, list):
@@ -138,7 +141,15 @@ class ShownMask(torch.Tensor):
         self.written.append(True)
         return self.whole()
 
-    # What reads memory and is no operation:
+    # What reads memory, or takes other memory, and is no operation:
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.shared().data
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        self.shared().data = values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ToldMask:
         return self.copied()
