@@ -137,6 +137,7 @@ def saved(mask):
         lambda mask: mask.reshape(1, 2, 3, 12),
         copy.deepcopy,
         lambda mask: pickle.loads(pickle.dumps(mask)),
+        saved,
         lambda mask: torch.empty(2, 1, 3, 12, dtype=torch.bool).copy_(mask) & mask,
     ],
 )
